@@ -1,0 +1,3 @@
+"""Sparse autoencoders with Adaptive Temporal Masking, and an exact test of feature absorption."""
+
+__version__ = "0.1.0"
