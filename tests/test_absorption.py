@@ -1,0 +1,366 @@
+"First-letter absorption: both scores branch by branch, probes, split latents, the whole evaluation on planted words, caches, messages."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+
+from atm_sae import absorption as ab
+from atm_sae.absorption import (
+    LETTERS, AbsorptionConfig, FirstLetterTask, absorbed_projection, absorption_fraction, best_single_latent_f1, build_task, dominant_absorber,
+    effect_absorption, encode_words, evaluate_absorption, f1_score, find_words, first_letter_prompts, fit_letter_probes, fit_logistic,
+    full_absorption, get_task, integrated_effects, l1_max, letter_gap, load_task, main_latents, rank_latents, save_task, stratified_split,
+    task_from_activations)
+from atm_sae.lm import LM, tiny_lm
+from atm_sae.text import word_vocabulary
+
+T = torch.tensor
+
+
+class Toy:
+    "z = relu(x W_enc + b)."
+    def __init__(self, W_enc, W_dec, b=0.):
+        self.W_enc, self.W_dec, self.b, self.b_dec = W_enc, W_dec, b, torch.zeros(W_dec.shape[1])
+        self.d_sae, self.d_in = W_dec.shape
+    def encode(self, x): return (x @ self.W_enc + self.b).relu()
+    def decode(self, z): return z @ self.W_dec + self.b_dec
+
+
+N_ENDINGS = 20
+
+def alphabet():
+    "26 x 20 words: letter + ending, exact sums of unit vectors."
+    letter, ending = torch.arange(26).repeat_interleave(N_ENDINGS), torch.arange(N_ENDINGS).repeat(26)
+    x = torch.cat([torch.eye(26)[letter], torch.eye(N_ENDINGS)[ending]], 1)
+    return x, pd.DataFrame({'text': [f'{LETTERS[l]}{e}' for l, e in zip(letter, ending)], 'letter': [LETTERS[l] for l in letter]}), ending
+
+def alphabet_sae(absorbed, keep=0.):
+    "Words with the first `absorbed` endings get a latent of their own; the letter's latent keeps the part `keep` there."
+    x, _, ending = alphabet()
+    pairs = x[ending < absorbed]
+    plain = torch.eye(26 + N_ENDINGS)
+    plain[:26, 26:26 + absorbed] = keep - 1
+    plain[26:26 + absorbed, :26] = -1
+    decode = pairs.clone()
+    decode[:, :26] *= 1 - keep
+    return Toy(torch.cat([plain, pairs]).T, torch.cat([torch.eye(26 + N_ENDINGS), decode]), torch.cat([torch.zeros(26 + N_ENDINGS), -torch.ones(len(pairs))]))
+
+@pytest.fixture(scope='module')
+def task():
+    x, words, _ = alphabet()
+    return task_from_activations(x, words, model='alphabet', layer=0)
+
+@pytest.fixture(scope='module')
+def lm(): return tiny_lm()
+
+@pytest.fixture(scope='module')
+def lm_task(lm): return build_task(lm, 1, n_icl=1, max_words=150)
+
+
+# one word -------------------------------------------------------------------
+
+@pytest.mark.parametrize('z, c, main, A, full', [
+    ([0, 8], [1, .5], [0], 10, True),             # silent, q = 4 of 10
+    ([0, 7.9], [1, .5], [0], 10, False),          # q = 3.95: not enough
+    ([1e-6, 8], [1, .5], [0], 10, False),         # the main latent fires
+    ([1e-9, 8], [1, .5], [0], 10, True),          # below 1e-8 counts as silent
+    ([0, 8], [1, .5], [0], -10, False),           # A < 0
+    ([0, 8], [1, -.5], [0], 10, False),           # q < 0
+    ([0, 1000], [1, .024], [0], 10, False),       # cosine too small
+    ([0, 1000], [1, .026], [0], 10, True),
+    ([0, 0, 8], [1, 1, .5], [0, 1], 10, True),    # two main latents, both silent
+    ([0, 1, 8], [1, 1, .5], [0, 1], 10, False),   # one of them fires
+    ([0, 0], [1, .5], [0], 10, False),            # nothing fires at all
+])
+def test_full_absorption(z, c, main, A, full):
+    assert full_absorption(T([z], dtype=torch.float), T(c, dtype=torch.float), main, T([float(A)])).tolist() == [full]
+
+
+@pytest.mark.parametrize('z, c, main, A, fraction', [
+    ([10, 8], [1, .5], [0], 10, 0),               # M = A: nothing missing
+    ([12, 8], [1, .5], [0], 10, 0),               # M > A
+    ([6, 7.8], [1, .5], [0], 10, 0),              # T / A = 0.39
+    ([0, 8], [1, .5], [0], 10, 1),                # silent
+    ([4, 8], [-.5, .5], [0], 10, 1),              # M = -2
+    ([6, 8], [1, .5], [0], 10, .4),               # U = 4: 4 / (4 + 6)
+    ([4, 8], [1, .5], [0], 10, .5),               # U = min(4, 6)
+    ([6, 8, 8], [1, .5, .5], [0], 10, .4),        # second absorber, U = min(8, 4)
+    ([5, 3, 3, 3, 3], [1, .5, .5, .5, .5], [0], 10, 4.5 / 9.5),   # only three absorbers: T = 4.5
+    ([3, 3, 8], [1, 1, .5], [0, 1], 10, .4),      # two main latents
+    ([0, 1000], [1, .09], [0], 10, 0),            # cosine below 0.1
+    ([6, 8, 9], [1, .5, -.5], [0], 10, .4),       # a negative q does not count
+    ([6, 8], [1, .5], [0], -10, 0),               # A < 0
+    ([-1, 8], [1, .5], [0], 10, 1),               # signed latents: M < 0
+])
+def test_absorption_fraction(z, c, main, A, fraction):
+    got = absorption_fraction(T([z], dtype=torch.float), T(c, dtype=torch.float), main, T([float(A)]))
+    assert got.item() == pytest.approx(fraction)
+
+
+def test_thresholds_come_from_the_config():
+    z, c, A = T([[0., 3]]), T([1., .5]), T([10.])
+    assert not full_absorption(z, c, [0], A) and full_absorption(z, c, [0], A, AbsorptionConfig(share=.1))
+    q = T([[0., 3, 2, 1]])
+    assert absorbed_projection(q, T([1., 1, 1, 1]), [0], AbsorptionConfig(absorbers=2)).item() == 5
+    assert absorbed_projection(q[:, :1], T([1.]), [0]).item() == 0          # no other latent at all
+
+
+# probes ---------------------------------------------------------------------
+
+def test_logistic_agrees_with_sklearn():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=g)
+    y = x[:, 0] + torch.randn(200, generator=g) > 1
+    w, b = fit_logistic(x, y, l2=2.)
+    ref = LogisticRegression(C=.5, class_weight='balanced', tol=1e-10, max_iter=10000).fit(x.numpy(), y.numpy())
+    assert np.allclose(w, ref.coef_[0], atol=1e-4) and np.allclose(b, ref.intercept_, atol=1e-4)
+
+
+def test_logistic_converges_on_separable_data():
+    x, y = T([[-2.], [-1], [1], [2]]), T([False, False, True, True])
+    w, b = fit_logistic(x, y, l2=1e-4)
+    pi = torch.sigmoid(-(y.double() * 2 - 1) * (x.double() @ w + b))
+    gradient = 1e-4 * w - x.double().T @ ((y.double() * 2 - 1) * pi)
+    assert w[0] > 3 and gradient.abs().max() < 1e-6
+
+
+def test_logistic_needs_both_classes():
+    with pytest.raises(ValueError, match='both classes; 3 of the 3 are positive'): fit_logistic(torch.ones(3, 1), torch.ones(3, dtype=bool))
+
+
+def test_letter_probes_do_not_depend_on_the_unit():
+    x, words, _ = alphabet()
+    letter = T([LETTERS.index(l) for l in words.letter])
+    W, b = fit_letter_probes(x, letter)
+    W2, b2 = fit_letter_probes(1000 * x, letter)
+    assert torch.allclose(W, 1000 * W2, atol=1e-4) and torch.allclose(b, b2, atol=1e-4)
+
+
+def test_letters_without_words_get_no_probe():
+    W, b = fit_letter_probes(torch.eye(4), T([0, 0, 1, 1]))
+    assert W[2:].abs().sum() == 0 and (b[2:] == -1).all() and W[0].abs().sum() > 0
+
+
+def test_f1():
+    assert f1_score(T([True, True, False]), T([True, False, True])) == .5 and f1_score(T([False]), T([False])) == 0
+
+
+def test_l1_max_is_where_weights_vanish():
+    rng = np.random.default_rng(0)
+    z = sparse.csr_matrix(rng.random((60, 8)) * (rng.random((60, 8)) < .3))
+    y = T(rng.random(60) < .4)
+    assert len(rank_latents(z, y, share=1.01)) == 0
+    assert len(rank_latents(z * 1.0, y, share=.5)) > 0 or (z.T @ y.numpy()).max() == 0
+
+
+def test_ranking_finds_the_letter_and_ignores_negative_weights():
+    y = T([True] * 10 + [False] * 30)
+    letter, other = y.float() * 3, (~y).float() * 3
+    noise = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    z = sparse.csr_matrix(torch.stack([noise, other, letter], 1).numpy())
+    ranked = rank_latents(z, y)
+    assert ranked[0] == 2 and 1 not in ranked
+    assert len(rank_latents(sparse.csr_matrix((40, 3)), y)) == 0
+
+
+def test_main_latents_stop_at_the_first_failure():
+    y = T([1, 1, 1, 1, 0, 0, 0, 0]).bool()
+    a, b, junk = T([5., 5, 0, 0, 0, 0, 0, 0]), T([0., 0, 5, 5, 0, 0, 0, 0]), T([1., 0, 1, 0, 1, 0, 1, 0])
+    run = lambda *cols: main_latents(torch.stack(cols, 1), y, torch.stack(cols, 1), y)
+    k, f1, hit = run(a, b, junk)
+    assert (k, f1) == (2, 1) and torch.equal(hit, y)
+    assert run(a, junk, b)[0] == 1                   # b would help, but junk before it does not
+    assert run(junk)[0] == 1                         # k = 1 always passes
+    assert run(a)[1] == pytest.approx(2 / 3)
+
+
+# prompts --------------------------------------------------------------------
+
+def test_prompts():
+    words = pd.DataFrame({'text': [' short', ' apple', 'Zoo', ' bee'], 'letter': list('SAZB')})
+    prompts, ends = first_letter_prompts(words, n_icl=3, seed=0)
+    for word, prompt, end in zip(words.text, prompts, ends):
+        lines = prompt.split('\n')
+        assert prompt[0] == '\n' and len(lines) == 5 and lines[-1] == f'{word} has the first letter:'
+        assert prompt[end] == word[-1] and prompt[:end + 1].endswith('\n' + word)
+        assert not any(line.startswith(f'{word} has') for line in lines[:-1])
+        assert all(line.split()[-1] == line.strip()[0].upper() for line in lines[1:-1])
+    assert first_letter_prompts(words, 3, seed=0)[0] == prompts != first_letter_prompts(words, 3, seed=1)[0]
+
+
+def test_words_of_the_template_are_read_at_their_own_place(lm):
+    words = word_vocabulary(lm.tokenizer)
+    prompts, ends = first_letter_prompts(words, 2)
+    tokens, at, found = find_words(lm.tokenizer, prompts, ends, words.token_id)
+    assert found.all() and (tokens[:, 0] == lm.tokenizer.bos_token_id).all()
+    newline = lm.tokenizer('\n')['input_ids'][0]
+    rows = torch.arange(len(tokens))
+    assert (tokens[rows, at] == T(words.token_id.to_numpy())).all() and (tokens[rows, at - 1] == newline).all()
+    assert {' has', ' the', ' first'} <= set(words.text)
+
+
+def test_split_is_stratified_and_seeded():
+    letter = T([0] * 50 + [1] * 10 + [2])
+    test = stratified_split(letter, seed=3)
+    assert [int(test[letter == i].sum()) for i in range(3)] == [10, 2, 0]
+    assert torch.equal(test, stratified_split(letter, seed=3)) and not torch.equal(test, stratified_split(letter, seed=4))
+
+
+# the whole evaluation -------------------------------------------------------
+
+@pytest.mark.parametrize('absorbed', [0, 5, 12])
+def test_planted_words_are_counted_exactly(task, absorbed):
+    _, words, ending = alphabet()
+    result = evaluate_absorption(alphabet_sae(absorbed), task)
+    truth = [float((ending[(words.letter == l).to_numpy() & words_test] < absorbed).float().mean())
+             for l in LETTERS for words_test in [task.test.numpy()]]
+    assert np.allclose(result.letters.full_absorption_rate, truth) and np.allclose(result.letters.mean_absorption_fraction, truth)
+    assert result.full == pytest.approx(np.mean(truth)) and result.full_std == pytest.approx(np.std(truth, ddof=1))
+
+
+def test_partial_absorption_is_seen_by_the_fraction_alone(task):
+    result = evaluate_absorption(alphabet_sae(5, keep=.4), task)
+    partly = result.words[result.words.fraction > 0]
+    assert result.full == 0 and len(partly) and np.allclose(partly.fraction, .6, atol=.05)
+
+
+def test_table_columns_and_means(task):
+    result = evaluate_absorption(alphabet_sae(5), task)
+    for column in ('first_letter', 'mean_absorption_fraction', 'full_absorption_rate', 'num_full_absorption', 'num_probe_true_positives', 'num_split_features'):
+        assert column in result.letters
+    assert (result.letters.num_full_absorption / result.letters.num_probe_true_positives == result.letters.full_absorption_rate).all()
+    frame = result.to_frame()
+    assert frame.mean_full_absorption_score[0] == result.full and frame.num_letters[0] == 26 and frame.std_dev_num_split_features[0] == result.n_split_std
+
+
+def test_json_schema_and_same_bytes(task, tmp_path):
+    for name in 'ab': evaluate_absorption(alphabet_sae(5), task).to_json(tmp_path/name)
+    assert (tmp_path/'a').read_bytes() == (tmp_path/'b').read_bytes()
+    out = json.loads((tmp_path/'a').read_text())
+    assert out['eval_type_id'] == 'absorption_first_letter' and isinstance(out['datetime_epoch_millis'], int)
+    assert set(out) >= {'eval_config', 'eval_id', 'eval_result_metrics', 'eval_result_details', 'sae_bench_commit_hash', 'sae_lens_id',
+                        'sae_lens_release_id', 'sae_lens_version', 'sae_cfg_dict'}
+    assert set(out['eval_result_metrics']['mean']) == {f'{a}_{b}' for a, b in [
+        ('mean', 'absorption_fraction_score'), ('mean', 'full_absorption_score'), ('mean', 'num_split_features'),
+        ('std_dev', 'absorption_fraction_score'), ('std_dev', 'full_absorption_score'), ('std_dev', 'num_split_features')]}
+    assert set(out['eval_result_details'][0]) == {'first_letter', 'mean_absorption_fraction', 'full_absorption_rate', 'num_full_absorption',
+                                                  'num_probe_true_positives', 'num_split_features'}
+
+
+def test_decoder_norms_are_folded(task):
+    sae = alphabet_sae(5)
+    twin = Toy(sae.W_enc / 4, sae.W_dec * 4, sae.b / 4)
+    assert evaluate_absorption(twin, task).letters.equals(evaluate_absorption(sae, task).letters)
+
+
+def test_encoding_in_batches(task):
+    z, unit = encode_words(alphabet_sae(5), task.x)
+    z2, _ = encode_words(alphabet_sae(5), task.x, batch_size=7)
+    assert (z != z2).nnz == 0 and torch.allclose(unit.norm(dim=1), torch.ones(len(unit)))
+
+
+def test_a_latent_that_never_fires_is_main_only_if_nothing_better_is_there(task):
+    silent = Toy(torch.zeros(46, 46), torch.eye(46))
+    result = evaluate_absorption(silent, task)
+    assert result.full == result.fraction == 0 and (result.letters.main_latents.str[0] == np.arange(26)).all()
+
+
+def test_best_single_latent(task):
+    table = best_single_latent_f1(alphabet_sae(0), task)
+    assert (table.f1 == 1).all() and (table.latent == np.arange(26)).all() and list(table.letter) == list(LETTERS)
+
+
+# messages -------------------------------------------------------------------
+
+def test_width_of_another_model(task):
+    with pytest.raises(ValueError, match='the SAE reads activations of width 3, the task has width 46'): evaluate_absorption(Toy(torch.eye(3), torch.eye(3)), task)
+
+
+def test_too_few_letters(task):
+    poor = replace(task, f1=torch.where(torch.arange(26) < 19, 1., .25))
+    with pytest.raises(ValueError) as e: evaluate_absorption(alphabet_sae(0), poor)
+    assert 'only 19 letters' in str(e.value) and 'T 0.25' in str(e.value) and 'Z 0.25' in str(e.value) and 'S 0.25' not in str(e.value)
+    enough = replace(task, f1=torch.where(torch.arange(26) < 20, 1., .25))
+    assert len(evaluate_absorption(alphabet_sae(0), enough).letters) == 20
+
+
+def test_nan_activations():
+    x, words, _ = alphabet()
+    x[3, 1] = torch.nan
+    with pytest.raises(ValueError, match='activations at the words: 1 NaN'): task_from_activations(x, words)
+
+
+def test_tokenizer_without_words(lm):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    digits = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(10)}, unk_token='0')))
+    with pytest.raises(ValueError, match='a tokenizer without word tokens'): build_task(LM(lm.model, digits, 'digits', 'digits', '0'), 1)
+
+
+def test_model_without_that_layer(lm):
+    with pytest.raises(ValueError, match='no layer 7'): build_task(lm, 7, n_icl=1, max_words=20)
+
+
+# the cache ------------------------------------------------------------------
+
+def test_task_cache(lm, tmp_path, monkeypatch):
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
+    made = get_task(lm, 1, seed=2, n_icl=1, max_words=60)
+    monkeypatch.setattr(ab, 'build_task', lambda *a, **k: pytest.fail('built again'))
+    again = get_task(lm, 1, seed=2, n_icl=1, max_words=60)
+    assert torch.equal(made.x, again.x) and made.words.equals(again.words) and torch.equal(made.W, again.W) and again.position == -6
+    file, = tmp_path.glob('tasks/*/task.safetensors')
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match='task.safetensors is truncated or changed.*delete the folder and run again'): get_task(lm, 1, seed=2, n_icl=1, max_words=60)
+    file.unlink()
+    with pytest.raises(ValueError, match='task.safetensors is missing'): get_task(lm, 1, seed=2, n_icl=1, max_words=60)
+
+
+def test_same_seed_same_task(lm, lm_task):
+    again = FirstLetterTask.build(lm, 1, n_icl=1, max_words=150)
+    assert torch.equal(again.x, lm_task.x) and torch.equal(again.W, lm_task.W) and torch.equal(again.test, lm_task.test)
+    other = FirstLetterTask.build(lm, 1, seed=1, n_icl=1, max_words=150)
+    assert not other.words.equals(lm_task.words)
+
+
+def test_activations_are_those_at_the_word(lm, lm_task):
+    from atm_sae.lm import residual_stream
+    i = 17
+    whole = residual_stream(lm, lm_task.tokens[i:i + 1].long(), 1)[0]
+    assert torch.allclose(whole[lm_task.at[i]], lm_task.x[i], atol=1e-5)
+
+
+# effects --------------------------------------------------------------------
+
+def test_letter_gap():
+    logits, ids = torch.zeros(1, 40), torch.arange(10, 36)
+    logits[0, 12], logits[0, 13], logits[0, 0] = 5., 2.5, 99.
+    assert letter_gap(logits, T([2]), ids).item() == pytest.approx(5 - 2.5 / 25)
+
+
+def test_dominant_absorber():
+    effects = T([[3., 2, 0], [2.5, 2, 0], [0, 1, 3]])
+    assert dominant_absorber(effects, T([.5, .5, .01])).tolist() == [True, False, False]
+
+
+def test_effects_add_up(lm, lm_task):
+    half = torch.eye(32)[:16]
+    sae, rows = Toy(torch.cat([half, -half]).T, torch.cat([half, -half])), torch.arange(5)
+    ids = T([lm.tokenizer(f' {l}')['input_ids'][0] for l in LETTERS])
+    m1, m0 = (ab._spliced_gap(sae, lm, lm_task, rows, ids, scale)[0].detach() for scale in (1., 0.))
+    effects = integrated_effects(sae, lm, lm_task, rows)
+    assert effects.shape == (5, 32) and torch.allclose(effects.sum(1), m1 - m0, atol=1e-4)
+    assert (effects[lm_task.x[rows] @ sae.W_enc <= 0] == 0).all()            # what does not fire has no effect
+
+
+def test_effect_absorption(lm, lm_task, task):
+    sae = Toy(torch.zeros(32, 32), torch.eye(32))
+    words = pd.DataFrame(dict(text=lm_task.words.text[:6], letter=lm_task.words.letter[:6], silent=[True] * 5 + [False], detected=[False] * 4 + [True] * 2))
+    result = type('Result', (), dict(words=words))
+    table = effect_absorption(sae, lm_task, lm, result)
+    assert table.num_candidates.sum() == 4 and table.num_absorbed.sum() == 0 and (table.rate == 0).all()
+    with pytest.raises(ValueError, match='without prompts'): effect_absorption(sae, task, lm, result)
