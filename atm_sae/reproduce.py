@@ -11,7 +11,7 @@ __all__ = ['ManifestError', 'Parameter', 'read_parameters', 'Experiment', 'Manif
 import argparse, ast, contextlib, functools, importlib.util, itertools, json, math, os, re, shutil, signal, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from .core import (OutputError, atomic_write, cache_dir, data_dir, file_sha256, project_root, provenance,
+from .core import (OutputError, atomic_write, cache_dir, code_hash, data_dir, file_sha256, project_root, provenance,
                           read_json, stable_hash, write_json)
 from .text import docs_checksum
 from .report import SMOKE, claim_verdict, compare_published, format_interval, format_number, method_name, read_summary, to_markdown
@@ -266,9 +266,8 @@ def _package_folder():
     return Path(importlib.util.find_spec('atm_sae').origin).parent
 
 def _library_hash():
-    "Hash of the library's source, less this module and nbdev's index."
-    files = sorted(p for p in _package_folder().glob('*.py') if p.name not in ('reproduce.py', '_modidx.py'))
-    return stable_hash({p.name: file_sha256(p) for p in files})
+    "Hash of the library's code, less this module."
+    return code_hash(*(p.stem for p in _package_folder().glob('*.py') if p.name not in ('reproduce.py', '_modidx.py')))
 
 # %% ../nbs/12_reproduce.ipynb #cell-48
 def _effective(manifest, experiment, profile):

@@ -36,11 +36,12 @@ def cell_markdown(cell, where):
     if cell['cell_type'] == 'markdown': return [relink(source)] if source else []
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide\s*$', source, re.M): return []
     code = '\n'.join(line for line in source.splitlines() if not line.startswith('#|')).strip()
-    return [fenced(code, 'python')]*bool(code) + [output_markdown(o, where) for o in cell['outputs']]
+    shown = bool(code) and not re.search(r'^#\|\s*echo:\s*false\s*$', source, re.M)
+    return [fenced(code, 'python')]*shown + [output_markdown(o, where) for o in cell['outputs']]
 
 
 def readme_text(path=ROOT/'nbs'/'index.ipynb'):
-    "The notebook at `path` as Markdown; cells with `#| hide` are left out."
+    "The notebook at `path` as Markdown; cells with `#| hide` are left out, of cells with `#| echo: false` only the output stays."
     path = Path(path)
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     blocks = [block for i, cell in enumerate(cells) for block in cell_markdown(cell, f'{path.name}, cell {i}')]

@@ -1,0 +1,165 @@
+"The masker's equations against numbers worked by hand; the free contribution; recovery; messages."
+import math
+
+import pytest
+import torch
+
+from atm_sae.atm import (COMBINE, ATMConfig, ATMMasker, UniformMasker, contribution, ema_, frequency, importance, importance_threshold,
+                         magnitude, make_masker, masking_probability, seen_contribution)
+from atm_sae.sae import ARCHITECTURES, SAE, SAEConfig
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+def test_ema_by_hand():
+    a = torch.zeros(2)
+    ema_(a, torch.tensor([2., 2.]), .9)
+    assert torch.allclose(a, torch.tensor([.2, .2]))
+    ema_(a, torch.tensor([2., 2.]), .9, seen=torch.tensor([1., 0.]))
+    assert torch.allclose(a, torch.tensor([.38, .2]))
+
+def test_statistics_by_hand():
+    z = torch.tensor([[3., 0.], [1., 0.], [0., 2.], [0., 0.]])
+    assert magnitude(z).tolist() == [1, .5] and frequency(z).tolist() == [.5, .25]
+
+def test_contribution_by_hand():
+    h = torch.tensor([[2., 1.]], requires_grad=True)
+    (torch.tensor([[3., 1.]]) - h @ torch.eye(2)).square().sum().backward()
+    assert contribution(h.detach(), h.grad, torch.eye(2), 1).tolist() == [[8, 1]]
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize('per', ['none', 'batch', 'sample'])
+def test_contribution_is_leave_one_out(architecture, per):
+    "For every architecture and mask, against really removing each latent."
+    sae = SAE(SAEConfig(8, 24, architecture, k=4 if 'topk' in architecture else None, seed=3)).double()
+    x = torch.randn(32, 8, generator=gen()).double()
+    shape = dict(none=None, batch=(24,), sample=(32, 24))[per]
+    loss = sae.loss(x, None if shape is None else torch.rand(shape, generator=gen(1)) < .7, sparsity=.5)
+    loss.total.backward()
+    free = contribution(loss.h, loss.h.grad, sae.W_dec, len(x))
+    with torch.no_grad():
+        for i in range(24):
+            h = loss.h.clone()
+            h[:, i] = 0
+            direct = (x - sae.decode(h)).square().sum(1) - (x - loss.x_hat).square().sum(1)
+            assert torch.allclose(free[:, i], direct, atol=1e-5)
+
+def test_importance_by_hand():
+    m, f, c = torch.tensor([3., 1.]), torch.tensor([.75, .25]), torch.tensor([8., -1.])
+    # divided by their means 2, .5 and 4 (the negative contribution counts as 0): (1.5, .5), (1.5, .5), (2, 0)
+    expect = dict(geometric=[4.5 ** (1 / 3), 0], product=[4.5, 0], sum=[5 / 3, 1 / 3], magnitude=[1.5, .5], frequency=[1.5, .5], contribution=[2, 0])
+    assert set(expect) == set(COMBINE)
+    for how, value in expect.items(): assert torch.allclose(importance(m, f, c, how), torch.tensor(value).float()), how
+
+def test_importance_of_nothing_is_zero_and_masks_nothing():
+    masker = ATMMasker(3)
+    assert masker.importance().tolist() == [0, 0, 0] and masker.mask_probability().tolist() == [0, 0, 0]
+
+def test_threshold_by_hand():
+    I = torch.tensor([0., 1., 1., 2.])
+    assert importance_threshold(I) == 1 and importance_threshold(I, 1.).item() == pytest.approx(1 + math.sqrt(.5))
+
+def test_probability_by_hand():
+    p = masking_probability(torch.tensor([0., .5, 1., 2.]), torch.tensor(1.), r=2.)
+    assert torch.allclose(p, torch.tensor([1 - math.exp(-2), 1 - math.exp(-1), 0, 0]))
+
+@pytest.mark.parametrize('theta', [0., -.3])
+def test_no_mask_below_a_threshold_that_is_not_positive(theta):
+    assert masking_probability(torch.tensor([0., 1.]), torch.tensor(theta)).tolist() == [0, 0]
+
+def test_first_observation_needs_no_warmth():
+    z = torch.rand(16, 5, generator=gen())
+    masker = ATMMasker(5, decay=.999)
+    masker.observe(z, z.square())
+    assert torch.allclose(masker.importance(), importance(magnitude(z), frequency(z), z.square().mean(0)), atol=1e-3)
+
+def test_hidden_contribution_waits():
+    masker, ones = ATMMasker(2, decay=.5), torch.ones(1, 2)
+    masker.observe(ones, ones)
+    for _ in range(20): masker.observe(ones, torch.tensor([[1., 0.]]), torch.tensor([True, False]))
+    assert torch.allclose(masker.contribution / masker.weight, torch.ones(2)) and torch.allclose(masker.importance(), torch.ones(2))
+
+def test_seen_contribution_by_hand():
+    c = torch.tensor([[6., 0.], [0., 0.]])
+    mean, seen = seen_contribution(c, torch.tensor([[True, False], [False, False]]))
+    assert mean.tolist() == [6, 0] and seen.tolist() == [1, 0]
+    mean, seen = seen_contribution(c, torch.tensor([True, False]))
+    assert mean.tolist() == [3, 0] and seen.tolist() == [1, 0]
+
+def follow(careful):
+    "Importance over threshold of a latent that is silent for 100 steps and useful from then on."
+    masker, g, path = ATMMasker(4, decay=.95, r=3.), gen(), []
+    for t in range(800):
+        z = torch.tensor([[1.2, 1.1, float(t >= 100), .1]])
+        keep = masker.sample(g)
+        h = z * keep
+        masker.observe(*((z, h.square(), keep) if careful else (h, h.square())))
+        path.append((masker.importance()[2] / masker.threshold()).item())
+    return path
+
+def test_a_useful_latent_recovers_and_the_naive_masker_starves_it():
+    careful, naive = follow(True), follow(False)
+    assert max(careful[50:99]) == 0                 # silent, hence unimportant
+    assert min(careful[300:]) > 1                   # recovered within 200 steps, for good
+    assert max(naive[300:]) < .6                    # starved
+
+def test_a_masked_useful_latent_recovers_in_training():
+    "Hide one useful latent for many steps of real training; once it may speak it is spared again."
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(4, 4, l1=.01))
+    sae.W_enc.data, sae.W_dec.data = torch.eye(4), torch.eye(4)
+    masker, optimiser, g = ATMMasker(4, decay=.9, r=3.), torch.optim.Adam(sae.parameters(), lr=1e-4), gen()
+    for t in range(150):
+        x = torch.rand(64, 4, generator=g) * (torch.rand(64, 4, generator=g) < .5) * torch.tensor([1., 1., 1., .1])
+        keep = torch.tensor([t >= 100 or t == 0, True, True, True])
+        loss = sae.loss(x, keep)
+        optimiser.zero_grad()
+        loss.total.backward()
+        masker.observe(loss.z, contribution(loss.h, loss.h.grad, sae.W_dec, 64), keep)
+        optimiser.step()
+    assert masker.mask_probability()[0] == 0 and masker.importance()[0] > 1
+
+def test_sampling_rate_warmup_and_shape():
+    masker, g = ATMMasker(3, warmup=2), gen()
+    z = torch.tensor([[2., 1., 0.]])
+    masker.observe(z, z.square())
+    assert masker.sample(g).all()                   # one step seen, two to wait
+    masker.observe(z, z.square())
+    rate = 1 - torch.stack([masker.sample(g) for _ in range(4000)]).float().mean(0)
+    assert torch.allclose(rate, masker.mask_probability(), atol=.03) and rate[0] == 0
+    masker.per = 'sample'
+    assert masker.sample(g, 7).shape == (7, 3)
+    with pytest.raises(ValueError, match='needs their number'): masker.sample(g)
+
+def test_sampling_is_reproducible():
+    masker = UniformMasker(50, .5)
+    assert torch.equal(masker.sample(gen(1)), masker.sample(gen(1))) and not torch.equal(masker.sample(gen(1)), masker.sample(gen(2)))
+
+def test_uniform_masker_is_blind():
+    masker = UniformMasker(4, .25)
+    z = torch.tensor([[9., 1., 0., 0.]])
+    masker.observe(z, z)
+    assert masker.mask_probability().tolist() == [.25] * 4
+
+def test_state_round_trip():
+    a, b = ATMMasker(6), ATMMasker(6)
+    for s in range(5):
+        z = torch.rand(8, 6, generator=gen(s))
+        a.observe(z, z.square(), torch.rand(6, generator=gen(s)) < .5)
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.importance(), b.importance()) and a.steps == b.steps
+
+def test_make_masker():
+    assert make_masker(None, 4, 100) is None
+    assert make_masker(ATMConfig(warmup=.3, per='sample'), 4, 100).warmup == 30
+    assert make_masker(ATMConfig(dropout=.2), 4, 100).p == .2
+
+@pytest.mark.parametrize('settings, text', [
+    (dict(combine='mean'), "unknown combine 'mean': choose one of geometric"), (dict(per='token'), "'batch' or 'sample'"),
+    (dict(decay=1.), 'decay must lie in'), (dict(r=-1.), 'r must not be negative'), (dict(warmup=2.), 'warmup is a share'),
+    (dict(dropout=1.), 'dropout is a probability')])
+def test_config_refuses(settings, text):
+    with pytest.raises(ValueError, match=text): ATMConfig(**settings)
+
+def test_masker_refuses_another_width():
+    with pytest.raises(ValueError, match='follows 4 latents, not 5'): ATMMasker(4).observe(torch.ones(2, 5), torch.ones(2, 5))

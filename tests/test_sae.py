@@ -1,0 +1,287 @@
+"Architectures, losses and gradients against numbers worked by hand; saving, loading, folding; messages."
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from atm_sae.sae import (ARCHITECTURES, SAE, SAEConfig, auxk_loss, batch_topk, calibrate_l0, geometric_median, jump_relu, l0_penalty,
+                         l1_penalty, project_rows_, random_sae, squared_error, step, topk)
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+def config(architecture, **more):
+    size = dict(k=2) if 'topk' in architecture else {}
+    return SAEConfig(6, 12, architecture, seed=1, **size | more)
+
+def identity(architecture='standard', **more):
+    "Two latents in two dimensions, encoder and decoder the identity, b_dec = (1, 0)."
+    sae = SAE(SAEConfig(2, 2, architecture, **more))
+    sae.W_enc.data, sae.W_dec.data, sae.b_dec.data = torch.eye(2), torch.eye(2), torch.tensor([1., 0.])
+    return sae
+
+
+# ---- configuration
+
+@pytest.mark.parametrize('settings, text', [
+    (dict(architecture='tpok'), "unknown architecture 'tpok': choose one of standard, topk, batchtopk, jumprelu"),
+    (dict(architecture='topk'), 'topk needs k'), (dict(architecture='batchtopk', k=99), '1 <= k <= 12, not 99'),
+    (dict(target_l0=0), 'target_l0 must lie between 0 and d_sae = 12'), (dict(target_l0=12.), 'target_l0')])
+def test_config_refuses(settings, text):
+    with pytest.raises(ValueError, match=text.replace('(', r'\(')): SAEConfig(6, 12, **settings)
+
+def test_config_refuses_sizes():
+    with pytest.raises(ValueError, match='must be positive'): SAEConfig(0, 12)
+
+def test_same_seed_same_weights():
+    a, b, c = SAE(config('standard')), SAE(config('topk')), SAE(SAEConfig(6, 12, seed=2))
+    assert torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
+    assert torch.equal(a.W_enc, a.W_dec.T) and torch.allclose(a.W_dec.norm(dim=1), torch.ones(12))
+
+
+# ---- activations
+
+def test_topk_by_hand():
+    pre = torch.tensor([[3., -1., 2., .5], [-1., -2., -3., .25]])
+    assert topk(pre, 2).tolist() == [[3, 0, 2, 0], [0, 0, 0, .25]]
+
+def test_topk_gradient_reaches_the_kept_only():
+    pre = torch.tensor([[3., -1., 2., .5]], requires_grad=True)
+    topk(pre, 2).sum().backward()
+    assert pre.grad.tolist() == [[1, 0, 1, 0]]
+
+def test_batch_topk_by_hand():
+    pre = torch.tensor([[3., 2., 1.], [.5, .1, -1.]], requires_grad=True)
+    z = batch_topk(pre, 1)
+    z.sum().backward()
+    assert z.tolist() == [[3, 2, 0], [0, 0, 0]] and pre.grad.tolist() == [[1, 1, 0], [0, 0, 0]]
+
+def test_batch_topk_is_topk_for_one_sample():
+    pre = torch.randn(1, 20, generator=gen())
+    assert torch.equal(batch_topk(pre, 5), topk(pre, 5))
+
+def test_jumprelu_gradients_by_hand():
+    pre, theta = torch.tensor([[.45], [.55], [.9]], requires_grad=True), torch.tensor([.5], requires_grad=True)
+    z = jump_relu(pre, theta, .2)
+    z.sum().backward()
+    assert torch.allclose(z.flatten(), torch.tensor([0, .55, .9])) and pre.grad.flatten().tolist() == [0, 1, 1]
+    assert theta.grad.item() == pytest.approx(-2 * .5 / .2)
+
+def test_step_gradients_by_hand():
+    pre, theta = torch.tensor([[.45], [.55], [.9]], requires_grad=True), torch.tensor([.5], requires_grad=True)
+    on = step(pre, theta, .2)
+    (on * torch.tensor([[1.], [3.], [5.]])).sum().backward()
+    assert on.flatten().tolist() == [0, 1, 1] and pre.grad is None
+    assert theta.grad.item() == pytest.approx(-(1 + 3) / .2)
+
+def test_window_is_whole_below_zero():
+    theta = torch.tensor([.05], requires_grad=True)
+    step(torch.tensor([[-.04]]), theta, .2).sum().backward()
+    assert theta.grad.item() == pytest.approx(-5)
+
+
+# ---- losses
+
+def test_squared_error_by_hand():
+    assert squared_error(torch.tensor([[1., 2.], [0., 0.]]), torch.tensor([[0., 0.], [0., 1.]])) == 3
+
+def test_l1_by_hand():
+    assert l1_penalty(torch.tensor([[2., 3.], [0., 1.]]), torch.tensor([[1., 0.], [3., 4.]])) == (2 + 15 + 5) / 2
+
+def test_l0_by_hand():
+    assert l0_penalty(torch.tensor(6.)) == 6 and l0_penalty(torch.tensor(6.), 4) == .25
+
+def test_auxk_by_hand():
+    e = torch.tensor([[2., 0.], [0., 0.]], requires_grad=True)
+    pre = torch.tensor([[9., 1.], [9., -3.]], requires_grad=True)
+    W_dec = torch.tensor([[0., 1.], [1., 0.]], requires_grad=True)
+    aux = auxk_loss(e, pre, W_dec, torch.tensor([False, True]), 1)
+    aux.backward()
+    assert aux == .5 and e.grad is None
+    assert pre.grad.tolist() == [[0, -1], [0, 0]] and W_dec.grad.tolist() == [[0, 0], [-1, 0]]
+
+def test_auxk_takes_indices_and_at_most_k():
+    e, pre, W_dec = torch.ones(1, 2), torch.tensor([[1., 2., 3.]]), torch.eye(3)[:, :2]
+    assert auxk_loss(e, pre, W_dec, torch.tensor([True, True, False]), 9) == auxk_loss(e, pre, W_dec, torch.tensor([0, 1]), 9)
+    only = torch.tensor([[1., 0.], [0., 0.]])   # residual of the first sample; latent 1 wins, and is wrong
+    assert auxk_loss(only, torch.tensor([[.5, 1., 9.]] * 2), W_dec, torch.tensor([0, 1]), 1) == pytest.approx((1 + 1 + 1) / 2 / .25)
+
+def test_auxk_without_dead_is_zero():
+    assert auxk_loss(torch.ones(2, 2), torch.ones(2, 3), torch.ones(3, 2), torch.zeros(3, dtype=torch.bool), 1) == 0
+
+def test_auxk_does_not_count_b_dec():
+    sae = identity('topk', k=1, aux_coef=1.)
+    sae.b_dec.data = torch.tensor([5., 5.])
+    x = torch.tensor([[6., 5.25], [5.5, 5.]])     # pre = (1, .25), (.5, 0): latent 0 wins; e = (0, .25), (0, 0)
+    loss = sae.loss(x, dead=torch.tensor([1]))
+    assert loss.auxiliary == 0 and loss.reconstruction.item() == pytest.approx(.25**2 / 2)
+
+def test_standard_loss_by_hand():
+    loss = identity(l1=.5).loss(torch.tensor([[3., -1.]]))
+    assert loss.z.tolist() == [[2, 0]] and loss.x_hat.tolist() == [[3, 0]]
+    assert (loss.reconstruction, loss.penalty, loss.total) == (1, 1, 2)
+    loss.total.backward()
+    assert loss.h.grad.tolist() == [[0, 2]]
+
+def test_sparsity_scales_the_penalty_and_not_h_grad():
+    sae = identity(l1=.5)
+    loss = sae.loss(torch.tensor([[3., -1.]]), sparsity=torch.tensor(4.))
+    loss.total.backward()
+    assert loss.penalty == 4 and loss.h.grad.tolist() == [[0, 2]]
+
+@pytest.mark.parametrize('keep', [torch.tensor([False, True]), torch.tensor([[False, True]])])
+def test_masked_loss_by_hand(keep):
+    loss = identity(l1=.5).loss(torch.tensor([[3., -1.]]), keep=keep)
+    assert loss.z.tolist() == [[2, 0]] and loss.h.tolist() == [[0, 0]]
+    assert loss.reconstruction == 5 and loss.penalty == 0
+
+def test_jumprelu_loss_by_hand():
+    sae = identity('jumprelu', target_l0=1.5, l0_coef=2., init_threshold=.5)
+    loss = sae.loss(torch.tensor([[2., 1.], [1.4, 1.], [3., 2.], [1., 0.]]))      # pre: (1,1), (.4,1), (2,2), (0,0): L0 = 5/4
+    assert loss.penalty.item() == pytest.approx(2 * (1.25 / 1.5 - 1) ** 2)
+    free = identity('jumprelu', l0_coef=2., init_threshold=.5).loss(torch.tensor([[2., 1.]]))
+    assert free.penalty == 2 * 2
+
+def test_jumprelu_counts_before_the_mask():
+    sae = identity('jumprelu', target_l0=1., init_threshold=.5)
+    x = torch.tensor([[2., 1.]])
+    assert sae.loss(x).penalty == sae.loss(x, keep=torch.tensor([False, False])).penalty
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_mask_of_ones_changes_nothing(architecture):
+    sae, x = SAE(config(architecture)), torch.randn(8, 6, generator=gen())
+    a, b = sae.loss(x), sae.loss(x, keep=torch.ones(12, dtype=torch.bool))
+    assert torch.equal(a.total, b.total) and torch.equal(a.z, b.h)
+
+def test_encoder_bias_trick_keeps_gradients():
+    sae, x = SAE(config('standard')), torch.randn(16, 6, generator=gen())
+    sae.b_dec.data = torch.randn(6, generator=gen(1))
+    plain = torch.autograd.grad(((x - sae.b_dec) @ sae.W_enc + sae.b_enc).square().sum(), list(sae.parameters())[:4], allow_unused=True)
+    quick = torch.autograd.grad(sae.pre_activations(x).square().sum(), list(sae.parameters())[:4], allow_unused=True)
+    for p, q in zip(plain, quick): assert (p is None and q is None) or torch.allclose(p, q, rtol=1e-3, atol=1e-3)
+
+
+# ---- decoder, start
+
+def test_projection_by_hand():
+    g = project_rows_(torch.tensor([[1., 2.]]), torch.tensor([[.6, .8]]))
+    assert torch.allclose(g, torch.tensor([[-.32, .24]]))
+
+def test_decoder_methods():
+    sae, x = SAE(config('standard', l1=.1)), torch.randn(16, 6, generator=gen())
+    sae.loss(x).total.backward()
+    sae.project_decoder_gradient()
+    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-5
+    sae.W_dec.data *= 3
+    sae.normalise_decoder()
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(12))
+
+def test_geometric_median_ignores_an_outlier():
+    x = torch.tensor([[0., 0.], [1., 0.], [0., 1.], [1., 1.], [1e4, 1e4]])
+    assert geometric_median(x, 200).max() < 1.1
+    assert torch.allclose(geometric_median(torch.ones(5, 3)), torch.ones(3))
+
+def test_threshold_average_by_hand():
+    sae = SAE(SAEConfig(3, 3, 'batchtopk', k=1))
+    sae.update_threshold(torch.tensor([[0., 2., 3.]]))
+    sae.update_threshold(torch.tensor([[1., 0., 3.]]))
+    assert sae.threshold.item() == pytest.approx(1.99)
+    sae.update_threshold(torch.zeros(1, 3))                   # a batch in which nothing fired
+    assert sae.threshold.item() == pytest.approx(1.99)
+
+def test_negative_thresholds_are_clipped():
+    sae = SAE(config('jumprelu'))
+    sae.threshold.data[0] = -1
+    sae.clip_threshold()
+    assert sae.threshold[0] == 0
+
+
+# ---- after training
+
+def trained(architecture):
+    "An SAE with all its numbers moved a little, as training does."
+    sae = SAE(config(architecture))
+    sae.b_dec.data, sae.b_enc.data = torch.randn(6, generator=gen(1)), .1 * torch.randn(12, generator=gen(2))
+    if architecture == 'batchtopk': sae.threshold.fill_(.3)
+    return sae
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_fold_input_scale(architecture):
+    sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
+    before = sae(7 * x) / 7
+    sae.fold_input_scale(7.)
+    assert torch.allclose(sae(x), before, atol=1e-5)
+
+def test_fold_refuses_a_zero_scale():
+    with pytest.raises(ValueError, match='positive'): trained('standard').fold_input_scale(0.)
+
+@pytest.mark.parametrize('architecture', ['standard', 'jumprelu'])
+def test_fold_decoder_norm(architecture):
+    sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
+    sae.W_dec.data *= torch.linspace(.5, 2, 12)[:, None]
+    before = sae(x)
+    sae.fold_decoder_norm()
+    assert torch.allclose(sae(x), before, atol=1e-5) and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(12))
+
+def test_fold_decoder_norm_refuses_topk():
+    sae = trained('topk')
+    sae.W_dec.data[0] *= 2
+    with pytest.raises(ValueError, match='would change which fire'): sae.fold_decoder_norm()
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_save_and_load(architecture, tmp_path):
+    sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
+    again = SAE.load(sae.save(tmp_path / 'sae'))
+    assert again.config == sae.config and torch.equal(again(x), sae(x))
+    assert sorted(p.name for p in (tmp_path / 'sae').iterdir()) == ['cfg.json', 'sae_weights.safetensors']
+
+def test_saelens_layout(tmp_path):
+    trained('batchtopk').save(tmp_path / 'b')
+    cfg = json.loads((tmp_path / 'b/cfg.json').read_text())
+    assert cfg['architecture'] == 'jumprelu' and cfg['normalize_activations'] == 'none' and cfg['apply_b_dec_to_input'] is True
+    w = load_file(tmp_path / 'b/sae_weights.safetensors')
+    assert {n: tuple(t.shape) for n, t in w.items()} == dict(W_enc=(6, 12), W_dec=(12, 6), b_enc=(12,), b_dec=(6,), threshold=(12,))
+
+def test_loads_a_folder_of_saelens_alone(tmp_path):
+    "Without our metadata, a BatchTopK reads as the JumpReLU it then is, and computes the same."
+    sae, x = trained('batchtopk'), torch.randn(32, 6, generator=gen())
+    sae.save(tmp_path / 'b')
+    cfg = json.loads((tmp_path / 'b/cfg.json').read_text())
+    (tmp_path / 'b/cfg.json').write_text(json.dumps({k: v for k, v in cfg.items() if k != 'metadata'}))
+    other = SAE.load(tmp_path / 'b')
+    assert other.config.architecture == 'jumprelu' and torch.equal(other(x), sae(x))
+
+def test_load_refuses(tmp_path):
+    folder = trained('standard').save(tmp_path / 's')
+    path = folder / 'sae_weights.safetensors'
+    good, cfg = load_file(path), (folder / 'cfg.json').read_text()
+    save_file(good | dict(W_dec=good['W_dec'][:5].contiguous()), path)
+    with pytest.raises(ValueError, match=r'W_dec is \(5, 6\) where cfg.json says \(12, 6\)'): SAE.load(folder)
+    save_file(good | dict(b_dec=torch.tensor([torch.nan] * 6)), path)
+    with pytest.raises(ValueError, match='b_dec holds 6 values that are NaN or infinite'): SAE.load(folder)
+    save_file({n: t for n, t in good.items() if n != 'b_enc'}, path)
+    with pytest.raises(ValueError, match='has no b_enc'): SAE.load(folder)
+    path.write_bytes(b'not a tensor')
+    with pytest.raises(ValueError, match='no readable safetensors file'): SAE.load(folder)
+    (folder / 'cfg.json').write_text(cfg.replace('standard', 'gated'))
+    with pytest.raises(ValueError, match="unknown architecture 'gated'"): SAE.load(folder)
+    path.unlink()
+    (folder / 'sae.pt').write_bytes(b'')
+    with pytest.raises(FileNotFoundError, match='sae.pt is a pickle, which this library does not open'): SAE.load(folder)
+
+def test_load_names_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no cfg.json in'): SAE.load(tmp_path / 'nowhere')
+
+@pytest.mark.parametrize('x, text', [(torch.zeros(2, 5), r'\(2, 5\)'), (torch.full((2, 6), torch.nan), 'NaN'), (torch.zeros(6), r'\(6,\)')])
+def test_encode_refuses(x, text):
+    with pytest.raises(ValueError, match=text): SAE(config('standard')).encode(x)
+
+
+# ---- control
+
+def test_calibrate_l0():
+    x = torch.randn(1000, 6, generator=gen())
+    sae = calibrate_l0(random_sae(config('topk')), x, 2.5)
+    assert (sae.encode(x) > 0).sum() == 2500 and not any(p.requires_grad for p in sae.parameters())
+    with pytest.raises(ValueError, match='l0 must lie between'): calibrate_l0(sae, x, 12)

@@ -1,0 +1,283 @@
+"Schedules and control by hand; resume bit for bit; runs, grids and their errors."
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from atm_sae.atm import ATMConfig, ATMMasker, make_masker
+from atm_sae.core import OutputError, one_thread
+from atm_sae.sae import SAE, SAEConfig
+from atm_sae.synthetic import PlantedWorld, WorldBatches, WorldConfig
+from atm_sae.train import (METHODS, L0Control, TrainConfig, default_lr, get_run, is_complete, load_checkpoint, lr_factor, method_parts, recipe,
+                           run_folder, run_grid, save_checkpoint, sparsity_factor, train)
+
+training = sys.modules['atm_sae.train']   # the module; the package's `train` is the function
+
+WORLD = WorldConfig(d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=.3, free_rate=.2)
+
+def small(method, steps=40, seed=0, **more):
+    more = dict(batch_size=32, log_every=5, checkpoint_every=20, snapshot_steps=(10, 30)) | more
+    return recipe(method, WORLD, d_in=8, d_sae=16, l0=3, steps=steps, seed=seed, **more)
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    "Every test has a cache of its own, and one thread."
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path / 'cache'))
+    with one_thread(): yield tmp_path / 'cache'
+
+def batches(spec, cls=WorldBatches): return cls(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+
+def make(spec, folder=None, data=None):
+    "Train a spec by hand; returns SAE and history."
+    sae, masker = SAE(spec.sae), make_masker(spec.atm, spec.sae.d_sae, spec.train.steps)
+    return sae, train(sae, data or batches(spec), spec.train, masker, folder, progress=False)
+
+def weights(sae): return {n: t.numpy().tobytes() for n, t in sae.state_dict().items()}
+
+class Fails(WorldBatches):
+    "Batches that end in an error at the 28th."
+    drawn = 0
+    def __next__(self):
+        self.drawn += 1
+        if self.drawn == 28: raise OSError('stopped')
+        return super().__next__()
+
+class Spoilt(WorldBatches):
+    "The third batch holds a NaN."
+    drawn = 0
+    def __next__(self):
+        self.drawn += 1
+        x = super().__next__()
+        if self.drawn == 3: x[1, 2] = torch.nan
+        return x
+
+
+# ---- pieces
+
+def test_schedules_by_hand():
+    c = TrainConfig(steps=100)
+    assert [lr_factor(i, c) for i in (0, 50, 90, 99)] == [.2, 1, .5, .05]
+    assert [sparsity_factor(i, c) for i in (0, 4, 50)] == [.1, .5, 1]
+    flat = TrainConfig(steps=10, lr_warmup=0, lr_decay=0, sparsity_warmup=0)
+    assert [lr_factor(i, flat) for i in (0, 9)] == [1, 1] and sparsity_factor(0, flat) == 1
+
+def test_control_by_hand():
+    control = L0Control(10)
+    control.observe(torch.tensor(20.))
+    assert control.coefficient.item() == pytest.approx(.1035, abs=1e-4)
+    control.observe(torch.tensor(10.))
+    assert control.error.item() == pytest.approx(.9 * .6931, abs=1e-4) and control.coefficient.item() == pytest.approx(.05 * 2.71828 ** (.0347 + .05 * .6238 + .6238), abs=1e-4)
+
+def test_control_settles_on_a_toy():
+    "An L0 that answers slowly to the coefficient, L0 -> 4 / coefficient, is brought to its target."
+    control, l0 = L0Control(20), torch.tensor(200.)
+    for _ in range(600):
+        control.observe(l0)
+        l0 = .95 * l0 + .05 * 4 / control.coefficient
+    assert l0.item() == pytest.approx(20, rel=.01)
+
+def test_default_lr():
+    assert default_lr(2**14) == 8e-4 and default_lr(2**10, 'standard') == pytest.approx(64e-4)
+
+@pytest.mark.parametrize('settings, text', [(dict(steps=0), 'at least 1'), (dict(steps=5, lr=0.), 'lr must be positive')])
+def test_config_refuses(settings, text):
+    with pytest.raises(ValueError, match=text): TrainConfig(**settings)
+
+
+# ---- training
+
+def test_training_lowers_the_error_and_folds_the_scale():
+    spec = small('topk', steps=200)
+    sae, history = make(spec)
+    t = history.table
+    assert list(t.columns) == list(training.COLUMNS) and t.step.tolist() == list(range(5, 201, 5)) and t.tokens.iloc[-1] == 6400
+    assert t.fvu.iloc[-1] < .5 * t.fvu.iloc[0]
+    x, _ = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))
+    fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert fvu.item() == pytest.approx(t.fvu.iloc[-4:].mean(), rel=.5)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(16), atol=1e-5)
+
+def test_scale_is_measured():
+    spec = small('topk', steps=1)
+    _, history = make(spec)
+    x = next(batches(spec))
+    assert history.scale == pytest.approx(x.square().sum(1).mean().item() ** -.5)
+
+def test_input_scale_does_not_matter():
+    class Loud(WorldBatches):
+        def __next__(self): return 64 * super().__next__()    # a power of two, so that it is exact
+    spec = small('standard')
+    a, ha = make(spec)
+    b, hb = make(spec, data=batches(spec, Loud))
+    assert hb.table.fvu.iloc[-1] == pytest.approx(ha.table.fvu.iloc[-1], rel=1e-3) and torch.allclose(a.W_dec, b.W_dec, atol=1e-3)
+
+def test_dead_latents_are_counted_and_woken():
+    spec = small('topk', steps=60, dead_after=.1)
+    def run(aux):
+        sae = SAE(training.replace(spec.sae, aux_coef=aux))
+        sae.b_enc.data[:8] = -3.                             # half of the latents cannot win
+        history = train(sae, batches(spec), spec.train, progress=False)
+        return history.table.dead, sae
+    dead, _ = run(0.)
+    woken, _ = run(4.)
+    assert dead.iloc[0] == 0 and dead.max() >= 8 and woken.iloc[-1] <= dead.iloc[-1]
+
+def test_steered_l0_lands():
+    "The planted world in small: asked for 3, within 5%."
+    for method, steps in (('atm', 1500), ('jumprelu', 500)):
+        spec = recipe(method, WorldConfig(), 64, 80, l0=6, steps=steps, batch_size=64)
+        sae = SAE(spec.sae)
+        train(sae, WorldBatches(PlantedWorld(WorldConfig()), 64, 0), spec.train, make_masker(spec.atm, 80, steps), progress=False)
+        x, _ = PlantedWorld(WorldConfig()).sample(8000, torch.Generator().manual_seed(1))
+        assert (sae.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(6, rel=.05), method
+
+def test_snapshots():
+    _, history = make(small('atm'))
+    assert set(history.snapshots) == {10, 30} and history.snapshots[30]['importance'].shape == (16,)
+
+
+# ---- stop and resume
+
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'random'])
+def test_resume_is_bit_exact(method, tmp_path):
+    spec = small(method)
+    straight, whole = make(spec)
+    with pytest.raises(OSError, match='stopped'): make(spec, tmp_path, batches(spec, Fails))
+    resumed, rest = make(spec, tmp_path)
+    assert weights(resumed) == weights(straight)
+    assert rest.table.equals(whole.table) and rest.scale == whole.scale
+    for step, s in whole.snapshots.items():
+        for n, t in s.items(): assert torch.equal(t, rest.snapshots[step][n])
+
+def test_resume_with_a_mask_for_each_sample(tmp_path):
+    spec = small('atm', per='sample')
+    straight, whole = make(spec)
+    with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
+    resumed, rest = make(spec, tmp_path)
+    assert weights(resumed) == weights(straight) and rest.table.equals(whole.table)
+
+KILLED = '''
+import os, signal
+from test_train import small, training
+save, written = training.save_checkpoint, []
+def save_and_die(*args):
+    save(*args)
+    written.append(args)
+    if len(written) == 3: os.kill(os.getpid(), signal.SIGKILL)
+training.save_checkpoint = save_and_die
+training.get_run(small('atm', steps=100))
+'''
+
+def test_resume_after_a_kill(cache):
+    spec = small('atm', steps=100)
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]))
+    killed = subprocess.run([sys.executable, '-c', KILLED], env=env)
+    checkpoint = run_folder(spec) / 'checkpoint.safetensors'
+    assert killed.returncode == -signal.SIGKILL and checkpoint.exists() and not is_complete(spec)
+    resumed = get_run(spec)
+    straight, whole = make(spec)
+    assert weights(resumed.sae) == weights(straight) and resumed.history.table.equals(whole.table)
+    assert not checkpoint.exists()
+
+def test_checkpoint_of_another_configuration(tmp_path):
+    spec = small('atm')
+    with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
+    for other in (small('atm', lr=.5), small('atm', r=2.), small('standard'), small('topk')):
+        with pytest.raises(ValueError, match='checkpoint of another configuration'): make(other, tmp_path)
+
+def test_damaged_checkpoint(tmp_path):
+    (tmp_path / 'checkpoint.safetensors').write_bytes(b'nonsense')
+    with pytest.raises(ValueError, match='no readable checkpoint'): make(small('topk'), tmp_path)
+
+def test_checkpoint_holds_no_pickle(tmp_path):
+    save_checkpoint(tmp_path / 'c', {'a': {'x': torch.arange(3)}, 'n': 1, 's': 'text', 'none': None}, 'me')
+    assert load_checkpoint(tmp_path / 'c', 'me')['n'] == 1 and load_checkpoint(tmp_path / 'c', 'me')['a']['x'].tolist() == [0, 1, 2]
+    assert b'pickle' not in (tmp_path / 'c').read_bytes() and not (tmp_path / 'c').read_bytes().startswith(b'PK')
+
+def test_read_only_folder(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError(errno.EROFS, 'Read-only file system')
+    monkeypatch.setattr(training, 'save_file', refuse)
+    with pytest.raises(OutputError, match='checkpoint.safetensors'): make(small('topk'), tmp_path)
+    assert list(tmp_path.glob('*.part*')) == []
+
+
+# ---- bad data
+
+def test_nan_names_the_step():
+    spec = small('topk')
+    with pytest.raises(FloatingPointError, match='step 3: the batch holds NaN'): make(spec, data=batches(spec, Spoilt))
+
+def test_nan_in_the_first_batch():
+    class First(Spoilt): drawn = 2
+    spec = small('topk')
+    with pytest.raises(ValueError, match='the first batch: 1 NaN'): make(spec, data=batches(spec, First))
+
+def test_all_zero_batch():
+    class Zero(WorldBatches):
+        def __next__(self): return 0 * super().__next__()
+    with pytest.raises(ValueError, match='all zero'): make(small('topk'), data=batches(small('topk'), Zero))
+
+def test_wrong_width():
+    with pytest.raises(ValueError, match=r'the first batch: expected shape \(batch, 9\), got \(32, 8\)'):
+        train(SAE(SAEConfig(9, 16)), batches(small('topk')), small('topk').train, progress=False)
+
+
+# ---- runs
+
+def test_methods_and_recipes():
+    assert method_parts('atm') == ('standard', 'atm') and method_parts('jumprelu+atm') == ('jumprelu', 'atm') and method_parts('random') == ('jumprelu', '')
+    assert small('topk').sae.k == 3 and small('atm').sae.target_l0 == 3 and small('dropout').atm.dropout == .25 and small('standard').atm is None
+    spec = small('atm', r=.5, lr=.25, bandwidth=.7)
+    assert (spec.atm.r, spec.train.lr, spec.sae.bandwidth) == (.5, .25, .7)
+
+def test_recipe_refuses():
+    with pytest.raises(ValueError, match="unknown method 'atn': choose one of atm, standard"): small('atn')
+    with pytest.raises(TypeError, match='rr: no field'): small('atm', rr=2)
+    with pytest.raises(TypeError, match='topk has a mask'): small('topk', combine='sum')
+
+def test_keys_tell_specs_apart():
+    specs = [small(m) for m in METHODS] + [small('atm', seed=1), small('atm', steps=41), small('atm', r=2.)]
+    assert len({s.key for s in specs}) == len(specs) and small('atm').key == small('atm').key
+
+def test_get_run_makes_once(monkeypatch):
+    spec = small('atm')
+    made = get_run(spec)
+    assert is_complete(spec) and sorted(p.name for p in made.folder.iterdir()) == ['history.csv', 'run.json', 'sae', 'snapshots.safetensors']
+    monkeypatch.setattr(training, 'train', None)              # a second call cannot train
+    again = get_run(spec)
+    assert weights(again.sae) == weights(made.sae) and again.history.table.equals(made.history.table)
+    assert again.history.scale == made.history.scale and set(again.history.snapshots) == {10, 30}
+
+def test_a_folder_without_run_json_is_not_complete():
+    spec = small('topk')
+    made = get_run(spec)
+    (made.folder / 'run.json').unlink()
+    assert not is_complete(spec)
+    assert weights(get_run(spec).sae) == weights(made.sae) and is_complete(spec)
+
+def test_random_run_has_its_l0():
+    run = get_run(small('random', batch_size=512))
+    x, _ = PlantedWorld(WORLD).sample(8000, torch.Generator().manual_seed(1))
+    assert (run.sae.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(3, rel=.05) and len(run.history.table) == 0
+
+def test_grid_in_processes_equals_grid_in_turn(monkeypatch, tmp_path):
+    specs = [small('topk'), small('atm'), small('topk')]
+    many = run_grid(specs, workers=2, progress=False)
+    assert [r.spec for r in many] == specs
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path / 'other'))
+    one = run_grid(specs, workers=1, progress=False)
+    for a, b in zip(many, one): assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
+    monkeypatch.setattr(training, 'train', None)
+    assert len(run_grid(specs, progress=False)) == 3          # a second call only loads
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_grid_names_the_run_that_failed(workers):
+    bad = [recipe('topk', WORLD, d_in=9, d_sae=16, l0=3, steps=5, seed=s) for s in range(workers)]
+    with pytest.raises(RuntimeError, match=r'run "topk, L0 3, seed \d" .* failed: ValueError: the data are 8 wide'): run_grid(bad, workers, progress=False)
+
+def test_unknown_data():
+    with pytest.raises(TypeError, match='WorldConfig or an ActivationSpec, not str'): get_run(recipe('topk', 'pile', 8, 16, 3, 5))
