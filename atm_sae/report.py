@@ -10,7 +10,7 @@ __all__ = ['METHOD_NAMES', 'METHOD_COLOURS', 'SUMMARY_COLUMNS', 'SMOKE', 'method
            'read_summary', 'reports_folder']
 
 # %% ../nbs/11_report.ipynb #cell-3
-import contextlib, math
+import contextlib, itertools, math
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -211,23 +211,32 @@ def claim_verdict(
     return 'holds' if high < 0 else 'fails' if low > 0 else 'undecided'
 
 # %% ../nbs/11_report.ipynb #cell-54
+def _pair_at(curves, a, b, target, metrics, slack=1.05):
+    "One seed's lines of both methods at the L0 nearest to `target` that both reach; empty if there is none."
+    ends = curves.groupby('method').l0.agg(['min', 'max']).reindex([a, b])
+    low, high = ends['min'].max(), ends['max'].min()
+    if low <= high: return at_l0(curves, min(max(target, low), high), metrics).dropna()
+    return curves[curves.sparsity == target] if low <= slack * high else curves[:0]
+
+# %% ../nbs/11_report.ipynb #cell-56
 def difference_table(
     rows,       # as for summary_table, with a seed column
     pairs,      # [(a, b), ...] methods
     metrics,    # columns to compare
     level=.95,  # of the intervals
 ):
-    "Summary lines for a - b, for each world and sparsity in which both were run; l0 is the mean of both."
+    "Summary lines for a - b at equal L0, for each world and target; pairs that share no L0 are left out."
     _need(rows, [*_BY, 'seed', 'l0', *metrics], 'difference_table')
     out = []
-    for (world, sparsity), group in rows.groupby(['world', 'sparsity'], sort=False):
-        for a, b in pairs:
-            if not {a, b} <= set(group.method): continue
-            l0 = _t_interval(group[group.method.isin([a, b])].groupby('seed').l0.mean(), level)
-            out += [(world, f'{a} - {b}', sparsity, m, *paired_difference(group, a, b, m, level=level), *l0[:3]) for m in metrics]
+    for (world, target), (a, b) in itertools.product(rows[['world', 'sparsity']].drop_duplicates().itertuples(index=False), pairs):
+        both = rows[(rows.world == world) & rows.method.isin([a, b])]
+        read = pd.concat([_pair_at(c, a, b, target, metrics) for _, c in both.groupby('seed')] or [both])
+        if read.groupby('seed').method.nunique().max() != 2: continue
+        l0 = _t_interval(read.groupby('seed').l0.mean(), level)
+        out += [(world, f'{a} - {b}', target, m, *paired_difference(read, a, b, m, level=level), *l0[:3]) for m in metrics]
     return pd.DataFrame(out, columns=SUMMARY_COLUMNS)
 
-# %% ../nbs/11_report.ipynb #cell-57
+# %% ../nbs/11_report.ipynb #cell-59
 def _ours(entry, summary):
     "The line of `summary` that stands beside a published entry, or None."
     at = entry.get('at') or {}
@@ -240,7 +249,7 @@ def _ours(entry, summary):
     distance = np.abs(np.log(np.maximum(have.to_numpy(float), 1e-9)) - math.log(wanted))
     return lines.iloc[int(np.argmin(np.where(np.isnan(distance), math.inf, distance)))]
 
-# %% ../nbs/11_report.ipynb #cell-59
+# %% ../nbs/11_report.ipynb #cell-61
 def _verdict(entry, ours, tolerance, not_comparable):
     "Verdict and reason for one published entry beside one of our lines."
     if not_comparable: return 'not comparable', not_comparable
@@ -253,7 +262,7 @@ def _verdict(entry, ours, tolerance, not_comparable):
     reason = f'ours is at L0 {format_number(float(ours.l0))}, the published L0 is not known' if published is None else 'at the published L0'
     return ('reproduced' if abs(ours['mean'] - entry['value']) <= tolerance else 'differs'), reason
 
-# %% ../nbs/11_report.ipynb #cell-60
+# %% ../nbs/11_report.ipynb #cell-62
 _VERDICT_COLUMNS = ('method', 'metric', 'published', 'published_l0', 'source', 'confidence', 'ours', 'low', 'high', 'n', 'l0',
                     'difference', 'tolerance', 'verdict', 'reason')
 
@@ -272,7 +281,7 @@ def compare_published(
                     numbers[0] - entry['value'], limit, *_verdict(entry, ours, limit, not_comparable)))
     return pd.DataFrame(out, columns=_VERDICT_COLUMNS)
 
-# %% ../nbs/11_report.ipynb #cell-64
+# %% ../nbs/11_report.ipynb #cell-66
 def _spread(y, gap):
     "Positions near `y`, at least `gap` apart, with the least sum of squared shifts."
     y = np.asarray(y, dtype=float)
@@ -288,7 +297,7 @@ def _spread(y, gap):
     out[order] = u + gap*np.arange(len(y))
     return out
 
-# %% ../nbs/11_report.ipynb #cell-67
+# %% ../nbs/11_report.ipynb #cell-69
 def label_ends(ax, gap=10, size=8):
     "Write each labelled line's name beside its last point, names at least `gap` points apart."
     ax.figure.draw_without_rendering()
@@ -303,7 +312,7 @@ def label_ends(ax, gap=10, size=8):
         ax.annotate(line.get_label(), end, (1.03, y), textcoords='axes fraction', va='center', color=line.get_color(), fontsize=size,
                     arrowprops=leader, annotation_clip=False)
 
-# %% ../nbs/11_report.ipynb #cell-69
+# %% ../nbs/11_report.ipynb #cell-71
 def _limits(mean, low, high):
     "Axis limits that show all means, and intervals up to one span of the means beyond them."
     mean, low, high = (np.asarray(v, dtype=float) for v in (mean, low, high))
@@ -315,7 +324,7 @@ def _limits(mean, low, high):
     pad = .06 * (top - bottom or span)
     return (bottom - pad, top + pad)
 
-# %% ../nbs/11_report.ipynb #cell-72
+# %% ../nbs/11_report.ipynb #cell-74
 def _draw_intervals(ax, points, vertical):
     "Thin bars for (where, low, high) on `ax`, which do not move its limits."
     from matplotlib.collections import LineCollection
@@ -324,7 +333,7 @@ def _draw_intervals(ax, points, vertical):
             ends = [(where, low), (where, high)] if vertical else [(low, where), (high, where)]
             ax.add_collection(LineCollection([ends], colors=colour, linewidths=1, alpha=.55, zorder=1.5), autolim=False)
 
-# %% ../nbs/11_report.ipynb #cell-73
+# %% ../nbs/11_report.ipynb #cell-75
 def plot_curves(
     ax,              # where to draw
     summary,         # summary table of one world
@@ -346,7 +355,7 @@ def plot_curves(
     if label: label_ends(ax)
     return data
 
-# %% ../nbs/11_report.ipynb #cell-74
+# %% ../nbs/11_report.ipynb #cell-76
 def _l0_axis(ax, data):
     "A logarithmic L0 axis with ticks at the targets, or at powers of two."
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter, LogLocator
@@ -357,7 +366,7 @@ def _l0_axis(ax, data):
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.set_xlabel('L0, mean number of active latents')
 
-# %% ../nbs/11_report.ipynb #cell-79
+# %% ../nbs/11_report.ipynb #cell-81
 def plot_intervals(
     ax,             # where to draw
     summary,        # summary lines, one for each method, of one world and sparsity
@@ -380,7 +389,7 @@ def plot_intervals(
     ax.tick_params(axis='y', length=0)
     return data
 
-# %% ../nbs/11_report.ipynb #cell-82
+# %% ../nbs/11_report.ipynb #cell-84
 SMOKE = 'SMOKE: not a result'
 
 def stamp(fig, profile):
@@ -395,7 +404,7 @@ def stamp(fig, profile):
         with contextlib.suppress(TypeError, NotImplementedError): engine.set(rect=(0, .12/height, 1, 1 - .12/height))
     return fig
 
-# %% ../nbs/11_report.ipynb #cell-85
+# %% ../nbs/11_report.ipynb #cell-87
 _NO_TRACE = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None}}
 
 def _settle(fig):
@@ -408,7 +417,7 @@ def _to_csv(data, path):
     "Write a DataFrame as CSV with six significant digits."
     data.to_csv(path, index=False, float_format='%.6g', lineterminator='\n', encoding='utf-8')
 
-# %% ../nbs/11_report.ipynb #cell-86
+# %% ../nbs/11_report.ipynb #cell-88
 def save_figure(
     fig,      # a matplotlib figure
     folder,   # where to put it
@@ -427,7 +436,7 @@ def save_figure(
     with atomic_write(paths[2]) as part: _to_csv(data, part)
     return paths
 
-# %% ../nbs/11_report.ipynb #cell-89
+# %% ../nbs/11_report.ipynb #cell-91
 def _cells(table):
     "Headings, alignments ('l' or 'r') and cells of a DataFrame, as text."
     align = ['r' if pd.api.types.is_numeric_dtype(t) else 'l' for t in table.dtypes]
@@ -441,7 +450,7 @@ def to_markdown(table):
     rule = '|' + '|'.join('---:' if a == 'r' else '---' for a in align) + '|'
     return '\n'.join([line(head), rule, *map(line, body)]) + '\n'
 
-# %% ../nbs/11_report.ipynb #cell-91
+# %% ../nbs/11_report.ipynb #cell-93
 _TEX = str.maketrans({c: '\\' + c for c in '&%$#_{}'} | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '–': '--', '−': '$-$'})
 
 def to_latex(table, caption=''):
@@ -452,7 +461,7 @@ def to_latex(table, caption=''):
                       rf'  \begin{{tabular}}{{{"".join(align)}}}', r'    \toprule', line(head), r'    \midrule', *map(line, body),
                       r'    \bottomrule', r'  \end{tabular}', r'\end{table}']) + '\n'
 
-# %% ../nbs/11_report.ipynb #cell-93
+# %% ../nbs/11_report.ipynb #cell-95
 def save_table(
     df,            # DataFrame to write; numbers keep six digits in the CSV
     folder,        # where to put it
@@ -470,7 +479,7 @@ def save_table(
         with atomic_write(path) as part: part.write_text(texts[path.suffix[1:]], encoding='utf-8')
     return paths
 
-# %% ../nbs/11_report.ipynb #cell-96
+# %% ../nbs/11_report.ipynb #cell-98
 def save_summary(summary, folder, name):
     "Write a summary table to tables/name-summary.csv in the reports folder, after checking its columns; returns the path."
     _need(summary, SUMMARY_COLUMNS, 'save_summary')
@@ -484,7 +493,7 @@ def read_summary(path):
     _need(table, SUMMARY_COLUMNS, f'read_summary({Path(path).name})')
     return table
 
-# %% ../nbs/11_report.ipynb #cell-99
+# %% ../nbs/11_report.ipynb #cell-101
 def reports_folder(
     out='',           # the folder a runner gave; empty for a run by hand
     profile='smoke',  # names the scratch folder
