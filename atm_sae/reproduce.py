@@ -8,7 +8,7 @@ __all__ = ['ManifestError', 'Parameter', 'read_parameters', 'Experiment', 'Manif
            'reproduce', 'published_verdicts', 'claim_verdicts', 'landing_page', 'write_index', 'main']
 
 # %% ../nbs/12_reproduce.ipynb #cell-3
-import argparse, ast, contextlib, functools, importlib.util, itertools, json, math, os, re, shutil, signal, sys, time
+import argparse, ast, contextlib, functools, importlib.util, itertools, json, math, os, re, shutil, signal, sys, time, uuid
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from .core import (OutputError, atomic_write, cache_dir, code_hash, data_dir, file_sha256, project_root, provenance,
@@ -306,7 +306,16 @@ def _record(out, name):
     try: return read_json(_provenance_path(out, name))
     except (OSError, ValueError): return None
 
-# %% ../nbs/12_reproduce.ipynb #cell-53
+# %% ../nbs/12_reproduce.ipynb #cell-54
+def _place():
+    "The identifier of this cache, drawn on first use: reports of another one were made elsewhere."
+    path = cache_dir()/'reproduce'/'place.json'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, uuid.uuid4().hex)
+    return read_json(path)
+
+# %% ../nbs/12_reproduce.ipynb #cell-56
 def stale_reason(
     manifest, experiment,  # what to look at
     profile,               # for which profile
@@ -315,6 +324,7 @@ def stale_reason(
     "Why an experiment must run, in words; None if it is up to date."
     record = _record(out, experiment.name)
     if record is None: return 'never run'
+    if record.get('place') != _place(): return 'made elsewhere'
     parts = fingerprint_parts(manifest, experiment, profile, out)
     if changed := [k for k in parts if parts[k] != record['fingerprint'].get(k)]: return f'changed: {", ".join(changed)}'
     expected = {*experiment.outputs, f'notebooks/{experiment.name}.ipynb'}
@@ -323,7 +333,7 @@ def stale_reason(
         if not (Path(out)/o).is_file(): return f'missing: {o}'
         if file_sha256(Path(out)/o) != digest: return f'not as it was written: {o}'
 
-# %% ../nbs/12_reproduce.ipynb #cell-56
+# %% ../nbs/12_reproduce.ipynb #cell-59
 def _kernel_environment():
     "Environment variables of the kernel, beyond those of this process."
     path = [str(_package_folder().parent), *filter(None, [os.environ.get('PYTHONPATH')])]
@@ -344,7 +354,7 @@ def _kernel_manager():
             return KernelSpec(argv=argv, display_name='python3', language='python', env=_kernel_environment())
     return ThisPython
 
-# %% ../nbs/12_reproduce.ipynb #cell-58
+# %% ../nbs/12_reproduce.ipynb #cell-61
 _EPILOGUE = 'epilogue'
 _PEAK = '''
 import json as _json, sys as _sys
@@ -358,7 +368,7 @@ if 'torch' in _sys.modules and _sys.modules['torch'].cuda.is_initialized():
 print(_json.dumps(_peak))
 '''
 
-# %% ../nbs/12_reproduce.ipynb #cell-59
+# %% ../nbs/12_reproduce.ipynb #cell-62
 class RunError(RuntimeError):
     "An experiment failed; the message holds the last lines of the error and where to look."
 
@@ -383,7 +393,7 @@ def _execute(path, parameters, target, label):
         raise RunError(f'cell {e.exec_count}: {e.ename}: {e.evalue}'.strip() + _failing_line(e.traceback)) from None
     except Exception as e: raise RunError(f'{type(e).__name__}: {e}') from None
 
-# %% ../nbs/12_reproduce.ipynb #cell-61
+# %% ../nbs/12_reproduce.ipynb #cell-64
 _WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 def _hide_paths(text, places):
@@ -403,7 +413,7 @@ def _places(scratch):
     with contextlib.suppress(FileNotFoundError): places[str(project_root())] = '.'
     return sorted(((f, n) for f, n in places.items() if len(f) > 2), key=lambda p: -len(p[0]))
 
-# %% ../nbs/12_reproduce.ipynb #cell-62
+# %% ../nbs/12_reproduce.ipynb #cell-65
 def tidy_notebook(nb, scratch):
     "The executed notebook without traces of machine and time; returns it and what the epilogue measured."
     last = [c for c in nb.cells if _EPILOGUE in c.metadata.get('tags', [])]
@@ -419,7 +429,7 @@ def tidy_notebook(nb, scratch):
         for o in cell.outputs: _tidy_output(o, _places(scratch))
     return nb, peak
 
-# %% ../nbs/12_reproduce.ipynb #cell-64
+# %% ../nbs/12_reproduce.ipynb #cell-67
 def _scratch(out, profile, name):
     "The scratch folder of one object, below the cache."
     return cache_dir()/'reproduce'/f'{profile}-{stable_hash(str(Path(out).resolve()), 8)}'/name
@@ -431,7 +441,7 @@ def _prepare(given, scratch, out):
     for o in given: shutil.copyfile(Path(out)/o, scratch/o)
     return {o: file_sha256(scratch/o) for o in given}
 
-# %% ../nbs/12_reproduce.ipynb #cell-65
+# %% ../nbs/12_reproduce.ipynb #cell-68
 def _check_outputs(experiment, scratch, given):
     "RunError unless the scratch folder holds the declared outputs, none of them empty, and nothing else."
     found = {p.relative_to(scratch).as_posix(): p for p in scratch.rglob('*') if p.is_file()}
@@ -443,13 +453,13 @@ def _check_outputs(experiment, scratch, given):
     if touched := [o for o, digest in given.items() if o not in found or file_sha256(found[o]) != digest]:
         raise RunError(f'the notebook changed {", ".join(touched)}, which belongs to another object')
 
-# %% ../nbs/12_reproduce.ipynb #cell-67
+# %% ../nbs/12_reproduce.ipynb #cell-70
 def _publish(files, out):
     "Put `files`, {path below out: file}, in place: all of them or none."
     with contextlib.ExitStack() as stack:
         for o, file in files.items(): shutil.copyfile(file, stack.enter_context(atomic_write(Path(out)/o)))
 
-# %% ../nbs/12_reproduce.ipynb #cell-70
+# %% ../nbs/12_reproduce.ipynb #cell-73
 def _measure(manifest, experiment, profile, parts, out, peak, seconds):
     "The provenance of one object, as plain data; its outputs must be in place."
     checksums = lambda names: {o: file_sha256(Path(out)/o) for o in names}
@@ -459,9 +469,9 @@ def _measure(manifest, experiment, profile, parts, out, peak, seconds):
     about = provenance(parameters.get('seeds'), object=experiment.name, profile=profile, notebook=experiment.notebook, parameters=parameters,
                        fingerprint=parts, inputs=inputs, outputs=checksums([*experiment.outputs, f'notebooks/{experiment.name}.ipynb']))
     about.pop('peak_memory_mib')
-    return about | {'command': f'atm-sae reproduce --profile {profile} --only {experiment.name}', 'seconds': round(seconds, 1), 'peak': peak}
+    return about | {'place': _place(), 'command': f'atm-sae reproduce --profile {profile} --only {experiment.name}', 'seconds': round(seconds, 1), 'peak': peak}
 
-# %% ../nbs/12_reproduce.ipynb #cell-72
+# %% ../nbs/12_reproduce.ipynb #cell-75
 def _keep_failed(executed, work, name):
     "Save what there is of a failed notebook in the cache; returns its path, or None."
     kept = work.parent/'failed'/f'{name}.ipynb'
@@ -474,7 +484,7 @@ def _drop_old(record, files, out):
     "Remove outputs of an earlier run that are not declared any more."
     for o in set(record['outputs'] if record else ()) - files.keys(): (Path(out)/o).unlink(missing_ok=True)
 
-# %% ../nbs/12_reproduce.ipynb #cell-73
+# %% ../nbs/12_reproduce.ipynb #cell-76
 def _run(manifest, experiment, profile, out, label, scratch, executed):
     "Run one experiment in its scratch folder; returns the files to publish and what the epilogue measured."
     import nbformat
@@ -486,7 +496,7 @@ def _run(manifest, experiment, profile, out, label, scratch, executed):
     nbformat.write(nb, executed)
     return {o: scratch/o for o in experiment.outputs} | {f'notebooks/{experiment.name}.ipynb': executed}, peak
 
-# %% ../nbs/12_reproduce.ipynb #cell-74
+# %% ../nbs/12_reproduce.ipynb #cell-77
 def run_experiment(
     manifest, experiment,  # what to run
     profile,               # with which parameters
@@ -507,7 +517,7 @@ def run_experiment(
     finally: shutil.rmtree(work, ignore_errors=True)
     return time.monotonic() - start
 
-# %% ../nbs/12_reproduce.ipynb #cell-82
+# %% ../nbs/12_reproduce.ipynb #cell-85
 @dataclass(frozen=True)
 class Status:
     "How one object ended: 'ok', 'up to date', 'FAILED', 'skipped', or, before a run, 'would run'."
@@ -521,7 +531,7 @@ class Status:
         "True if the object's results are not there as they should be."
         return self.state in ('FAILED', 'skipped')
 
-# %% ../nbs/12_reproduce.ipynb #cell-84
+# %% ../nbs/12_reproduce.ipynb #cell-87
 def _plan(manifest, chosen, profile, out, force, done):
     "What should happen to each experiment, lazily, since what was done before decides: (experiment, state, reason)."
     for e in run_order(manifest.experiments):
@@ -537,7 +547,7 @@ def _plan(manifest, chosen, profile, out, force, done):
         elif waits: yield e, 'would run', f'after {", ".join(waits)}'
         else: yield e, 'up to date', ''
 
-# %% ../nbs/12_reproduce.ipynb #cell-85
+# %% ../nbs/12_reproduce.ipynb #cell-88
 def _run_all(manifest, chosen, profile, out, force, dry_run, say):
     "Run (or, with `dry_run`, only plan) the chosen experiments; returns {name: Status}."
     done, total = {}, len(chosen)
@@ -552,7 +562,7 @@ def _run_all(manifest, chosen, profile, out, force, dry_run, say):
         say(f'{label}: {_describe(s, _record(out, e.name))}')
     return done
 
-# %% ../nbs/12_reproduce.ipynb #cell-86
+# %% ../nbs/12_reproduce.ipynb #cell-89
 def _clock(seconds): return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 def _describe(s, record):
@@ -561,7 +571,7 @@ def _describe(s, record):
     if s.state == 'would run': return f'would run ({s.detail})' + (f', took {_clock(record["seconds"])} last time' if record else '')
     return f'{s.state} in {_clock(s.seconds)}' if s.state == 'ok' else s.state + (f' ({s.detail})' if s.detail else '')
 
-# %% ../nbs/12_reproduce.ipynb #cell-88
+# %% ../nbs/12_reproduce.ipynb #cell-91
 @contextlib.contextmanager
 def _alone(out, profile):
     "Hold the lock of one reports folder; RunError if another run has it."
@@ -583,7 +593,7 @@ def _check_writable(out):
     except OutputError: raise
     except OSError as e: raise OutputError(e.errno, f'cannot write to {out}: {e.strerror}. What to do: choose another folder with --out') from None
 
-# %% ../nbs/12_reproduce.ipynb #cell-90
+# %% ../nbs/12_reproduce.ipynb #cell-93
 @contextlib.contextmanager
 def _stoppable():
     "Turn a polite kill into SystemExit, so that kernels and scratch folders are cleared away."
@@ -594,12 +604,12 @@ def _stoppable():
     finally:
         if old is not None: signal.signal(signal.SIGTERM, old)
 
-# %% ../nbs/12_reproduce.ipynb #cell-92
+# %% ../nbs/12_reproduce.ipynb #cell-95
 def default_out(profile):
     "Where a profile's results go: reports/ for the default one, reports/<profile>/ for the others."
     return project_root()/'reports'/('' if profile == 'default' else profile)
 
-# %% ../nbs/12_reproduce.ipynb #cell-93
+# %% ../nbs/12_reproduce.ipynb #cell-96
 def reproduce(
     profile='default',  # which parameters
     only=(),            # names of objects; none means all
@@ -623,7 +633,7 @@ def reproduce(
         try: return _run_all(manifest, chosen, profile, out, force, False, say)
         finally: write_index(manifest, profile, out)
 
-# %% ../nbs/12_reproduce.ipynb #cell-95
+# %% ../nbs/12_reproduce.ipynb #cell-98
 def _summary(experiment, out):
     "The experiment's summary table; None where it has none, or none that can be read."
     name = f'tables/{experiment.name}-summary.csv'
@@ -636,7 +646,7 @@ def published_verdicts(experiment, profile, out):
     if summary is None or not experiment.published: return None
     return compare_published(experiment.published, summary, experiment.tolerance, experiment.not_comparable.get(profile))
 
-# %% ../nbs/12_reproduce.ipynb #cell-96
+# %% ../nbs/12_reproduce.ipynb #cell-99
 def claim_verdicts(experiment, out):
     "One dict for each claim and each summary line that speaks of it: text, world, sparsity, difference, n, verdict."
     summary, lines = _summary(experiment, out), []
@@ -651,7 +661,7 @@ def claim_verdicts(experiment, out):
         if rows.empty: lines.append({'claim': claim['text'], 'world': '–', 'L0': '–', 'difference': '–', 'n': 0, 'verdict': 'not measured'})
     return lines
 
-# %% ../nbs/12_reproduce.ipynb #cell-100
+# %% ../nbs/12_reproduce.ipynb #cell-103
 def _comparison(table):
     "Published values and ours, as Markdown."
     import pandas as pd
@@ -663,7 +673,7 @@ def _comparison(table):
         'at our L0': number(r['l0']), 'difference': number(r['difference']), 'tolerance': number(r['tolerance']),
         'verdict': f'**{r["verdict"]}**: {r["reason"]}'} for r in table.to_dict('records')]))
 
-# %% ../nbs/12_reproduce.ipynb #cell-101
+# %% ../nbs/12_reproduce.ipynb #cell-104
 def _inline(experiment, out):
     "The experiment's pictures, or its tables if it has no picture."
     pictures = [o for o in experiment.outputs if o.endswith('.png')]
@@ -677,7 +687,7 @@ def _links(experiment, record):
     parameters = ', '.join(f'`{k} = {v}`' for k, v in record['parameters'].items()) or 'none'
     return f'{" · ".join(links)}\n\nParameters: {parameters}. Runtime {_clock(record["seconds"])} on {record["cpu"]}.'
 
-# %% ../nbs/12_reproduce.ipynb #cell-103
+# %% ../nbs/12_reproduce.ipynb #cell-106
 def _warning(manifest, experiment, profile, out):
     "A line about results that are missing or old; empty if all is well."
     reason = stale_reason(manifest, experiment, profile, out)
@@ -696,7 +706,7 @@ def _section(manifest, experiment, profile, out):
                   to_markdown(pd.DataFrame(claims)) if claims else '', _links(experiment, record)]
     return '\n\n'.join(p.strip() for p in parts if p.strip())
 
-# %% ../nbs/12_reproduce.ipynb #cell-104
+# %% ../nbs/12_reproduce.ipynb #cell-107
 def _count(words):
     "`['a', 'b', 'a']` -> '2 a, 1 b'"
     return ', '.join(f'{words.count(w)} {w}' for w in dict.fromkeys(words)) or '–'
@@ -712,7 +722,7 @@ def _overview(manifest, profile, out):
                       'claims': _count([c['verdict'] for c in claim_verdicts(e, out)]), 'runtime': _clock(record['seconds']) if record else 'not run'})
     return to_markdown(pd.DataFrame(lines))
 
-# %% ../nbs/12_reproduce.ipynb #cell-105
+# %% ../nbs/12_reproduce.ipynb #cell-108
 _RULE = ('A published value is *reproduced* if our mean lies within a tolerance fixed beforehand, at the same L0; it *differs* otherwise; '
          'it is *not comparable* where model or L0 are others. A claim *holds* or *fails* if the whole 95% interval of the difference '
          'over seeds lies on one side of zero; else it is *undecided*. Intervals are t-intervals over n seeds.')
@@ -738,7 +748,7 @@ def write_index(manifest, profile, out):
     with atomic_write(path) as part: part.write_text(landing_page(manifest, profile, out), encoding='utf-8')
     return path
 
-# %% ../nbs/12_reproduce.ipynb #cell-113
+# %% ../nbs/12_reproduce.ipynb #cell-116
 def _list(manifest, profile, out, say):
     "Print one line for each object: its name, what it makes, and whether it is up to date."
     manifest.profile(profile)
@@ -748,7 +758,7 @@ def _list(manifest, profile, out, say):
         took = f', took {_clock(record["seconds"])}' if record else ''
         say(f'{e.name:{width}}  {e.title}  [{stale_reason(manifest, e, profile, out) or "up to date"}{took}]')
 
-# %% ../nbs/12_reproduce.ipynb #cell-114
+# %% ../nbs/12_reproduce.ipynb #cell-117
 def _parser():
     "The command line's options."
     from atm_sae import __version__
@@ -765,7 +775,7 @@ def _parser():
     add('--manifest', metavar='FILE', help="another manifest than the project's")
     return parser
 
-# %% ../nbs/12_reproduce.ipynb #cell-115
+# %% ../nbs/12_reproduce.ipynb #cell-118
 def _report(done, profile, out, say):
     "The closing lines of a run; returns the exit status."
     say(f'{len(done)} object{"s" if len(done) != 1 else ""}: {_count([s.state for s in done.values()])}')
@@ -774,7 +784,7 @@ def _report(done, profile, out, say):
     if (Path(out)/'index.md').is_file(): say(f'results: {Path(out)/"index.md"}')
     return int(any(s.bad for s in done.values()))
 
-# %% ../nbs/12_reproduce.ipynb #cell-116
+# %% ../nbs/12_reproduce.ipynb #cell-119
 def main(argv=None):
     "The command `atm-sae`; returns its exit status."
     a = _parser().parse_args(argv)

@@ -478,3 +478,11 @@ def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
     assert all(p.get('source') and p.get('confidence') for e in experiments for p in e.published)
     order = [e.name for e in run_order(experiments)]
     assert order.index('summary') > max(map(order.index, ('absorption', 'planted', 'probing', 'reconstruction')))
+
+
+def test_reports_that_came_with_a_clone_are_made_again(toy, monkeypatch, tmp_path):
+    assert toy.run()[0] == FRESH and toy.run()[0] == DONE
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'another'))
+    manifest = load_manifest(toy.path)
+    assert {R.stale_reason(manifest, e, 'smoke', toy.out) for e in manifest.experiments} == {'made elsewhere'}
+    assert toy.run()[0] == FRESH
