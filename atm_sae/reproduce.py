@@ -324,7 +324,6 @@ def stale_reason(
     "Why an experiment must run, in words; None if it is up to date."
     record = _record(out, experiment.name)
     if record is None: return 'never run'
-    if record.get('place') != _place(): return 'made elsewhere'
     parts = fingerprint_parts(manifest, experiment, profile, out)
     if changed := [k for k in parts if parts[k] != record['fingerprint'].get(k)]: return f'changed: {", ".join(changed)}'
     expected = {*experiment.outputs, f'notebooks/{experiment.name}.ipynb'}
@@ -332,6 +331,7 @@ def stale_reason(
     for o, digest in sorted(record['outputs'].items()):
         if not (Path(out)/o).is_file(): return f'missing: {o}'
         if file_sha256(Path(out)/o) != digest: return f'not as it was written: {o}'
+    if record.get('place') != _place(): return 'made elsewhere'
 
 # %% ../nbs/12_reproduce.ipynb #cell-59
 def _kernel_environment():
@@ -691,7 +691,7 @@ def _links(experiment, record):
 def _warning(manifest, experiment, profile, out):
     "A line about results that are missing or old; empty if all is well."
     reason = stale_reason(manifest, experiment, profile, out)
-    if reason is None: return ''
+    if reason in (None, 'made elsewhere'): return ''  # whole and of this code, if not of this cache
     if reason == 'never run': return f'*Not run yet:* `atm-sae reproduce --profile {profile} --only {experiment.name}`'
     return f'*Older than its sources* ({reason}): run it again before relying on it.'
 
