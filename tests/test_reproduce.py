@@ -421,7 +421,7 @@ def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
         import os, time
         if "GO" not in os.environ:
             Path(out, "pid").write_text(str(os.getpid()))
-            time.sleep(60)""")
+            time.sleep(300)""")
     source = 'import sys; from atm_sae.reproduce import main; sys.exit(main())'
     command = [sys.executable, '-c', source, 'reproduce', '--profile', 'smoke', '--only', 'count', '--manifest', str(real.path), '--out']
     runs = {how: real.folder/how.name for how in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
@@ -432,7 +432,7 @@ def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
         until(lambda: pid.is_file() and pid.read_text())
         kernel = int(pid.read_text())
         process.send_signal(how)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=150)
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[how], err
         until(lambda: not alive(kernel))
         assert not [p for p in runs[how].rglob('*') if p.is_file() and p.name != 'index.md']
