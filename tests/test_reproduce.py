@@ -451,7 +451,7 @@ def alive(pid):
     except OSError: return False
 
 
-def until(condition, seconds=40):
+def until(condition, seconds=150):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'waited too long'
