@@ -798,6 +798,9 @@ def main(argv=None):
     except (ManifestError, RunError, OSError) as e:
         print(f'atm-sae: {e}', file=sys.stderr)
         return 2
+    except ModuleNotFoundError as e:
+        print(f"atm-sae: {e.name} is not installed, and running notebooks needs it: pip install '.[reports]' in the clone", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print('atm-sae: stopped; finished objects are kept, the same command continues', file=sys.stderr)
         return 130

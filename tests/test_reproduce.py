@@ -422,7 +422,8 @@ def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
         if "GO" not in os.environ:
             Path(out, "pid").write_text(str(os.getpid()))
             time.sleep(300)""")
-    source = 'import sys; from atm_sae.reproduce import main; sys.exit(main())'
+    # a job in the background inherits SIGINT as ignored; a user's terminal does not
+    source = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.reproduce import main; sys.exit(main())'
     command = [sys.executable, '-c', source, 'reproduce', '--profile', 'smoke', '--only', 'count', '--manifest', str(real.path), '--out']
     runs = {how: real.folder/how.name for how in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
     environment = os.environ | {'PYTHONPATH': str(Path(R.__file__).parent.parent)}
