@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMBINE', 'ema_', 'magnitude', 'frequency', 'contribution', 'importance', 'importance_threshold',
-           'masking_probability', 'ATMConfig', 'seen_contribution', 'ATMMasker', 'sample_mask', 'UniformMasker',
+           'masking_probability', 'ATMConfig', 'seen_contribution', 'ATMMasker', 'sample_mask', 'BlindMasker',
            'make_masker']
 
 # %% ../nbs/06_atm.ipynb #cell-3
@@ -73,7 +73,7 @@ class ATMConfig:
     warmup: float = .1          # share of the steps without masking
     combine: str = 'geometric'  # how three statistics make an importance; one of COMBINE
     per: str = 'batch'          # one mask for the 'batch', or one for each 'sample'
-    dropout: float = None       # hide every latent with this probability: the control
+    blind: bool = False         # the control: hide every latent with the mean of their probabilities
 
     def __post_init__(self):
         if self.combine not in COMBINE: raise ValueError(f'unknown combine {self.combine!r}: choose one of {", ".join(COMBINE)}')
@@ -81,7 +81,6 @@ class ATMConfig:
         if not 0 <= self.decay < 1: raise ValueError(f'decay must lie in [0, 1), not {self.decay}')
         if self.r < 0: raise ValueError(f'r must not be negative, not {self.r}')
         if not 0 <= self.warmup <= 1: raise ValueError(f'warmup is a share of the steps, 0 to 1, not {self.warmup}')
-        if not 0 <= (self.dropout or 0) < 1: raise ValueError(f'dropout is a probability in [0, 1), not {self.dropout}')
 
 # %% ../nbs/06_atm.ipynb #cell-42
 def seen_contribution(
@@ -148,14 +147,9 @@ def sample_mask(
     return torch.rand(shape, generator=generator, device=generator.device).to(masker.weight.device) >= p.to(masker.weight.device)
 
 # %% ../nbs/06_atm.ipynb #cell-59
-class UniformMasker(ATMMasker):
-    "Dropout on latents: the interface of ATM, blind to importance."
-    def __init__(self, d_sae, p, warmup=0, per='batch', decay=.99, device='cpu'):
-        super().__init__(d_sae, decay=decay, warmup=warmup, per=per, device=device)
-        if not 0 <= p < 1: raise ValueError(f'p is a probability in [0, 1), not {p}')
-        self.p = p
-
-    def mask_probability(self): return torch.full_like(self.magnitude, self.p)
+class BlindMasker(ATMMasker):
+    "Dropout on latents at ATM's mean rate: the same averages, blind to importance."
+    def mask_probability(self): return super().mask_probability().mean().expand(self.d_sae)
 
 # %% ../nbs/06_atm.ipynb #cell-62
 def make_masker(
@@ -167,5 +161,5 @@ def make_masker(
     "The masker that an `ATMConfig` describes."
     if config is None: return None
     warmup = round(config.warmup * steps)
-    if config.dropout is not None: return UniformMasker(d_sae, config.dropout, warmup, config.per, config.decay, device)
-    return ATMMasker(d_sae, config.decay, config.c, config.r, warmup, config.combine, config.per, device)
+    kind = BlindMasker if config.blind else ATMMasker
+    return kind(d_sae, config.decay, config.c, config.r, warmup, config.combine, config.per, device)

@@ -117,11 +117,12 @@ def folder_sha256(path):
 
 # %% ../nbs/00_core.ipynb #cell-43
 def code_hash(
-    *modules,  # names of modules of this package; none means all
+    *modules,   # names of modules of this package; none means all
+    without=(), # names that are left out of all
 ):
     "Hash of the code of some modules, comments and layout left out."
     folder = Path(find_spec('atm_sae').submodule_search_locations[0])
-    names = sorted(modules or (p.stem for p in folder.glob('*.py') if p.stem != '_modidx'))
+    names = sorted(modules or {p.stem for p in folder.glob('*.py')} - {'_modidx', *without})
     return stable_hash({n: ast.unparse(ast.parse((folder/f'{n}.py').read_text(encoding='utf-8'))) for n in names})
 
 # %% ../nbs/00_core.ipynb #cell-46

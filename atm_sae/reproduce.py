@@ -267,7 +267,7 @@ def _package_folder():
 
 def _library_hash():
     "Hash of the library's code, less this module."
-    return code_hash(*(p.stem for p in _package_folder().glob('*.py') if p.name not in ('reproduce.py', '_modidx.py')))
+    return code_hash(without=('reproduce',))
 
 # %% ../nbs/12_reproduce.ipynb #cell-48
 def _effective(manifest, experiment, profile):

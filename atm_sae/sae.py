@@ -209,9 +209,9 @@ def sae_loss(
 # %% ../nbs/05_sae.ipynb #cell-56
 class SAE(nn.Module):
     "A sparse autoencoder; see `SAEConfig`. Encoder and decoder start tied, with unit rows."
-    def __init__(self, config):
+    def __init__(self, config, metadata=None):
         super().__init__()
-        self.config = config
+        self.config, self.metadata = config, dict(metadata or {})   # metadata: what it was trained on; see `saelens_config`
         rows = torch.randn(config.d_sae, config.d_in, generator=generator(config.seed, 'sae'))
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_enc = nn.Parameter(rows.T.contiguous())
@@ -286,7 +286,7 @@ def saelens_config(sae):
     cfg = dict(architecture=arch, d_in=c.d_in, d_sae=c.d_sae, dtype='float32', device='cpu',
                apply_b_dec_to_input=True, normalize_activations='none', reshape_activations='none')
     if arch == 'topk': cfg['k'] = c.k
-    return cfg | dict(metadata=dict(sae_lens_version='6.0.0', atm_sae=asdict(c)))
+    return cfg | dict(metadata=sae.metadata | dict(sae_lens_version='6.0.0', atm_sae=asdict(c)))
 
 # %% ../nbs/05_sae.ipynb #cell-77
 def save_sae(
@@ -303,7 +303,7 @@ def save_sae(
 
 # %% ../nbs/05_sae.ipynb #cell-79
 def _read_config(folder):
-    "SAEConfig of a saved SAE, ours or SAELens' own."
+    "SAEConfig and metadata of a saved SAE, ours or SAELens' own."
     folder = Path(folder)
     for name in ('cfg.json', 'sae_weights.safetensors'):
         if not (folder / name).is_file():
@@ -311,14 +311,15 @@ def _read_config(folder):
             hint = f' ({pickles[0]} is a pickle, which this library does not open: save it as safetensors)' if pickles else ''
             raise FileNotFoundError(f'no {name} in {folder}: an SAE is a folder with cfg.json and sae_weights.safetensors{hint}')
     cfg = read_json(folder / 'cfg.json')
-    own = (cfg.get('metadata') or {}).get('atm_sae') or {k: cfg[k] for k in ('d_in', 'd_sae', 'architecture', 'k') if k in cfg}
+    metadata = dict(cfg.get('metadata') or {})
+    own = metadata.pop('atm_sae', None) or {k: cfg[k] for k in ('d_in', 'd_sae', 'architecture', 'k') if k in cfg}
     known = {f.name for f in fields(SAEConfig)}
-    return SAEConfig(**{k: v for k, v in own.items() if k in known})
+    return SAEConfig(**{k: v for k, v in own.items() if k in known}), metadata
 
 # %% ../nbs/05_sae.ipynb #cell-80
 def load_sae(folder):
     "Read an SAE written by `save_sae`; ValueError for weights of another shape or that are not finite."
-    sae = SAE(_read_config(folder))
+    sae = SAE(*_read_config(folder))
     path = Path(folder) / 'sae_weights.safetensors'
     try: weights = load_file(path)
     except Exception as e: raise ValueError(f'{path} is no readable safetensors file ({e}): fetch or save it again') from None

@@ -29,6 +29,7 @@ from .activations import ActivationSpec, CacheBatches, activation_key, get_activ
 from .atm import ATMConfig, contribution, make_masker
 from .core import (atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
                           read_json, stable_hash, to_plain, write_json)
+from .lm import hook_point
 from .sae import SAE, SAEConfig, calibrate_l0, random_sae
 from .synthetic import PlantedWorld, WorldBatches, WorldConfig
 
@@ -274,7 +275,7 @@ def train(
     sae,             # SAE; trained in place
     batches,         # iterator of (batch, d_in) activations; needs state_dict and load_state_dict if `folder` is given
     config,          # TrainConfig
-    masker=None,     # ATMMasker, UniformMasker or None
+    masker=None,     # ATMMasker, BlindMasker or None
     folder=None,     # where checkpoints are written and looked for; None: nowhere
     progress=True,   # show a progress bar
 )->History:
@@ -358,7 +359,7 @@ def recipe(
     sae = SAEConfig(d_in, d_sae, base, seed=seed, **size)
     moments = tuple(round(share * steps) for share in (.1, .25, .5, .75, 1))
     config = TrainConfig(steps, batch_size, lr=default_lr(d_sae, base), snapshot_steps=moments, seed=seed)
-    atm = {'atm': ATMConfig(), 'dropout': ATMConfig(dropout=.25)}.get(mask)
+    atm = {'atm': ATMConfig(), 'dropout': ATMConfig(blind=True)}.get(mask)
     sae, config, atm = (_override(c, overrides) for c in (sae, config, atm))
     if overrides: raise TypeError(f'{", ".join(sorted(overrides))}: no field of SAEConfig or TrainConfig, nor of ATMConfig if {method} has a mask')
     return RunSpec(method, data, sae, config, atm)
@@ -419,6 +420,7 @@ def _make_run(spec, folder, progress, device):
         sae = SAE(spec.sae).to(device)
         masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device)
         history = train(sae, batches, spec.train, masker, folder, progress)
+    if isinstance(spec.data, ActivationSpec): sae.metadata = hook_point(spec.data.model, spec.data.layer)
     sae.save(folder / 'sae')
     _save_history(history, folder)
     write_json(folder / 'run.json', dict(name=spec.name, key=spec.key, spec=to_plain(spec), scale=history.scale, provenance=provenance([spec.seed])))

@@ -1,5 +1,4 @@
 "First-letter absorption: both scores branch by branch, probes, split latents, the whole evaluation on planted words, caches, messages."
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 
 from atm_sae import absorption as ab
 from atm_sae.absorption import (
-    LETTERS, AbsorptionConfig, FirstLetterTask, absorbed_projection, absorption_fraction, best_single_latent_f1, build_task, dominant_absorber,
-    effect_absorption, encode_words, evaluate_absorption, f1_score, find_words, first_letter_prompts, fit_letter_probes, fit_logistic,
-    full_absorption, get_task, integrated_effects, l1_max, letter_gap, load_task, main_latents, rank_latents, save_task, stratified_split,
+    LETTERS, AbsorptionConfig, FirstLetterTask, absorbed_projection, absorption_fraction, balanced_weights, best_single_latent_f1, build_task, dominant_absorber,
+    encode_words, evaluate_absorption, f1_score, find_words, first_letter_prompts, fit_l1_probes, fit_letter_probes,
+    fit_logistic, full_absorption, get_task, integrated_effects, kkt_error, l1_max, letter_gap, load_task, main_latents, rank_latents, save_task, stratified_split,
     task_from_activations)
 from atm_sae.lm import LM, tiny_lm
 from atm_sae.text import word_vocabulary
@@ -152,9 +151,36 @@ def test_f1():
 def test_l1_max_is_where_weights_vanish():
     rng = np.random.default_rng(0)
     z = sparse.csr_matrix(rng.random((60, 8)) * (rng.random((60, 8)) < .3))
-    y = T(rng.random(60) < .4)
-    assert len(rank_latents(z, y, share=1.01)) == 0
-    assert len(rank_latents(z * 1.0, y, share=.5)) > 0 or (z.T @ y.numpy()).max() == 0
+    Y = rng.random((60, 3)) < .4
+    assert (fit_l1_probes(z, Y, share=1.01)[0] == 0).all() and (fit_l1_probes(z, Y, share=.98)[0] != 0).any(0).all()
+
+
+def test_l1_probes_are_at_the_optimum_that_sklearn_finds():
+    rng = np.random.default_rng(1)
+    z = sparse.csr_matrix(rng.exponential(size=(400, 60)) * (rng.random((400, 60)) < .1))
+    Y = np.stack([z[:, j].toarray()[:, 0] + .3 * rng.random(400) > .25 for j in range(4)], 1)
+    W, b = fit_l1_probes(z, Y, share=.02, tol=1e-8)
+    for l in range(4):
+        weights = balanced_weights(T(Y[:, l])).numpy()
+        probe = LogisticRegression(C=1 / (.02 * l1_max(z, Y)[l]), l1_ratio=1., solver='saga', tol=1e-10, max_iter=100_000)
+        w = probe.fit(z.toarray(), Y[:, l], sample_weight=weights).coef_[0]
+        assert np.allclose(W[:, l], w, atol=1e-4 * np.abs(w).max()) and abs(b[l] - probe.intercept_[0]) < 1e-3
+        assert 0 < (W[:, l] != 0).sum() < 60
+    t, s = 2. * Y - 1, np.stack([balanced_weights(T(y)).numpy() for y in Y.T], 1)
+    G = z.T @ (-s * t / (1 + np.exp(t * (z @ W + b))))
+    assert kkt_error(G, W, .02 * l1_max(z, Y)).max() < 1e-7
+
+
+def test_l1_probes_that_do_not_converge_say_so():
+    z = sparse.csr_matrix(np.random.default_rng(2).random((40, 5)))
+    with pytest.raises(RuntimeError, match='1 letters did not converge in 1 steps'): fit_l1_probes(z, z[:, [0]].toarray() > .5, max_steps=1)
+
+
+def test_many_problems_at_once_are_the_same_as_each_by_itself():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 50, 4, generator=g), torch.rand(3, 50, generator=g) < .3
+    w, b = fit_logistic(x, y)
+    for i in range(3): assert torch.allclose(w[i], fit_logistic(x[i], y[i])[0], atol=1e-7) and torch.isclose(b[i], fit_logistic(x[i], y[i])[1], atol=1e-7)
 
 
 def test_ranking_finds_the_letter_and_ignores_negative_weights():
@@ -162,20 +188,22 @@ def test_ranking_finds_the_letter_and_ignores_negative_weights():
     letter, other = y.float() * 3, (~y).float() * 3
     noise = torch.rand(40, generator=torch.Generator().manual_seed(0))
     z = sparse.csr_matrix(torch.stack([noise, other, letter], 1).numpy())
-    ranked = rank_latents(z, y)
+    ranked, = rank_latents(z, y[:, None].numpy())
     assert ranked[0] == 2 and 1 not in ranked
-    assert len(rank_latents(sparse.csr_matrix((40, 3)), y)) == 0
+    assert len(rank_latents(sparse.csr_matrix((40, 3)), y[:, None].numpy())[0]) == 0
 
 
 def test_main_latents_stop_at_the_first_failure():
     y = T([1, 1, 1, 1, 0, 0, 0, 0]).bool()
     a, b, junk = T([5., 5, 0, 0, 0, 0, 0, 0]), T([0., 0, 5, 5, 0, 0, 0, 0]), T([1., 0, 1, 0, 1, 0, 1, 0])
-    run = lambda *cols: main_latents(torch.stack(cols, 1), y, torch.stack(cols, 1), y)
+    run = lambda *cols: main_latents(torch.stack(cols, 1)[None], y[None], torch.stack(cols, 1)[None], y[None])
     k, f1, hit = run(a, b, junk)
-    assert (k, f1) == (2, 1) and torch.equal(hit, y)
+    assert (k, f1) == (2, 1) and torch.equal(hit[0], y)
     assert run(a, junk, b)[0] == 1                   # b would help, but junk before it does not
     assert run(junk)[0] == 1                         # k = 1 always passes
-    assert run(a)[1] == pytest.approx(2 / 3)
+    assert run(a)[1].item() == pytest.approx(2 / 3)
+    both = [torch.stack([a, b], 1), torch.stack([junk, 0 * junk], 1)]           # letters side by side; zeros where there is no more
+    assert main_latents(torch.stack(both), y.expand(2, 8), torch.stack(both), y.expand(2, 8))[0].tolist() == [2, 1]
 
 
 # prompts --------------------------------------------------------------------
@@ -237,18 +265,22 @@ def test_table_columns_and_means(task):
     assert frame.mean_full_absorption_score[0] == result.full and frame.num_letters[0] == 26 and frame.std_dev_num_split_features[0] == result.n_split_std
 
 
-def test_json_schema_and_same_bytes(task, tmp_path):
-    for name in 'ab': evaluate_absorption(alphabet_sae(5), task).to_json(tmp_path/name)
-    assert (tmp_path/'a').read_bytes() == (tmp_path/'b').read_bytes()
-    out = json.loads((tmp_path/'a').read_text())
-    assert out['eval_type_id'] == 'absorption_first_letter' and isinstance(out['datetime_epoch_millis'], int)
-    assert set(out) >= {'eval_config', 'eval_id', 'eval_result_metrics', 'eval_result_details', 'sae_bench_commit_hash', 'sae_lens_id',
-                        'sae_lens_release_id', 'sae_lens_version', 'sae_cfg_dict'}
-    assert set(out['eval_result_metrics']['mean']) == {f'{a}_{b}' for a, b in [
-        ('mean', 'absorption_fraction_score'), ('mean', 'full_absorption_score'), ('mean', 'num_split_features'),
-        ('std_dev', 'absorption_fraction_score'), ('std_dev', 'full_absorption_score'), ('std_dev', 'num_split_features')]}
-    assert set(out['eval_result_details'][0]) == {'first_letter', 'mean_absorption_fraction', 'full_absorption_rate', 'num_full_absorption',
-                                                  'num_probe_true_positives', 'num_split_features'}
+def test_evaluation_seeds_are_asked_apart_and_averaged(task):
+    sae = alphabet_sae(5)
+    three, apart = evaluate_absorption(sae, task, eval_seeds=3), [evaluate_absorption(sae, task.again(s)) for s in range(3)]
+    assert three.seeds.index.tolist() == [0, 1, 2] and three.seeds.full.tolist() == [r.full for r in apart] and len(set(three.seeds.full)) > 1
+    assert three.full == pytest.approx(np.mean([r.full for r in apart])) and three.noise.full == pytest.approx(np.std([r.full for r in apart], ddof=1))
+    assert len(three.letters) == 78 and np.isnan(apart[0].noise.full) and apart[1].letters.eval_seed.unique() == [1]
+    assert np.isnan(three.ablation) and 'ablation' not in three.seeds
+    with pytest.raises(ValueError, match='eval_seeds must be at least 1, not 0'): evaluate_absorption(sae, task, eval_seeds=0)
+
+
+def test_the_next_seed_of_a_models_task_has_other_prompts(lm, tmp_path, monkeypatch):
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
+    first = get_task('nano-gemma2', 0, n_icl=1, max_words=40)
+    again = first.again(1)
+    assert again.seed == 1 and again.origin == first.origin and len(again.words) <= 40 and not again.words.equals(first.words)
+    assert first.again(0) is first
 
 
 def test_decoder_norms_are_folded(task):
@@ -347,20 +379,79 @@ def test_dominant_absorber():
     assert dominant_absorber(effects, T([.5, .5, .01])).tolist() == [True, False, False]
 
 
-def test_effects_add_up(lm, lm_task):
+def path(sae, lm_task, rows, alphas):
+    "Points of the stream between the SAE's latents at zero and as they are."
+    x = lm_task.x[rows]
+    return torch.stack([x - (1 - a) * sae.encode(x) @ sae.W_dec for a in alphas], 1)
+
+
+@pytest.fixture(scope='module')
+def halves():
+    "A toy that covers half of tiny_lm's stream."
     half = torch.eye(32)[:16]
-    sae, rows = Toy(torch.cat([half, -half]).T, torch.cat([half, -half])), torch.arange(5)
+    return Toy(torch.cat([half, -half]).T, torch.cat([half, -half]))
+
+
+def test_gaps_are_those_of_whole_prompts(lm, lm_task, halves):
+    from atm_sae.lm import next_token_logits, splice
+    rows, at = torch.arange(3), lm_task.at[:3]
+    stream = path(halves, lm_task, rows, (0., .3))
     ids = T([lm.tokenizer(f' {l}')['input_ids'][0] for l in LETTERS])
-    m1, m0 = (ab._spliced_gap(sae, lm, lm_task, rows, ids, scale)[0].detach() for scale in (1., 0.))
-    effects = integrated_effects(sae, lm, lm_task, rows)
+    for j in range(2):
+        def put(resid): return resid.index_put((torch.arange(3), at), stream[:, j])
+        with splice(lm, 1, put): logits = next_token_logits(lm, lm_task.tokens[rows].long())
+        assert torch.allclose(ab._gaps(lm, lm_task, rows, stream)[:, j], letter_gap(logits, lm_task.letter[rows], ids), atol=1e-5)
+
+
+def test_effects_add_up(lm, lm_task, halves):
+    rows = torch.arange(5)
+    m0, m1 = ab._gaps(lm, lm_task, rows, path(halves, lm_task, rows, (0., 1.))).detach().T
+    effects = integrated_effects(halves, lm, lm_task, rows)
     assert effects.shape == (5, 32) and torch.allclose(effects.sum(1), m1 - m0, atol=1e-4)
-    assert (effects[lm_task.x[rows] @ sae.W_enc <= 0] == 0).all()            # what does not fire has no effect
+    assert (effects[lm_task.x[rows] @ halves.W_enc <= 0] == 0).all()            # what does not fire has no effect
 
 
-def test_effect_absorption(lm, lm_task, task):
-    sae = Toy(torch.zeros(32, 32), torch.eye(32))
-    words = pd.DataFrame(dict(text=lm_task.words.text[:6], letter=lm_task.words.letter[:6], silent=[True] * 5 + [False], detected=[False] * 4 + [True] * 2))
-    result = type('Result', (), dict(words=words))
-    table = effect_absorption(sae, lm_task, lm, result)
-    assert table.num_candidates.sum() == 4 and table.num_absorbed.sum() == 0 and (table.rate == 0).all()
-    with pytest.raises(ValueError, match='without prompts'): effect_absorption(sae, task, lm, result)
+def test_ablation_absorbed(lm, lm_task, task, halves, monkeypatch):
+    rows = [3, 0, 7]
+    p = lm_task.directions[lm_task.letter[rows]]
+    c = p @ halves.W_dec.T
+    def effects(sae, lm, task, part, steps): return torch.stack([(4. - i) * (torch.arange(32) == c[i].argmax()) for i in range(len(part))])
+    monkeypatch.setattr(ab, 'integrated_effects', effects)
+    assert ab.ablation_absorbed(halves, lm, lm_task, rows).tolist() == [True] * 3       # led by 4, 3, 2, along the probe
+    monkeypatch.setattr(ab, 'integrated_effects', lambda *a: .5 * effects(*a))
+    assert ab.ablation_absorbed(halves, lm, lm_task, rows).tolist() == [True, True, True]
+    monkeypatch.setattr(ab, 'integrated_effects', lambda *a: .3 * effects(*a))
+    assert ab.ablation_absorbed(halves, lm, lm_task, rows).tolist() == [True, False, False]   # 1.2, 0.9, 0.6: the margin is 1
+    assert len(ab.ablation_absorbed(halves, lm, lm_task, [])) == 0
+    with pytest.raises(ValueError, match='without prompts'): ab.ablation_absorbed(halves, lm, task, rows)
+    with pytest.raises(ValueError, match='built with tiny.*, not with other'): ab.ablation_absorbed(halves, replace(lm, name='other'), lm_task, rows)
+
+
+def test_third_score_counts_candidates_only(lm, lm_task, monkeypatch):
+    easy = replace(lm_task, f1=torch.ones(26), b=torch.full((26,), 99.))                 # every probe is right
+    silent = Toy(torch.zeros(32, 32), torch.eye(32))
+    asked = []
+    def absorbed(sae, lm, task, rows): asked.extend(rows.tolist()); return torch.arange(len(rows)) % 2 == 0
+    monkeypatch.setattr(ab, 'ablation_absorbed', absorbed)
+    present = [i for i in range(26) if (lm_task.letter[lm_task.test] == i).any() and (lm_task.letter[~lm_task.test] == i).any()]
+    easy.f1[[i for i in range(26) if i not in present]] = 0.
+    result = evaluate_absorption(silent, easy, AbsorptionConfig(min_letters=1), lm=lm)
+    candidate = result.words.silent & ~result.words.detected
+    assert len(asked) == candidate.sum() and result.words.ablated.sum() == (candidate.sum() + 1) // 2 and not result.words.ablated[~candidate].any()
+    assert result.ablation == pytest.approx(result.words.groupby('letter').ablated.mean().mean())
+
+
+def test_a_model_that_looks_ahead_is_refused(lm, halves, lm_task):
+    from transformers import BertConfig, BertLMHeadModel
+    bert = BertLMHeadModel(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)).eval()
+    both_ways = LM(bert, lm.tokenizer, lm_task.model, '', '0')
+    with pytest.raises(ValueError, match='is not causal: a later token changes'): ab.ablation_absorbed(halves, both_ways, lm_task, [0])
+    with pytest.raises(ValueError, match='is not causal'): build_task(both_ways, 1)
+
+
+def test_an_sae_of_another_hook_is_refused(lm_task):
+    sae = Toy(torch.eye(32), torch.eye(32))
+    sae.metadata = dict(model_name=lm_task.model, hook_name='blocks.0.hook_resid_post', more=1)
+    with pytest.raises(ValueError, match=r"trained on .*blocks.0.hook_resid_post.*the task reads .*blocks.1.hook_resid_post"): evaluate_absorption(sae, lm_task)
+    sae.metadata['hook_name'] = 'blocks.1.hook_resid_post'
+    with pytest.raises(ValueError, match='letters have a probe'): evaluate_absorption(sae, lm_task)     # it fits; the random model cannot spell

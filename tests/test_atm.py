@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from atm_sae.atm import (COMBINE, ATMConfig, ATMMasker, UniformMasker, contribution, ema_, frequency, importance, importance_threshold,
+from atm_sae.atm import (COMBINE, ATMConfig, ATMMasker, BlindMasker, contribution, ema_, frequency, importance, importance_threshold,
                          magnitude, make_masker, masking_probability, seen_contribution)
 from atm_sae.sae import ARCHITECTURES, SAE, SAEConfig
 
@@ -132,14 +132,16 @@ def test_sampling_rate_warmup_and_shape():
     with pytest.raises(ValueError, match='needs their number'): masker.sample(g)
 
 def test_sampling_is_reproducible():
-    masker = UniformMasker(50, .5)
+    masker = ATMMasker(50)
+    masker.observe(z := torch.rand(8, 50, generator=gen(0)), z)
     assert torch.equal(masker.sample(gen(1)), masker.sample(gen(1))) and not torch.equal(masker.sample(gen(1)), masker.sample(gen(2)))
 
-def test_uniform_masker_is_blind():
-    masker = UniformMasker(4, .25)
-    z = torch.tensor([[9., 1., 0., 0.]])
-    masker.observe(z, z)
-    assert masker.mask_probability().tolist() == [.25] * 4
+def test_blind_masker_hides_as_many_as_atm_and_does_not_look():
+    z, atm, blind = torch.tensor([[9., 1., 0., 0.]]), ATMMasker(4), BlindMasker(4)
+    for masker in (atm, blind): masker.observe(z, z)
+    p = blind.mask_probability()
+    assert p.unique().numel() == 1 and torch.isclose(p[0], atm.mask_probability().mean()) and 0 < p[0] < 1
+    assert torch.equal(blind.importance(), atm.importance())
 
 def test_state_round_trip():
     a, b = ATMMasker(6), ATMMasker(6)
@@ -152,12 +154,11 @@ def test_state_round_trip():
 def test_make_masker():
     assert make_masker(None, 4, 100) is None
     assert make_masker(ATMConfig(warmup=.3, per='sample'), 4, 100).warmup == 30
-    assert make_masker(ATMConfig(dropout=.2), 4, 100).p == .2
+    assert type(make_masker(ATMConfig(blind=True), 4, 100)) is BlindMasker and type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
 
 @pytest.mark.parametrize('settings, text', [
     (dict(combine='mean'), "unknown combine 'mean': choose one of geometric"), (dict(per='token'), "'batch' or 'sample'"),
-    (dict(decay=1.), 'decay must lie in'), (dict(r=-1.), 'r must not be negative'), (dict(warmup=2.), 'warmup is a share'),
-    (dict(dropout=1.), 'dropout is a probability')])
+    (dict(decay=1.), 'decay must lie in'), (dict(r=-1.), 'r must not be negative'), (dict(warmup=2.), 'warmup is a share')])
 def test_config_refuses(settings, text):
     with pytest.raises(ValueError, match=text): ATMConfig(**settings)
 

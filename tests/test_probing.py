@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from atm_sae import probing as pr
@@ -53,6 +54,17 @@ def test_negatives_come_in_equal_parts(tasks):
     assert all(t.startswith('alpha') == label for t, label in zip(alpha.train_texts, alpha.train_labels))
 
 
+def test_balance_by_hand():
+    "Three positives need three negatives: b, c, b; with one negative class of one text, one positive is left."
+    texts, labels = pr._against('a', ('a', 'b', 'c'), dict(a=['a1', 'a2', 'a3'], b=['b1', 'b2', 'b3'], c=['c1', 'c2']))
+    assert texts == ('a1', 'a2', 'a3', 'b1', 'c1', 'b2') and labels == (True,) * 3 + (False,) * 3
+    assert pr._against('a', ('a', 'b'), dict(a=['a1', 'a2'], b=['b1'])) == (('a1', 'b1'), (True, False))
+
+
+def test_two_classes_are_one_question():
+    assert [t.name for t in probing_tasks(DOCS, {'pair': ('alpha', 'beta')})] == ['alpha']
+
+
 def test_tasks_are_seeded(tasks):
     assert probing_tasks(DOCS, GREEK) == tasks != probing_tasks(DOCS, GREEK, seed=1)
 
@@ -80,6 +92,26 @@ def test_activations_do_not_depend_on_the_batch(lm, tasks, data):
     assert torch.allclose(data.x[start:start + int(data.lengths[i])], single, atol=1e-5)
 
 
+def test_text_without_an_ordinary_token(lm):
+    task = ProbingTask('a', 'g', ('', 'x'), (True, False), ('y', 'z'), (True, False))
+    with pytest.raises(ValueError, match="no ordinary token of the text '': leave it out"): build_probing(lm, 1, [task])
+
+
+def test_batches_of_a_wide_sae_are_small(data):
+    "2 ** 24 latents at a time: 64 tokens of an SAE of 2 ** 18 latents."
+    class Wide(Toy):
+        seen = []
+        def encode(self, x): self.seen.append(len(x)); return x[:, :1]
+    sae = Wide(None, torch.empty(2**18, 1).expand(2**18, 32))
+    probe_activations(sae, data)
+    assert set(sae.seen[:-1]) == {64} and sum(sae.seen) == len(data.x)
+
+
+def test_half_precision_is_pooled_in_single():
+    x = torch.full((300, 1), 1.0, dtype=torch.bfloat16)     # 256 + 1 = 256 in bfloat16
+    assert mean_pool(x, T([300])).tolist() == [[1.]] and mean_pool(x, T([300])).dtype == torch.float32
+
+
 def test_mean_pool():
     x, lengths = T([[1.], [3], [10], [20], [60]]), T([2, 1, 2])
     for size in (1, 2, 3, 100): assert mean_pool(x, lengths, batch_size=size).tolist() == [[2], [10], [40]]
@@ -89,6 +121,33 @@ def test_mean_pool():
 def test_selection_by_hand():
     x, y = T([[1., 0, 5], [3, 0, 5], [2, 3, 1]]), T([True, True, False])
     assert top_features(x, y, 2).tolist() == [2, 1] and len(top_features(x, y, 9)) == 3
+
+
+def test_of_equal_features_the_first_is_taken():
+    "Differences 1, 2, 0, 2, 1, and a thousand dead latents behind them."
+    x = torch.zeros(2, 1005)
+    x[0, :5] = T([1., 2, 0, 2, 1])
+    x[1, 3] = 4                                             # 2 - 4: the sign does not count
+    assert top_features(x, T([True, False]), 6).tolist() == [1, 3, 0, 4, 2, 5]
+
+
+def test_a_wide_probe_is_fitted_by_blocks_of_columns():
+    g = torch.Generator().manual_seed(4)
+    x, y = torch.randn(12, 9001, generator=g) / 50, torch.arange(12) % 2 == 0
+    x[:, 8500] += y.float()
+    w, b = fit_probe(x, y)
+    ref = LogisticRegression(C=1., tol=1e-10, max_iter=10000).fit(x.double().numpy(), y.numpy())
+    assert w.shape == (9001,) and np.allclose(w, ref.coef_[0], atol=1e-5) and int(w.abs().argmax()) == 8500
+    assert torch.allclose(pr._logits(x, w, b), x.double() @ w + b, atol=1e-12)
+
+
+def test_equal_texts_do_not_disturb_a_wide_probe():
+    "Rank 2 in 9 dimensions: the directions without any variance are dropped."
+    x = T([[1.] * 9, [1.] * 9, [-1.] * 9, [0.] * 8 + [1]])
+    y = T([True, True, False, False])
+    w, b = fit_probe(x, y)
+    ref = LogisticRegression(C=1., tol=1e-12, max_iter=10000).fit(x.numpy(), y.numpy())
+    assert np.allclose(w, ref.coef_[0], atol=1e-4) and np.isclose(b, ref.intercept_[0], atol=1e-4)
 
 
 def test_wide_probe_is_the_same_probe():
@@ -124,8 +183,19 @@ def test_summary_is_the_mean_over_groups(data):
     result = score_probing(Toy(torch.eye(32), torch.eye(32)), ProbingData(two, data.x, data.lengths, data.texts))
     score = result.tasks.sae_top_2_test_accuracy
     assert result.summary['sae_top_2_test_accuracy'] == pytest.approx(((score[0] + score[1]) / 2 + score[2]) / 2)
+    assert result.tasks.group.tolist() == ['a', 'a', 'b']
     for prefix in ('sae', 'llm'):
         assert {f'{prefix}_test_accuracy', *(f'{prefix}_top_{k}_test_accuracy' for k in (1, 2, 5))} <= set(result.summary)
+
+
+def test_a_group_is_scored_as_if_it_were_alone(data):
+    "Groups b, a, b: texts of one group only are pooled, and nothing changes."
+    mixed = [ProbingTask(t.name, g, t.train_texts, t.train_labels, t.test_texts, t.test_labels) for t, g in zip(data.tasks, ('b', 'a', 'b'))]
+    both = score_probing(Toy(torch.eye(32), torch.eye(32)), ProbingData(mixed, data.x, data.lengths, data.texts)).tasks
+    single = score_probing(Toy(torch.eye(32), torch.eye(32)), data).tasks
+    assert both.task.tolist() == [mixed[0].name, mixed[2].name, mixed[1].name]
+    scores = [c for c in single if c.endswith('accuracy')]
+    assert both.set_index('task')[scores].sort_index().equals(single.set_index('task')[scores].sort_index())
 
 
 def test_decoder_norms_are_folded(data):
@@ -146,3 +216,72 @@ def test_cache(lm, tasks, tmp_path, monkeypatch):
     file, = tmp_path.glob('probing/*/probing.safetensors')
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match='probing.safetensors is truncated or changed'): get_probing(lm, 1, tasks)
+
+
+# ---- properties
+
+class Tiny(torch.nn.Module):
+    "relu(x W_enc + b_enc)."
+    def __init__(self, W_enc, b_enc, W_dec):
+        super().__init__()
+        self.W_enc, self.b_enc, self.W_dec = map(torch.nn.Parameter, (W_enc, b_enc, W_dec))
+    def encode(self, x): return (x @ self.W_enc + self.b_enc).relu()
+
+def world(seed, d_sae=9):
+    "An SAE and a task of 16 training and 8 test texts of one to five tokens, all random."
+    g = torch.Generator().manual_seed(seed)
+    sae = Tiny(torch.randn(6, d_sae, generator=g), torch.randn(d_sae, generator=g), torch.randn(d_sae, 6, generator=g))
+    data = hand_made(torch.zeros(24, 6), [bool(i % 2) for i in range(24)])
+    task = data.tasks[0]
+    texts, labels = task.train_texts + task.test_texts, task.train_labels + task.test_labels
+    data.tasks = [ProbingTask('random', 'made', texts[:16], labels[:16], texts[16:], labels[16:])]
+    data.lengths = torch.randint(1, 6, (24,), generator=g)
+    data.x = torch.randn(int(data.lengths.sum()), 6, generator=g)
+    return sae, data
+
+seeds = given(st.integers(0, 10_000))
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+@seeds
+@quick
+def test_accuracies_are_shares_and_repeat(seed):
+    sae, data = world(seed)
+    summary = score_probing(sae, data).summary
+    assert len(summary) == 8 and all(0 <= v <= 1 and (v * 8).is_integer() for v in summary.values())
+    assert score_probing(*world(seed)).summary == summary
+
+
+@seeds
+@quick
+def test_order_of_latents_does_not_matter(seed):
+    sae, data = world(seed)
+    z = probe_activations(sae, data)[:16]
+    y = T(data.tasks[0].train_labels)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
+    other = Tiny(sae.W_enc.data[:, order], sae.b_enc.data[order], sae.W_dec.data[order])
+    assert order[top_features(z[:, order], y, 5)].tolist() == top_features(z, y, 5).tolist()
+    assert score_probing(other, data).summary == pytest.approx(score_probing(sae, data).summary)
+
+
+@given(st.integers(0, 10_000), st.lists(st.sampled_from([.25, .5, 1., 2., 4.]), min_size=9, max_size=9))
+@quick
+def test_scale_of_decoder_rows_does_not_matter(seed, scales):
+    "Row i times s, its latent by s: the same dictionary (powers of two, so that it is exact)."
+    sae, data = world(seed)
+    s = T(scales)
+    other = Tiny(sae.W_enc.data / s, sae.b_enc.data / s, sae.W_dec.data * s[:, None])
+    assert torch.allclose(probe_activations(other, data), probe_activations(sae, data), rtol=1e-6)
+    assert score_probing(other, data).summary == pytest.approx(score_probing(sae, data).summary)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 80))
+@quick
+def test_batch_size_of_pooling_does_not_matter(seed, size):
+    sae, data = world(seed)
+    with torch.no_grad(): assert torch.allclose(mean_pool(data.x, data.lengths, sae.encode, size), mean_pool(data.x, data.lengths, sae.encode), atol=1e-6)
+
+
+def test_batch_size_of_the_model_does_not_matter_for_the_score(lm, tasks, data):
+    sae = Tiny(*(torch.randn(*s, generator=torch.Generator().manual_seed(5)) for s in ((32, 40), (40,), (40, 32))))
+    other = build_probing(lm, 1, tasks, context=24, batch_size=5)
+    assert score_probing(sae, other).summary == pytest.approx(score_probing(sae, data).summary)

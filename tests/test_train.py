@@ -230,7 +230,7 @@ def test_wrong_width():
 
 def test_methods_and_recipes():
     assert method_parts('atm') == ('standard', 'atm') and method_parts('jumprelu+atm') == ('jumprelu', 'atm') and method_parts('random') == ('jumprelu', '')
-    assert small('topk').sae.k == 3 and small('atm').sae.target_l0 == 3 and small('dropout').atm.dropout == .25 and small('standard').atm is None
+    assert small('topk').sae.k == 3 and small('atm').sae.target_l0 == 3 and small('dropout').atm.blind and not small('atm').atm.blind and small('standard').atm is None
     spec = small('atm', r=.5, lr=.25, bandwidth=.7)
     assert (spec.atm.r, spec.train.lr, spec.sae.bandwidth) == (.5, .25, .7)
 
