@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'data_dir', 'cache_dir', 'seed_everything', 'generator', 'pick_device', 'to_plain', 'stable_hash',
-           'file_sha256', 'folder_sha256', 'code_hash', 'OutputError', 'atomic_write', 'atomic_folder', 'write_json',
-           'read_json', 'check_activations', 'one_thread', 'provenance']
+           'file_sha256', 'folder_sha256', 'code_hash', 'causes', 'OutputError', 'atomic_write', 'atomic_folder',
+           'write_json', 'read_json', 'check_activations', 'one_thread', 'provenance']
 
 # %% ../nbs/00_core.ipynb #cell-3
 import ast, configparser, contextlib, dataclasses, errno, hashlib, json, math, os, platform, random, re, shutil, subprocess, sys, uuid
@@ -126,6 +126,13 @@ def code_hash(
     return stable_hash({n: ast.unparse(ast.parse((folder/f'{n}.py').read_text(encoding='utf-8'))) for n in names})
 
 # %% ../nbs/00_core.ipynb #cell-46
+def causes(error):
+    "An exception and those that caused it, outermost first."
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+# %% ../nbs/00_core.ipynb #cell-48
 class OutputError(OSError):
     "A result could not be written; the message says which, why, and what to do."
 
@@ -137,14 +144,14 @@ _REASONS = {
     errno.EROFS: ('the disk is read-only', 'choose another folder (ATM_SAE_CACHE for the cache)'),
 }
 
-# %% ../nbs/00_core.ipynb #cell-48
+# %% ../nbs/00_core.ipynb #cell-50
 def _error_number(error):
     "The operating system's number behind `error`, also where a library has buried it in the text."
     if number := getattr(error, 'errno', None): return number
     if found := re.search(r'os error (\d+)', str(error)): return int(found[1])
     if re.search(r'No space left|\d+ requested and \d+ written|unexpected pos \d+ vs \d+', str(error)): return errno.ENOSPC
 
-# %% ../nbs/00_core.ipynb #cell-50
+# %% ../nbs/00_core.ipynb #cell-52
 @contextlib.contextmanager
 def _explain_disk_errors(path):
     "Turn a full or forbidden disk into an OutputError about `path`; let everything else through."
@@ -155,12 +162,12 @@ def _explain_disk_errors(path):
         reason, advice = _REASONS[number]
         raise OutputError(number, f'cannot write {path}: {reason}; nothing was left behind. What to do: {advice}') from e
 
-# %% ../nbs/00_core.ipynb #cell-52
+# %% ../nbs/00_core.ipynb #cell-54
 def _beside(path):
     "A fresh hidden name in the folder of `path`, with the same suffix."
     return path.with_name(f'.{path.stem}-{uuid.uuid4().hex[:8]}.part{path.suffix}')
 
-# %% ../nbs/00_core.ipynb #cell-53
+# %% ../nbs/00_core.ipynb #cell-55
 @contextlib.contextmanager
 def atomic_write(path):
     "Yields a temporary path beside `path`; renamed to `path` on success, removed on failure."
@@ -175,7 +182,7 @@ def atomic_write(path):
         finally:
             with contextlib.suppress(OSError): part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #cell-60
+# %% ../nbs/00_core.ipynb #cell-62
 def _swap_folder(new, path):
     "Rename the folder `new` to `path`; whatever stood there before is removed."
     while True:
@@ -186,7 +193,7 @@ def _swap_folder(new, path):
         with contextlib.suppress(FileNotFoundError): os.rename(path, old)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #cell-61
+# %% ../nbs/00_core.ipynb #cell-63
 @contextlib.contextmanager
 def atomic_folder(path):
     "Yields a temporary folder beside `path`; it becomes `path` on success and is removed on failure."
@@ -199,14 +206,14 @@ def atomic_folder(path):
             _swap_folder(part, path)
         finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #cell-65
+# %% ../nbs/00_core.ipynb #cell-67
 def _finite(obj):
     "Plain data with NaN and infinities as None."
     if isinstance(obj, dict): return {k: _finite(v) for k, v in obj.items()}
     if isinstance(obj, list): return [_finite(v) for v in obj]
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
-# %% ../nbs/00_core.ipynb #cell-66
+# %% ../nbs/00_core.ipynb #cell-68
 def write_json(path, obj):
     "Write `obj` (anything `to_plain` accepts) to `path`, wholly or not at all."
     text = json.dumps(_finite(to_plain(obj)), indent=2, ensure_ascii=False, allow_nan=False)
@@ -217,7 +224,7 @@ def read_json(path):
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path} is not valid JSON ({e}): delete it and run again') from None
 
-# %% ../nbs/00_core.ipynb #cell-70
+# %% ../nbs/00_core.ipynb #cell-72
 def check_activations(
     x,                    # activations, (batch, d_in)
     d_in=None,            # expected width; None accepts any
@@ -240,7 +247,7 @@ def _check_finite(x, where):
     raise ValueError(f'{where}: {n_nan} NaN and {int(bad.sum()) - n_nan} infinite of {x.numel()} entries, in {len(rows)} of {len(x)} rows, '
                      f'first in row {int(rows[0])}: look at the model or data type that made them')
 
-# %% ../nbs/00_core.ipynb #cell-77
+# %% ../nbs/00_core.ipynb #cell-79
 @contextlib.contextmanager
 def one_thread():
     "Inside, PyTorch computes with one thread, so that results do not depend on the number of cores."
@@ -249,14 +256,14 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../nbs/00_core.ipynb #cell-80
+# %% ../nbs/00_core.ipynb #cell-82
 def _git(*args):
     "What git prints about the project, or None where there is no git or no repository."
     try: done = subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError): return None
     return done.stdout.strip() if done.returncode == 0 else None
 
-# %% ../nbs/00_core.ipynb #cell-81
+# %% ../nbs/00_core.ipynb #cell-83
 def _cpu_name():
     "The processor's name as the operating system gives it."
     with contextlib.suppress(OSError):
@@ -264,12 +271,12 @@ def _cpu_name():
             if line.startswith('model name'): return line.split(':', 1)[1].strip()
     return platform.processor() or platform.machine()
 
-# %% ../nbs/00_core.ipynb #cell-83
+# %% ../nbs/00_core.ipynb #cell-85
 def _command(argv):
     "A command line without absolute paths."
     return ' '.join(re.sub(r'(^|=)/(?:[^/]*/)*', r'\1', a) for a in argv)
 
-# %% ../nbs/00_core.ipynb #cell-85
+# %% ../nbs/00_core.ipynb #cell-87
 _PACKAGES = ('torch', 'transformers', 'tokenizers', 'safetensors', 'numpy', 'scipy', 'scikit-learn', 'pandas', 'matplotlib')
 
 def _versions():
@@ -280,14 +287,14 @@ def _versions():
         except metadata.PackageNotFoundError: found[name] = None
     return found
 
-# %% ../nbs/00_core.ipynb #cell-86
+# %% ../nbs/00_core.ipynb #cell-88
 def _peak_memory():
     "The most memory this process has held so far, in MiB (None where the system does not say)."
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/00_core.ipynb #cell-87
+# %% ../nbs/00_core.ipynb #cell-89
 def provenance(
     seeds=None,  # the seeds of this run: a number, a list or a dict of names
     **more,      # anything else worth a line, for example checksums of model and text

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .core import atomic_folder, data_dir, file_sha256, stable_hash
-from .text import python_docs, train_tokenizer
+from .core import atomic_folder, causes, data_dir, file_sha256, stable_hash
+from .text import NO_NETWORK, python_docs, train_tokenizer
 
 # %% ../nbs/03_lm.ipynb #cell-6
 @dataclass
@@ -99,23 +99,17 @@ def _find_model(name: str) -> Path | None:
     return None
 
 # %% ../nbs/03_lm.ipynb #cell-17
-def _causes(error: BaseException | None):
-    "An exception and those that caused it."
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
 def _hub_error(name: str, error: Exception) -> Exception:
     "The exception that says in one line why a model did not load."
-    kinds = {c.__name__ for e in _causes(error) for c in type(e).__mro__}
-    said = ' '.join(str(e) for e in _causes(error))
+    kinds = {c.__name__ for e in causes(error) for c in type(e).__mro__}
+    said = ' '.join(str(e) for e in causes(error))
     if 'GatedRepoError' in kinds or 'gated repo' in said:
         return PermissionError(f'{name} is gated: accept its licence at https://huggingface.co/{name}, then run '
                                '`hf auth login` or set HF_TOKEN')
     if 'RepositoryNotFoundError' in kinds:
         return FileNotFoundError(f'{name} is neither a folder here nor a model on the Hub that you may see; check the spelling, '
                                  'and log in with `hf auth login` if it is private')
-    if kinds & {'LocalEntryNotFoundError', 'OfflineModeIsEnabled', 'ConnectionError', 'ConnectError', 'TimeoutException'} or "couldn't connect" in said:
+    if kinds & NO_NETWORK or "couldn't connect" in said:
         return ConnectionError(f'{name} is not in the local Hub cache and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set); '
                                'connect once to download it, or give the folder of a model')
     return _file_error(name, error, said)

@@ -55,6 +55,7 @@ def reconstruction_metrics(
     "Averages over tokens of reconstruction and sparsity."
     s = _sums(sae, x, batch_size)
     n, variance = s['n'], s['x2'] / s['n'] - (s['x'] / s['n']).square().sum()
+    if not variance > 1e-12 * s['x2'] / n: raise ValueError(f'the {n} activations are all alike: there is no variance to explain; give more tokens')
     mse, fvu = float(s['e2'] / n), float(s['e2'] / n / variance)
     return dict(
         mse=mse, mse_saebench=mse / saebench_tokens, cosine=float(s['cosine'] / n), explained_variance=1 - fvu, fvu=fvu,

@@ -6,13 +6,12 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from sklearn.linear_model import LogisticRegression
 
 from atm_sae import absorption as ab
 from atm_sae.absorption import (
-    LETTERS, AbsorptionConfig, FirstLetterTask, absorbed_projection, absorption_fraction, balanced_weights, best_single_latent_f1, build_task, dominant_absorber,
-    encode_words, evaluate_absorption, f1_score, find_words, first_letter_prompts, fit_l1_probes, fit_letter_probes,
-    fit_logistic, full_absorption, get_task, integrated_effects, kkt_error, l1_max, letter_gap, load_task, main_latents, rank_latents, save_task, stratified_split,
+    LETTERS, AbsorptionConfig, FirstLetterTask, absorbed_projection, absorption_fraction, best_single_latent_f1, build_task, dominant_absorber,
+    encode_words, evaluate_absorption, find_words, first_letter_prompts, fit_letter_probes,
+    full_absorption, get_task, integrated_effects, letter_gap, load_task, main_latents, rank_latents, save_task, stratified_split,
     task_from_activations)
 from atm_sae.lm import LM, tiny_lm
 from atm_sae.text import word_vocabulary
@@ -110,27 +109,6 @@ def test_thresholds_come_from_the_config():
 
 # probes ---------------------------------------------------------------------
 
-def test_logistic_agrees_with_sklearn():
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 5, generator=g)
-    y = x[:, 0] + torch.randn(200, generator=g) > 1
-    w, b = fit_logistic(x, y, l2=2.)
-    ref = LogisticRegression(C=.5, class_weight='balanced', tol=1e-10, max_iter=10000).fit(x.numpy(), y.numpy())
-    assert np.allclose(w, ref.coef_[0], atol=1e-4) and np.allclose(b, ref.intercept_, atol=1e-4)
-
-
-def test_logistic_converges_on_separable_data():
-    x, y = T([[-2.], [-1], [1], [2]]), T([False, False, True, True])
-    w, b = fit_logistic(x, y, l2=1e-4)
-    pi = torch.sigmoid(-(y.double() * 2 - 1) * (x.double() @ w + b))
-    gradient = 1e-4 * w - x.double().T @ ((y.double() * 2 - 1) * pi)
-    assert w[0] > 3 and gradient.abs().max() < 1e-6
-
-
-def test_logistic_needs_both_classes():
-    with pytest.raises(ValueError, match='both classes; 3 of the 3 are positive'): fit_logistic(torch.ones(3, 1), torch.ones(3, dtype=bool))
-
-
 def test_letter_probes_do_not_depend_on_the_unit():
     x, words, _ = alphabet()
     letter = T([LETTERS.index(l) for l in words.letter])
@@ -142,45 +120,6 @@ def test_letter_probes_do_not_depend_on_the_unit():
 def test_letters_without_words_get_no_probe():
     W, b = fit_letter_probes(torch.eye(4), T([0, 0, 1, 1]))
     assert W[2:].abs().sum() == 0 and (b[2:] == -1).all() and W[0].abs().sum() > 0
-
-
-def test_f1():
-    assert f1_score(T([True, True, False]), T([True, False, True])) == .5 and f1_score(T([False]), T([False])) == 0
-
-
-def test_l1_max_is_where_weights_vanish():
-    rng = np.random.default_rng(0)
-    z = sparse.csr_matrix(rng.random((60, 8)) * (rng.random((60, 8)) < .3))
-    Y = rng.random((60, 3)) < .4
-    assert (fit_l1_probes(z, Y, share=1.01)[0] == 0).all() and (fit_l1_probes(z, Y, share=.98)[0] != 0).any(0).all()
-
-
-def test_l1_probes_are_at_the_optimum_that_sklearn_finds():
-    rng = np.random.default_rng(1)
-    z = sparse.csr_matrix(rng.exponential(size=(400, 60)) * (rng.random((400, 60)) < .1))
-    Y = np.stack([z[:, j].toarray()[:, 0] + .3 * rng.random(400) > .25 for j in range(4)], 1)
-    W, b = fit_l1_probes(z, Y, share=.02, tol=1e-8)
-    for l in range(4):
-        weights = balanced_weights(T(Y[:, l])).numpy()
-        probe = LogisticRegression(C=1 / (.02 * l1_max(z, Y)[l]), l1_ratio=1., solver='saga', tol=1e-10, max_iter=100_000)
-        w = probe.fit(z.toarray(), Y[:, l], sample_weight=weights).coef_[0]
-        assert np.allclose(W[:, l], w, atol=1e-4 * np.abs(w).max()) and abs(b[l] - probe.intercept_[0]) < 1e-3
-        assert 0 < (W[:, l] != 0).sum() < 60
-    t, s = 2. * Y - 1, np.stack([balanced_weights(T(y)).numpy() for y in Y.T], 1)
-    G = z.T @ (-s * t / (1 + np.exp(t * (z @ W + b))))
-    assert kkt_error(G, W, .02 * l1_max(z, Y)).max() < 1e-7
-
-
-def test_l1_probes_that_do_not_converge_say_so():
-    z = sparse.csr_matrix(np.random.default_rng(2).random((40, 5)))
-    with pytest.raises(RuntimeError, match='1 letters did not converge in 1 steps'): fit_l1_probes(z, z[:, [0]].toarray() > .5, max_steps=1)
-
-
-def test_many_problems_at_once_are_the_same_as_each_by_itself():
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(3, 50, 4, generator=g), torch.rand(3, 50, generator=g) < .3
-    w, b = fit_logistic(x, y)
-    for i in range(3): assert torch.allclose(w[i], fit_logistic(x[i], y[i])[0], atol=1e-7) and torch.isclose(b[i], fit_logistic(x[i], y[i])[1], atol=1e-7)
 
 
 def test_ranking_finds_the_letter_and_ignores_negative_weights():

@@ -1,21 +1,20 @@
 "Absorption scores: properties that hold for any dictionary, and a literal re-implementation, word by word, that they must agree with."
+from collections import Counter
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import Phase, assume, given, settings, strategies as st
 
 from atm_sae.absorption import (
     LETTERS, AbsorptionConfig, absorbed_projection, absorption_fraction, evaluate_absorption, full_absorption, task_from_activations)
 from atm_sae.sae import SAE, SAEConfig
 
-CONFIG = AbsorptionConfig(min_letters=1, l1_share=.1)           # a stronger penalty is quicker to fit
-settings.register_profile('absorption', max_examples=10, deadline=None, derandomize=True)
-quick = settings(settings.get_profile('absorption'))
-many = settings(settings.get_profile('absorption'), max_examples=40)
+CONFIG = AbsorptionConfig(min_letters=1, l1_share=.2)           # a stronger penalty is quicker to fit
+quick = settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])   # whole evaluations: seeds do not shrink
+many = settings(max_examples=40, deadline=None, derandomize=True)                                              # formulas
 
 
 # the definitions, literally --------------------------------------------------
@@ -52,13 +51,16 @@ ONE_Z = st.one_of(st.just(0.), grid(0, 40, .25), st.floats(0, 10), st.sampled_fr
 ONE_C = st.one_of(grid(-6, 20, .05, .0013), st.floats(-1, 1), st.sampled_from([.024, .026, .099, .101]))
 
 @st.composite
-def one_word(draw, A=grid(-2, 24, .5, .0137)):
-    "Latents with many zeros, cosines of both signs and near both thresholds, one to three main latents."
+def one_word(draw, least=-4):
+    "Latents with many zeros, cosines of both signs and near both thresholds, one to three main latents; A at random, or near what they bring."
     z = draw(st.lists(ONE_Z, min_size=2, max_size=9))
+    c = draw(st.lists(ONE_C, min_size=len(z), max_size=len(z)))
     main = draw(st.lists(st.integers(0, len(z) - 1), min_size=1, max_size=min(3, len(z)), unique=True))
-    return Word(z, draw(st.lists(ONE_C, min_size=len(z), max_size=len(z))), main, draw(A))
+    M, T = oracle_projections(z, c, main)
+    near = M + draw(st.integers(-5, 25)) / 10 * T + .0137
+    return Word(z, c, main, near if near > .02 and draw(st.booleans()) else draw(grid(least, 8, .5, .0137)))
 
-present = one_word(A=grid(1, 24, .5, .0137))          # A > 0
+present = one_word(least=1)                           # A > 0
 
 def library(w):
     "full, fraction, T of the library, in double precision."
@@ -71,7 +73,7 @@ def on_the_edge(w):
     return w.A > 0 and min(abs(q[-1] / w.A - .4), abs(T / w.A - .4), abs(M - w.A), abs(M) or 1) < 1e-9 or q[-1] - q[-2] < 1e-9 < q[-1]
 
 
-@settings(many, max_examples=300)
+@settings(many, max_examples=200)
 @given(one_word())
 def test_formulas_agree_with_the_literal_ones(w):
     assume(not on_the_edge(w))
@@ -82,17 +84,19 @@ def test_formulas_agree_with_the_literal_ones(w):
 
 def test_the_words_reach_every_branch():
     "Words like those above take each way through the formulas: otherwise the comparison would say little."
-    seen = set()
-    @settings(many, max_examples=300, database=None)
+    seen = Counter()
+    @settings(many, max_examples=200)
     @given(one_word())
     def look(w):
         M, T = oracle_projections(w.z, w.c, w.main)
         f = oracle_fraction(w.z, w.c, w.main, w.A)
-        seen.add(('full', oracle_full(w.z, w.c, w.main, w.A)))
-        seen.add('A <= 0' if w.A <= 0 else 'M >= A' if M >= w.A else 'T' if T / w.A < .4 else 'M <= 0' if M <= 0 else 'U = T' if T < w.A - M else 'U = A - M')
-        if 0 < f < 1: seen.add('between')
+        seen[('full', oracle_full(w.z, w.c, w.main, w.A))] += 1
+        zero = 'A <= 0' if w.A <= 0 else 'M >= A' if M >= w.A else 'T' if T / w.A < .4 else None
+        seen[zero or ('M <= 0' if M <= 0 else 'U = T' if T < w.A - M else 'U = A - M')] += 1
+        if 0 < f < 1: seen['between'] += 1
     look()
-    assert seen == {('full', 0), ('full', 1), 'A <= 0', 'M >= A', 'T', 'M <= 0', 'U = T', 'U = A - M', 'between'}
+    assert set(seen) == {('full', 0), ('full', 1), 'A <= 0', 'M >= A', 'T', 'M <= 0', 'U = T', 'U = A - M', 'between'}, seen
+    assert min(seen.values()) >= 3, seen
 
 
 # the formulas ----------------------------------------------------------------
@@ -152,8 +156,9 @@ class Toy:
 
 
 def planted(seed, n_letters=4, n_words=15, noise=.1):
-    """Words that are letter + own direction, in a random basis. A latent a letter and one a word; those of two words in three take a share, up to
-    all, of the letter from the letter's latent. The first letter's latent is split in two. Everything a little noisy, and four random latents."""
+    """Words that are letter + own direction, in a random basis; one in seven has little of its letter. A latent a letter, and one a word; those of
+    two words in three take a share, up to all, of the letter from the letter's latent. The first letter's latent is split in two. Everything is
+    a little noisy, and there are four random latents."""
     g, n = torch.Generator().manual_seed(seed), n_letters * n_words
     letter, index, d = torch.arange(n_letters).repeat_interleave(n_words), torch.arange(n), n + n_letters
     taken = (1.3 * torch.rand(n, generator=g)).clamp(max=1) * (index % 3 > 0)
@@ -166,18 +171,21 @@ def planted(seed, n_letters=4, n_words=15, noise=.1):
     write = torch.cat([letters[:1], letters, taken[:, None] * L @ letters + own])
     read, write = (torch.cat([m, torch.randn(4, d, generator=g) / d**.5]) @ basis for m in (read, write))
     write = write + noise / d**.5 * torch.randn(write.shape, generator=g)
-    x = 4 * (L @ letters + own) @ basis + noise * torch.randn(n, d, generator=g)
+    strength = torch.where(torch.rand(n, 1, generator=g) < 1/7, .1, 1.)
+    x = 4 * (strength * L @ letters + own) @ basis + noise * torch.randn(n, d, generator=g)
     words = pd.DataFrame({'text': [f'{LETTERS[l]}{i}' for i, l in enumerate(letter)], 'letter': [LETTERS[l] for l in letter]})
     return task_from_activations(x, words, seed), Toy(read.T, write, torch.full((len(read),), -.3))
 
 seeds = st.integers(0, 10**6)
-NUMBERS = ['mean_absorption_fraction', 'full_absorption_rate', 'num_full_absorption', 'num_probe_true_positives', 'num_split_features', 'k_sparse_f1', 'probe_f1']
+NUMBERS = ['mean_absorption_fraction', 'full_absorption_rate', 'num_full_absorption', 'num_probe_true_positives', 'num_split_features', 'k_sparse_f1',
+           'probe_f1']
 evaluate = lambda sae, task, **options: evaluate_absorption(sae, task, CONFIG, **options)
 
 def assert_same(a, b, where=None):
     "Equal results up to rounding; latent j of a is where[j] of b."
     where = list(range(1000)) if where is None else where
-    assert a.letters.first_letter.equals(b.letters.first_letter) and np.allclose(a.letters[NUMBERS].astype(float), b.letters[NUMBERS].astype(float), atol=1e-4)
+    assert a.letters.first_letter.equals(b.letters.first_letter)
+    assert np.allclose(a.letters[NUMBERS].astype(float), b.letters[NUMBERS].astype(float), atol=1e-4)
     assert [[where[j] for j in m] for m in a.letters.main_latents] == list(map(list, b.letters.main_latents))
     for column in ('text', 'letter', 'silent', 'full', 'detected'): assert a.words[column].equals(b.words[column])
     assert np.allclose(a.words[['A', 'M', 'T', 'fraction']], b.words[['A', 'M', 'T', 'fraction']], atol=1e-4)
@@ -191,6 +199,8 @@ def test_every_word_agrees_with_the_literal_formulas(seed):
     task, sae = planted(seed)
     result, p = evaluate(sae, task), dict(zip(LETTERS, task.directions.double()))
     Z, unit = sae.encode(task.x).double() * sae.W_dec.norm(dim=1), torch.nn.functional.normalize(sae.W_dec.double(), dim=1)
+    found = task.test & (task.x @ task.W.T + task.b > 0)[torch.arange(len(task.x)), task.letter] & (task.f1 > CONFIG.min_f1)[task.letter]
+    assert set(result.words.text) == set(task.words.text[found.numpy()])
     row, main, rates = {w: i for i, w in enumerate(task.words.text)}, dict(zip(result.letters.first_letter, result.letters.main_latents)), {}
     for w in result.words.itertuples():
         z, c, A = Z[row[w.text]].tolist(), (unit @ p[w.letter]).tolist(), float(task.x[row[w.text]].double() @ p[w.letter])
@@ -203,14 +213,15 @@ def test_every_word_agrees_with_the_literal_formulas(seed):
         full, fraction = zip(*rates[l.first_letter])
         assert l.num_full_absorption == sum(full) and l.num_probe_true_positives == len(full)
         assert [l.full_absorption_rate, l.mean_absorption_fraction] == pytest.approx([sum(full) / len(full), sum(fraction) / len(full)])
-    assert [result.full, result.fraction] == pytest.approx([result.letters.full_absorption_rate.mean(), result.letters.mean_absorption_fraction.mean()])
+    assert result.full == pytest.approx(result.letters.full_absorption_rate.mean())
+    assert result.fraction == pytest.approx(result.letters.mean_absorption_fraction.mean())
 
 
-def test_the_planteds_absorb():
+def test_the_planted_words_absorb():
     "Both scores and the number of main latents vary, so that the comparisons have something to compare."
     words, letters = (pd.concat(t) for t in zip(*((r.words, r.letters) for r in (evaluate(*planted(s)[::-1]) for s in range(8)))))
     assert words.full.any() and not words.full.all() and words.fraction.between(.01, .99).any()
-    assert set(letters.num_split_features) >= {1, 2} and letters.probe_f1.between(.6, .99).any()
+    assert set(letters.num_split_features) >= {1, 2} and letters.probe_f1.between(.6, .99).any() and len(letters) < 8 * 4
 
 
 @quick
@@ -222,7 +233,8 @@ def test_scores_of_any_sae_lie_between_0_and_1(seed, architecture, d_sae, size):
     for rate in (result.letters.full_absorption_rate, result.letters.mean_absorption_fraction, result.letters.k_sparse_f1, result.words.fraction):
         assert rate.between(0, 1).all()
     assert 0 <= result.full <= 1 and 0 <= result.fraction <= 1 and result.letters.num_split_features.between(1, 10).all()
-    assert (result.letters.main_latents.map(len) == result.letters.num_split_features).all() and result.letters.main_latents.map(lambda m: len(set(m)) == len(m)).all()
+    main = result.letters.main_latents
+    assert [len(set(m)) for m in main] == [len(m) for m in main] == result.letters.num_split_features.tolist()
     assert (result.letters.num_full_absorption <= result.letters.num_probe_true_positives).all() and (result.words.silent | ~result.words.full).all()
     assert_same(evaluate(sae, task, batch_size=size), result)
 
@@ -253,16 +265,16 @@ def test_same_inputs_same_bytes(seed):
 
 def test_bfloat16_changes_little():
     """bfloat16 rounds by at most 2^-9 = 0.2%; inputs, weights, latents and norms add up to less than 1% of A = 4.
-    Half of the words have T / A spread evenly over 0 to 1. So `full` may flip where T / A lies within 0.01 of 0.4, or the main latent's
-    pre-activation within 0.04 of zero, 0.5 * 0.02 + 0.5 * 0.02 = 2% of the words at most; `fraction` flips between 0 and 0.4 in 1%, and moves by
-    1% elsewhere: 0.004 + 0.01 < 0.015 in the mean."""
+    T / A has a density of 2/3 / 1.3 = 0.5 words between 0 and 1. So `full` may flip where T / A lies within 0.01 of 0.4, or the main latent's
+    pre-activation within 0.04 of zero: in 0.5 * 0.02 + 0.5 * 0.02 = 2% of the words at most. `fraction` jumps by less than 1 in the first 1% of them,
+    and moves by less than 1% elsewhere: 2% in the mean."""
     words = []
-    for seed in range(4):
+    for seed in range(8):
         task, sae = planted(seed, n_letters=8, n_words=20, noise=.02)
         exact, rounded = evaluate(sae, task), evaluate(sae.to(torch.bfloat16), task)
         assert exact.letters[['first_letter', 'main_latents']].equals(rounded.letters[['first_letter', 'main_latents']])
         words.append(exact.words.assign(full_16=rounded.words.full, fraction_16=rounded.words.fraction))
     words = pd.concat(words)
     assert len(words) > 150 and words.full.any() and words.fraction.between(.4, .99).mean() > .2
-    assert (words.full != words.full_16).mean() <= .02 and (words.fraction - words.fraction_16).abs().mean() <= .015
+    assert (words.full != words.full_16).mean() <= .02 and (words.fraction - words.fraction_16).abs().mean() <= .02
     assert (words.fraction != words.fraction_16).any()                    # the rounding was real

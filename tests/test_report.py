@@ -1,5 +1,8 @@
 "The report's numbers by hand, its verdicts, and the bytes of what it saves."
 import math
+import os
+from collections import namedtuple
+from types import SimpleNamespace
 
 import matplotlib
 matplotlib.use('Agg')
@@ -7,11 +10,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from atm_sae import report
 from atm_sae.report import (METHOD_COLOURS, METHOD_NAMES, SMOKE, SUMMARY_COLUMNS, at_l0, claim_verdict, compare_published, difference_table,
                             format_interval, format_number, mean_interval, method_name, method_style, paired_difference, plot_curves,
-                            plot_intervals, pretty, read_summary, reports_folder, save_figure, save_summary, save_table, set_style,
+                            plot_intervals, pretty, read_summary, reports_folder, save_figure, save_summary, save_table, score_runs, set_style,
                             stamp, summarise, summary_table, to_latex, to_markdown)
 
 
@@ -99,7 +103,7 @@ def test_paired_difference_refuses(rows):
 
 
 def test_difference_table(rows):
-    table = difference_table(rows, [('atm', 'topk'), ('atm', 'random')], ['absorption'])
+    table = difference_table(rows, ['absorption'], [('atm', 'topk'), ('atm', 'random')])
     assert list(table.method) == ['atm - topk'] and table['mean'][0] == pytest.approx(-.16) and table.l0[0] == pytest.approx(8)
 
 
@@ -110,7 +114,7 @@ def test_claim_verdict(interval, expect, verdict): assert claim_verdict(interval
 
 
 def test_claim_verdict_of_a_table_line(rows):
-    line = difference_table(rows, [('atm', 'topk')], ['absorption']).iloc[0]
+    line = difference_table(rows, ['absorption']).iloc[0]
     assert claim_verdict(line[['mean', 'low', 'high']]) == 'holds'
 
 
@@ -192,7 +196,7 @@ def test_intervals_of_two_seeds_do_not_flatten_the_axis(summary):
 def test_plotting_one_point_or_a_difference(rows, summary):
     fig, (left, right) = plt.subplots(1, 2)
     assert len(plot_curves(left, summary[summary.method == 'atm'], 'absorption')) == 1
-    plot_intervals(right, difference_table(rows, [('atm', 'topk')], ['absorption']), 'absorption')
+    plot_intervals(right, difference_table(rows, ['absorption']), 'absorption')
     assert [t.get_text() for t in right.get_yticklabels()] == ['ATM − TopK']
 
 
@@ -215,3 +219,26 @@ def test_reports_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
     assert reports_folder('', 'full') == tmp_path/'by-hand'/'full' and (tmp_path/'by-hand'/'full'/'figures').is_dir()
     assert reports_folder(str(tmp_path/'x')) == tmp_path/'x'
+
+
+# ---- from runs to rows
+
+def toy_runs(n):
+    spec = namedtuple('Spec', 'method l0 seed')
+    return [namedtuple('Run', 'spec strength')(spec('atm' if i % 2 else 'topk', 4., i // 2), i) for i in range(n)]
+
+def test_score_runs_keeps_the_order_and_joins_what_was_measured():
+    rows = score_runs(lambda run: dict(twice=2 * run.strength), toy_runs(3), 'toy', progress=False)
+    assert rows.to_dict('list') == dict(world=['toy'] * 3, method=['topk', 'atm', 'topk'], sparsity=[4.] * 3, seed=[0, 0, 1], twice=[0, 2, 4])
+
+def test_score_runs_takes_several_rows_of_a_run():
+    rows = score_runs(lambda run: pd.DataFrame(dict(letter=['A', 'B'], n=[run.strength, 9])), toy_runs(2), 'toy', progress=False)
+    assert rows.letter.tolist() == ['A', 'B', 'A', 'B'] and rows.n.tolist() == [0, 9, 1, 9] and rows.seed.tolist() == [0] * 4
+
+def test_score_runs_side_by_side_gives_the_same():
+    runs = [(r.spec, r.strength) for r in toy_runs(8)]
+    plain = [SimpleNamespace(spec=SimpleNamespace(method=s.method, l0=s.l0, seed=s.seed), strength=k) for s, k in runs]
+    score = lambda run: dict(threads=torch.get_num_threads(), square=run.strength**2, process=os.getpid())
+    one, two = (score_runs(score, plain, 'toy', workers=w, progress=False) for w in (1, 2))
+    assert two.process.nunique() == 2 and os.getpid() not in two.process.values and (two.threads == 1).all()
+    assert one.drop(columns=['process', 'threads']).equals(two.drop(columns=['process', 'threads']))

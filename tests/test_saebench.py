@@ -208,11 +208,11 @@ def test_absorption_settings_and_letters():
 
 def test_letters_of_several_seeds_become_one_entry():
     rows = [('A', 0, .1, .2, 2, 10, 1), ('B', 0, 0., 0., 0, 3, 2), ('A', 1, .3, .4, 8, 20, 2), ('A', 2, .2, .3, 3, 10, 3)]
-    out = absorption_json(absorption_result(rows, seed=[4, 5, 6], position=[-6, -6, -6]))
+    out = absorption_json(absorption_result(rows, seed=4, eval_seeds=3))
     a, b = out['eval_result_details']
     assert a['first_letter'] == 'A' and a['mean_absorption_fraction'] == pytest.approx(.2) and a['full_absorption_rate'] == pytest.approx(.3)
     assert (a['num_full_absorption'], a['num_probe_true_positives'], a['num_split_features']) == (13, 40, 2) and b['num_split_features'] == 2
-    assert out['eval_config']['random_seed'] == 4 and out['eval_result_unstructured']['seed'] == [4, 5, 6]
+    assert out['eval_config']['random_seed'] == 4 and out['eval_result_unstructured']['eval_seeds'] == 3
 
 
 def test_probing_details_are_means_of_groups():

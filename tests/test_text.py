@@ -83,13 +83,13 @@ def test_read_texts_missing(tmp_path):
 
 def test_stream_dataset_without_datasets(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ImportError, match='pip install datasets'): next(stream_dataset('some/set'))
+    with pytest.raises(ImportError, match=r"pip install 'atm-sae\[data\]'"): next(stream_dataset('some/set'))
 
 
 def test_stream_dataset_reads_a_column(monkeypatch):
     class Fake:
         @staticmethod
-        def load_dataset(name, split, streaming): return iter([{'text': str(i)} for i in range(5)])
+        def load_dataset(path, name, split, streaming): return iter([{'text': str(i)} for i in range(5)])
     real = builtins.__import__
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: True)
     monkeypatch.setattr(builtins, '__import__', lambda name, *a, **k: Fake if name == 'datasets' else real(name, *a, **k))

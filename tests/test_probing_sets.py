@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from atm_sae import probing as pr
+from atm_sae import probing_sets as ps, text
 from atm_sae.lm import tiny_lm
-from atm_sae.probing import SAEBENCH_SETS, ProbingSet, dataset_tasks, evaluate_probing
+from atm_sae.probing import evaluate_probing
+from atm_sae.probing_sets import SAEBENCH_SETS, ProbingSet, dataset_tasks
 
 SETS = {s.name: s for s in SAEBENCH_SETS}
 NEWS, BIOS, CODE, SPEECHES = SETS['news'], SETS['bios 2'], SETS['code'], SETS['speeches']
@@ -144,12 +145,21 @@ def test_repeated_texts_count_once_and_stay_on_one_side(tmp_path):
     with pytest.raises(ValueError, match=r"ag_news, train: class 'world' has 4 different texts and 5 are needed; ask for fewer"): dataset_tasks((NEWS,), 10, 8, source=tmp_path)
 
 
+def test_a_text_of_two_classes_belongs_to_one(tmp_path):
+    "Each class has 4 texts of its own, and all share one: 17 different texts for 16 places, so nobody is short."
+    for split in ('train', 'test'):
+        write(tmp_path/NEWS.dataset/f'{split}.jsonl', [dict(text=f'{split} {i // 4} of {i % 4}' if i < 16 else f'{split} shared', label=i % 4) for i in range(20)])
+    for seed in range(5):
+        for task in dataset_tasks((NEWS,), 8, 8, seed=seed, source=tmp_path): assert len(set(task.train_texts)) == 8 == len(set(task.test_texts))
+    with pytest.raises(ValueError, match='has 4 different texts and 5 are needed'): dataset_tasks((NEWS,), 10, 8, source=tmp_path)
+
+
 def test_reading_stops_when_there_is_enough(monkeypatch):
     "An endless data set: the 10,000 rows that are stirred are read, and a few more."
     read = Counter()
-    def endless(s, split, *_):
+    def endless(name, split, *_):
         while True: read[split] += 1; yield dict(text=f'{split} {read[split]}', label=read[split] % 4)
-    monkeypatch.setattr(pr, '_stream', endless)
+    monkeypatch.setattr(ps, 'dataset_rows', endless)
     dataset_tasks((NEWS,), n_train=24, n_test=8)
     assert 10_000 < read['train'] < 10_200 and 10_000 < read['test'] < 10_200
 
@@ -171,23 +181,23 @@ def test_without_the_library(monkeypatch, source):
 
 def test_without_a_network():
     "In a process of its own: whether the Hub may be asked is decided when its library is imported."
-    code = ("import sys, atm_sae.probing as p\nassert 'datasets' not in sys.modules\n"
+    code = ("import sys, atm_sae.probing_sets as p\nassert 'datasets' not in sys.modules\n"
             "for s in (p.SAEBENCH_SETS[6], p.SAEBENCH_SETS[5]):\n"
             "    try: p.dataset_tasks((s,))\n"
             "    except ConnectionError as e: print(e)\n")
-    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(Path(pr.__file__).parent.parent)}
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(Path(ps.__file__).parent.parent)}
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, line in zip(('fancyzhx/ag_news', 'codeparrot/github-code'), done.stdout.splitlines(), strict=True):
-        assert line.startswith(f'{name}: the Hub cannot be reached') and 'HF_HUB_OFFLINE=0' in line and 'source=' in line and 'probing_tasks()' in line
+        assert line.startswith(f'{name}: the Hub cannot be reached') and 'HF_HUB_OFFLINE=0' in line and 'source=' in line
 
 
 def test_other_errors_are_named_not_hidden():
-    assert str(pr._dataset_error('some/set', ValueError('gated\nmore'))) == 'some/set cannot be read: gated'
+    assert str(text._dataset_error('some/set', ValueError('gated\nmore'))) == 'some/set cannot be read: gated'
     try:
         try: raise TimeoutError('slow')
         except TimeoutError as e: raise RuntimeError('wrapped') from ConnectionError('refused')
-    except RuntimeError as e: assert isinstance(pr._dataset_error('some/set', e), ConnectionError)
+    except RuntimeError as e: assert isinstance(text._dataset_error('some/set', e), ConnectionError)
 
 
 def test_they_are_scored_like_any_other_tasks(source, tmp_path, monkeypatch):
