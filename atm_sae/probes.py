@@ -79,11 +79,12 @@ def l1_max(z, Y):
 
 # %% ../nbs/09_probes.ipynb #cell-21
 def kkt_error(G, W, lam):
-    "How far each weight is from optimal, (d, m), in units of the L1 strength `lam` (m,)."
+    "How far each weight is from optimal, (m, d), in units of the L1 strength `lam` (m,); slopes G and weights W (m, d)."
+    lam = np.asarray(lam)[:, None]
     return np.where(W != 0, np.abs(G + lam * np.sign(W)), np.maximum(np.abs(G) - lam, 0)) / lam
 
 # %% ../nbs/09_probes.ipynb #cell-25
-def _coordinate_descent(H, g, w, lam, sweeps=200, tol=1e-18):
+def _coordinate_descent(H, g, w, lam, sweeps=20, tol=1e-18):
     "Minimise g.d + d.H.d / 2 + lam.|w + d| for each problem: H (L, a, a), the rest (L, a). Returns w + d."
     w, r, diagonal = w.copy(), g.copy(), np.einsum('lii->li', H)
     for _ in range(sweeps):
@@ -97,51 +98,74 @@ def _coordinate_descent(H, g, w, lam, sweeps=200, tol=1e-18):
         if moved < tol: break
     return w
 
-# %% ../nbs/09_probes.ipynb #cell-28
+# %% ../nbs/09_probes.ipynb #cell-29
+def _to_corner(H, g, w0, w, lam):
+    "From w to the least of one quadratic model (see `_coordinate_descent`; it is centred at w0) among weights of these signs."
+    w, live = w.copy(), np.flatnonzero((w != 0) | (lam == 0))
+    while True:
+        d = -np.linalg.solve(H[np.ix_(live, live)], g[live] + H[live] @ (w - w0) + lam[live] * np.sign(w[live]))
+        reach = np.divide(-w[live], d, out=np.full(len(live), np.inf), where=(lam[live] > 0) & (w[live] * d < 0))
+        if reach.min() >= 1: break
+        first = reach.argmin()
+        w[live] += reach[first] * d
+        w[live[first]], live = 0, np.delete(live, first)
+    w[live] += d
+    return w
+
+# %% ../nbs/09_probes.ipynb #cell-32
 def _active(G, W, lam, new=16):
     "The active inputs of each question: those with a weight, and the few that most want one."
-    want = np.where(W == 0, np.abs(G) - lam, -np.inf)
-    worst = np.argsort(-want, axis=0, kind='stable')[:new]
-    return [np.union1d(np.flatnonzero(W[:, l]), worst[want[worst[:, l], l] > 0, l]) for l in range(W.shape[1])]
+    active = []
+    for g, w, l in zip(G, W, lam):
+        want = np.flatnonzero((np.abs(g) > l) & (w == 0))
+        worst = want[np.argsort(-np.abs(g[want]), kind='stable')[:new]]
+        active.append(np.union1d(np.flatnonzero(w), worst))
+    return active
 
-def _direction(columns, active, P, R, S, G, W, b, lam):
-    "Where each question's weights and bias should go, as W and b, and what that does to the margins: (n, m)."
+def _quadratic(columns, active, R, curvature, G, W, b, lam):
+    "The quadratic model of each question's loss on its active inputs, the bias first: H, g, w, price of |w|, and the inputs."
     a = 1 + max(map(len, active))
-    H, g, w, price = np.tile(np.eye(a), (len(active), 1, 1)), *np.zeros((2, len(active), a)), np.full((len(active), a), np.inf)
-    price[:, 0] = 0                                          # the bias is free, what is not there costs infinitely much
+    H, (g, w, price) = np.tile(np.eye(a), (len(active), 1, 1)), np.zeros((3, len(active), a))     # what is not there stays at zero
     X = [np.hstack([np.ones((len(R), 1)), columns[:, j].toarray()]) for j in active]
     for l, j in enumerate(active):
         n = 1 + len(j)
-        H[l, :n, :n] = (X[l] * (S[:, l] * P[:, l] * (1 - P[:, l]))[:, None]).T @ X[l] + 1e-9 * np.eye(n)
-        g[l, :n], w[l, :n], price[l, 1:n] = np.append(R[:, l].sum(), G[j, l]), np.append(b[l], W[j, l]), lam[l]
-    new, W_new = _coordinate_descent(H, g, w, price), np.zeros_like(W)
-    for l, j in enumerate(active): W_new[j, l] = new[l, 1:1 + len(j)]
-    return W_new - W, new[:, 0] - b, np.stack([x @ (new[l] - w[l])[:x.shape[1]] for l, x in enumerate(X)], 1)
+        H[l, :n, :n] = (X[l] * curvature[:, [l]]).T @ X[l] + 1e-9 * np.eye(n)
+        g[l, :n], w[l, :n], price[l, 1:n] = np.append(R[:, l].sum(), G[l, j]), np.append(b[l], W[l, j]), lam[l]
+    return H, g, w, price, X
 
-# %% ../nbs/09_probes.ipynb #cell-30
+# %% ../nbs/09_probes.ipynb #cell-34
+def _step(T, S, M, R, H, g, w, price, X):
+    "New weights (m, a) and margins (n, m): the minimum of the quadratic model, or as far towards it as the loss falls enough."
+    d = np.stack([_to_corner(*p) for p in zip(H, g, w, _coordinate_descent(H, g, w, price), price)]) - w
+    dM = np.stack([x @ e[:x.shape[1]] for x, e in zip(X, d)], 1)
+    cost = lambda size: (S * np.logaddexp(0, -T * (M + size * dM))).sum(0) + (price * np.abs(w + size[:, None] * d)).sum(1)
+    slope = (g * d).sum(1) + (price * (np.abs(w + d) - np.abs(w))).sum(1)
+    size, old = np.ones(len(w)), cost(np.zeros(len(w)))
+    while (far := cost(size) > old + 1e-4 * size * slope).any() and size.min() > 1e-6: size = np.where(far, size / 2, size)
+    return w + size[:, None] * d, M + size * dM
+
+# %% ../nbs/09_probes.ipynb #cell-35
 def fit_l1_probes(
-    z,           # (n, d) inputs, scipy sparse
+    x,           # (n, d) inputs, scipy sparse
     Y,           # (n, m) bool: the answers
     share=.01,   # strength of the penalty, as a share of l1_max
     tol=1e-5,    # largest error of a weight, in units of the penalty; see kkt_error
     max_steps=200,
 ) -> tuple:      # W (d, m), b (m,)
     "Balanced L1-regularised logistic probes of all m questions, to the optimum; RuntimeError if it is not reached."
-    columns, (T, S), lam = z.tocsc().astype(float), _signs_and_weights(Y), share * l1_max(z, Y)
-    W, b, M = np.zeros((z.shape[1], Y.shape[1])), np.zeros(Y.shape[1]), np.zeros(Y.shape)
+    columns, (T, S), lam = x.tocsc().astype(float), _signs_and_weights(Y), share * l1_max(x, Y)
+    W, b, M = np.zeros((Y.shape[1], x.shape[1])), np.zeros(Y.shape[1]), np.zeros(Y.shape)
     todo = np.flatnonzero(lam > 0)
-    loss = lambda l, M, W: (S[:, l] * np.logaddexp(0, -T[:, l] * M)).sum(0) + lam[l] * np.abs(W).sum(0)
     for _ in range(max_steps):
         P = expit(-T[:, todo] * M[:, todo])
         R = -S[:, todo] * T[:, todo] * P
-        G = columns.T @ R
-        off = np.maximum(kkt_error(G, W[:, todo], lam[todo]).max(0), np.abs(R.sum(0)) / lam[todo]) > tol
-        if not off.any(): return W, b
-        todo, P, R, G = todo[off], P[:, off], R[:, off], G[:, off]
-        dW, db, dM = _direction(columns, _active(G, W[:, todo], lam[todo]), P, R, S[:, todo], G, W[:, todo], b[todo], lam[todo])
-        size, old = np.ones(len(todo)), loss(todo, M[:, todo], W[:, todo])
-        slope = (G * dW).sum(0) + R.sum(0) * db + lam[todo] * (np.abs(W[:, todo] + dW) - np.abs(W[:, todo])).sum(0)
-        while (far := loss(todo, M[:, todo] + size * dM, W[:, todo] + size * dW) > old + 1e-4 * size * slope).any() and size.min() > 1e-6:
-            size = np.where(far, size / 2, size)
-        W[:, todo] += size * dW; b[todo] += size * db; M[:, todo] += size * dM
+        G = np.ascontiguousarray((columns.T @ R).T)
+        off = np.maximum(kkt_error(G, W[todo], lam[todo]).max(1), np.abs(R.sum(0)) / lam[todo]) > tol
+        if not off.any(): return W.T, b
+        todo, P, R, G = todo[off], P[:, off], R[:, off], G[off]
+        active = _active(G, W[todo], lam[todo])
+        model = _quadratic(columns, active, R, S[:, todo] * P * (1 - P), G, W[todo], b[todo], lam[todo])
+        w, M[:, todo] = _step(T[:, todo], S[:, todo], M[:, todo], R, *model)
+        b[todo] = w[:, 0]
+        for l, j, v in zip(todo, active, w): W[l, j] = v[1:1 + len(j)]
     raise RuntimeError(f'the L1 probes of {len(todo)} questions did not converge in {max_steps} steps: raise `share` (now {share:g})')

@@ -121,8 +121,9 @@ def measure_three(cache, sae_folder, d_sae, n):
 
 def trained_folder(d_sae, steps):
     "The folder of a TopK SAE, trained if it is not in the cache."
-    run = get_run(recipe('topk', ActivationSpec(MODEL, LAYER), 128, d_sae, l0=8, steps=steps), device='cpu')
-    return dict(folder=str(run.folder/'sae')), [dict(total=0.)]
+    spec = recipe('topk', ActivationSpec(MODEL, LAYER), 128, d_sae, l0=8, steps=steps)
+    run, seconds = repeated(lambda: get_run(spec, device='cpu'), {}, 1)
+    return dict(d_sae=d_sae, folder=str(run.folder/'sae')), seconds
 
 def large_task(n_words, d_in=128, seed=0):
     "A task of random words: the direction of its letter, of length 1, plus noise of its own with deviation 0.2."

@@ -62,7 +62,7 @@ def test_l1_probes_are_at_the_optimum_that_sklearn_finds():
         assert 0 < (W[:, l] != 0).sum() < 60
     t, s = 2. * Y - 1, np.stack([balanced_weights(T(y)).numpy() for y in Y.T], 1)
     G = z.T @ (-s * t / (1 + np.exp(t * (z @ W + b))))
-    assert kkt_error(G, W, .02 * l1_max(z, Y)).max() < 1e-7
+    assert kkt_error(G.T, W.T, .02 * l1_max(z, Y)).max() < 1e-7
 
 
 def test_l1_probes_that_do_not_converge_say_so():
