@@ -6,7 +6,7 @@
 __all__ = ['LETTERS', 'AbsorptionConfig', 'full_absorption', 'absorbed_projection', 'absorption_fraction', 'fit_letter_probes',
            'first_letter_prompts', 'find_words', 'stratified_split', 'FirstLetterTask', 'task_from_activations',
            'build_task', 'save_task', 'load_task', 'get_task', 'task_again', 'rank_latents', 'main_latents',
-           'letter_gap', 'integrated_effects', 'dominant_absorber', 'ablation_absorbed', 'encode_words',
+           'letter_gap', 'word_gaps', 'integrated_effects', 'dominant_absorber', 'ablation_absorbed', 'encode_words',
            'AbsorptionResult', 'absorption_frame', 'evaluate_absorption', 'best_single_latent_f1']
 
 # %% ../nbs/10_absorption.ipynb #cell-3
@@ -312,8 +312,13 @@ def letter_gap(
     return right - (all_letters.sum(1) - right) / 25
 
 # %% ../nbs/10_absorption.ipynb #cell-60
-def _gaps(lm, task, rows, stream):
-    "m (n, points) with the residual stream at the words replaced by `stream` (n, points, d_in)."
+def word_gaps(
+    lm,      # the task's LM
+    task,    # a FirstLetterTask that was built from prompts
+    rows,    # (n,) indices of words
+    stream,  # (n, points, d_in) what takes the place of the residual stream at the words
+) -> torch.Tensor:  # (n, points)
+    "The gap m between the right letter and the others, for each point."
     n, points, start = *stream.shape[:2], int(task.at[0])
     tokens, x = task.tokens[rows].long().to(lm.device), stream.flatten(0, 1)[:, None]
     with torch.no_grad(): past = lm.model(input_ids=tokens[:, :start], use_cache=True, logits_to_keep=1).past_key_values
@@ -338,7 +343,7 @@ def integrated_effects(
     z = sae.encode(x).detach()
     stream = x[:, None] - (1 - alpha)[:, None].to(W_dec) * (z @ W_dec)[:, None]
     with torch.enable_grad():
-        slope, = torch.autograd.grad(_gaps(lm, task, rows, stream.requires_grad_()).sum(), stream)
+        slope, = torch.autograd.grad(word_gaps(lm, task, rows, stream.requires_grad_()).sum(), stream)
     return (z * (slope.mean(1) @ W_dec.T)).float().cpu()
 
 # %% ../nbs/10_absorption.ipynb #cell-65

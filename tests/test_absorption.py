@@ -339,12 +339,12 @@ def test_gaps_are_those_of_whole_prompts(lm, lm_task, halves):
     for j in range(2):
         def put(resid): return resid.index_put((torch.arange(3), at), stream[:, j])
         with splice(lm, 1, put): logits = next_token_logits(lm, lm_task.tokens[rows].long())
-        assert torch.allclose(ab._gaps(lm, lm_task, rows, stream)[:, j], letter_gap(logits, lm_task.letter[rows], ids), atol=1e-5)
+        assert torch.allclose(ab.word_gaps(lm, lm_task, rows, stream)[:, j], letter_gap(logits, lm_task.letter[rows], ids), atol=1e-5)
 
 
 def test_effects_add_up(lm, lm_task, halves):
     rows = torch.arange(5)
-    m0, m1 = ab._gaps(lm, lm_task, rows, path(halves, lm_task, rows, (0., 1.))).detach().T
+    m0, m1 = ab.word_gaps(lm, lm_task, rows, path(halves, lm_task, rows, (0., 1.))).detach().T
     effects = integrated_effects(halves, lm, lm_task, rows)
     assert effects.shape == (5, 32) and torch.allclose(effects.sum(1), m1 - m0, atol=1e-4)
     assert (effects[lm_task.x[rows] @ halves.W_enc <= 0] == 0).all()            # what does not fire has no effect
