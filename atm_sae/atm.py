@@ -73,7 +73,7 @@ class ATMConfig:
     warmup: float = .1          # share of the steps without masking
     combine: str = 'geometric'  # how three statistics make an importance; one of COMBINE
     per: str = 'batch'          # one mask for the 'batch', or one for each 'sample'
-    blind: bool = False         # the control: hide every latent with the mean of their probabilities
+    blind: bool = False         # the control: hide as many latents as ATM did, but any of them
 
     def __post_init__(self):
         if self.combine not in COMBINE: raise ValueError(f'unknown combine {self.combine!r}: choose one of {", ".join(COMBINE)}')
@@ -148,8 +148,12 @@ def sample_mask(
 
 # %% ../nbs/06_atm.ipynb #cell-59
 class BlindMasker(ATMMasker):
-    "Dropout on latents at ATM's mean rate: the same averages, blind to importance."
-    def mask_probability(self): return super().mask_probability().mean().expand(self.d_sae)
+    "Dropout on latents: the interface and the averages of ATM, at given rates, one for each step."
+    def __init__(self, d_sae, rates, **options):
+        super().__init__(d_sae, **options)
+        self.rates = rates
+
+    def mask_probability(self): return torch.full_like(self.magnitude, self.rates[min(self.steps, len(self.rates) - 1)])
 
 # %% ../nbs/06_atm.ipynb #cell-62
 def make_masker(
@@ -157,9 +161,10 @@ def make_masker(
     d_sae,         # number of latents
     steps,         # length of the training run
     device='cpu',  # where the latents live
+    rates=None,    # for the blind control: the share that ATM hid at each step
 ):
     "The masker that an `ATMConfig` describes."
     if config is None: return None
-    warmup = round(config.warmup * steps)
-    kind = BlindMasker if config.blind else ATMMasker
-    return kind(d_sae, config.decay, config.c, config.r, warmup, config.combine, config.per, device)
+    options = dict(decay=config.decay, warmup=round(config.warmup * steps), per=config.per, device=device)
+    if config.blind: return BlindMasker(d_sae, rates, **options)
+    return ATMMasker(d_sae, c=config.c, r=config.r, combine=config.combine, **options)

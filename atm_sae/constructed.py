@@ -73,7 +73,7 @@ def absorbing_sae(
         gone = torch.randperm(m, generator=generator(seed, f'absorbed-{i}'))[:round(share * m)]
         letter = read[:, i] - less * read[:, 26 + gone].sum(1)
         others = read[:, :26].sum(1) - read[:, i]
-        W_enc[:, i], W_enc[:, kids] = letter - 1e3 * others, read[:, 26:] - 1e3 * others[:, None]
+        W_enc[:, i], W_enc[:, kids] = letter - 1000 * others, read[:, 26:] - 100 * others[:, None]
         W_dec[kids[gone]] += part * D[i]
     sae = SAE(SAEConfig(len(D.T), len(D))).requires_grad_(False)
     sae.W_enc.data, sae.W_dec.data = W_enc.float(), W_dec.float()

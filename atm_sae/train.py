@@ -411,6 +411,17 @@ def _control(spec, batches):
     sae.init_b_dec(x)
     return calibrate_l0(sae, x, spec.sae.target_l0)
 
+def _twin(spec):
+    "The ATM run that a blind control follows; None for any other run."
+    if not (spec.atm and spec.atm.blind): return None
+    return replace(spec, method=spec.method.replace('dropout', 'atm'), atm=replace(spec.atm, blind=False))
+
+def _twin_rates(spec):
+    "The share of latents that ATM hid at each step of the twin's run; None without a twin."
+    if not (twin := _twin(spec)): return None
+    log = get_run(twin).history.table
+    return np.interp(range(spec.train.steps), log.step, log.mask_rate).tolist()
+
 def _make_run(spec, folder, progress, device):
     "Train, and write a run's folder; `run.json` comes last and makes it complete."
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
@@ -418,7 +429,7 @@ def _make_run(spec, folder, progress, device):
     if spec.method == 'random': sae, history = _control(spec, batches), History()
     else:
         sae = SAE(spec.sae).to(device)
-        masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device)
+        masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, _twin_rates(spec))
         history = train(sae, batches, spec.train, masker, folder, progress)
     if isinstance(spec.data, ActivationSpec): sae.metadata = hook_point(spec.data.model, spec.data.layer)
     sae.save(folder / 'sae')
@@ -476,7 +487,14 @@ def _side_by_side(specs, workers):
         for p in (getattr(pool, '_processes', None) or {}).values(): p.terminate()
         pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/07_train.ipynb #cell-83
+# %% ../nbs/07_train.ipynb #cell-84
+def _make_all(todo, workers):
+    "Make runs, the blind controls last; yields each spec with its error or None."
+    for blind in (False, True):
+        part = [s for s in todo if (_twin(s) is not None) == blind]
+        yield from _side_by_side(part, min(workers, len(part))) if min(workers, len(part)) > 1 else _in_turn(part)
+
+# %% ../nbs/07_train.ipynb #cell-85
 def run_grid(
     specs,          # RunSpecs
     workers=2,      # processes, each with one thread; 1: in this one
@@ -484,9 +502,9 @@ def run_grid(
 )->list:
     "The runs of `specs`, in their order: loaded, or made first. RuntimeError names the run that failed."
     specs = list(specs)
-    todo = list({s.key: s for s in specs if not is_complete(s)}.values())
+    todo = list({s.key: s for s in [*filter(None, map(_twin, specs)), *specs] if not is_complete(s)}.values())
     for data in {s.data for s in todo if isinstance(s.data, ActivationSpec)}: get_activations(data)
-    made = _side_by_side(todo, min(workers, len(todo))) if min(workers, len(todo)) > 1 else _in_turn(todo)
+    made = _make_all(todo, workers)
     with tqdm(total=len(todo), desc='runs', disable=not (progress and todo)) as bar:
         for spec, error in made:
             if error: made.close(); raise RuntimeError(f'run "{spec.name}" ({spec.key}) failed: {type(error).__name__}: {error}') from error

@@ -136,12 +136,13 @@ def test_sampling_is_reproducible():
     masker.observe(z := torch.rand(8, 50, generator=gen(0)), z)
     assert torch.equal(masker.sample(gen(1)), masker.sample(gen(1))) and not torch.equal(masker.sample(gen(1)), masker.sample(gen(2)))
 
-def test_blind_masker_hides_as_many_as_atm_and_does_not_look():
-    z, atm, blind = torch.tensor([[9., 1., 0., 0.]]), ATMMasker(4), BlindMasker(4)
-    for masker in (atm, blind): masker.observe(z, z)
-    p = blind.mask_probability()
-    assert p.unique().numel() == 1 and torch.isclose(p[0], atm.mask_probability().mean()) and 0 < p[0] < 1
-    assert torch.equal(blind.importance(), atm.importance())
+def test_blind_masker_hides_at_the_rate_of_the_step_and_does_not_look():
+    z, atm, blind = torch.tensor([[9., 1., 0., 0.]]), ATMMasker(4), BlindMasker(4, rates=[0., .5, .25])
+    seen = [blind.mask_probability().tolist()]
+    for _ in range(3):
+        for masker in (atm, blind): masker.observe(z, z)
+        seen.append(blind.mask_probability().tolist())
+    assert seen == [[0.] * 4, [.5] * 4, [.25] * 4, [.25] * 4] and torch.equal(blind.importance(), atm.importance())
 
 def test_state_round_trip():
     a, b = ATMMasker(6), ATMMasker(6)
@@ -154,7 +155,7 @@ def test_state_round_trip():
 def test_make_masker():
     assert make_masker(None, 4, 100) is None
     assert make_masker(ATMConfig(warmup=.3, per='sample'), 4, 100).warmup == 30
-    assert type(make_masker(ATMConfig(blind=True), 4, 100)) is BlindMasker and type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
+    assert make_masker(ATMConfig(blind=True), 4, 100, rates=[.3]).rates == [.3] and type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
 
 @pytest.mark.parametrize('settings, text', [
     (dict(combine='mean'), "unknown combine 'mean': choose one of geometric"), (dict(per='token'), "'batch' or 'sample'"),

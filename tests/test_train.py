@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def batches(spec, cls=WorldBatches): return cls(PlantedWorld(WORLD), spec.train.
 
 def make(spec, folder=None, data=None):
     "Train a spec by hand; returns SAE and history."
-    sae, masker = SAE(spec.sae), make_masker(spec.atm, spec.sae.d_sae, spec.train.steps)
+    sae, masker = SAE(spec.sae), make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=training._twin_rates(spec))
     return sae, train(sae, data or batches(spec), spec.train, masker, folder, progress=False)
 
 def weights(sae): return {n: t.numpy().tobytes() for n, t in sae.state_dict().items()}
@@ -281,3 +282,15 @@ def test_grid_names_the_run_that_failed(workers):
 
 def test_unknown_data():
     with pytest.raises(TypeError, match='WorldConfig or an ActivationSpec, not str'): get_run(recipe('topk', 'pile', 8, 16, 3, 5))
+
+
+def test_blind_control_hides_as_many_as_its_twin_at_each_step():
+    spec = small('dropout', steps=60)
+    twin = small('atm', steps=60)
+    assert training._twin(spec) == twin and training._twin(twin) is None and training._twin(small('topk')) is None
+    blind, = run_grid([spec], workers=1, progress=False)
+    assert is_complete(twin)                                   # made first, though nobody asked for it
+    rates, log = training._twin_rates(spec), get_run(twin).history.table
+    assert rates == pytest.approx(np.interp(range(60), log.step, log.mask_rate)) and len(rates) == 60
+    assert rates[0] == 0 < rates[-1]                           # the warm-up hides nothing
+    assert blind.history.table.mask_rate.mean() == pytest.approx(log.mask_rate.mean(), abs=.1)
