@@ -7,7 +7,7 @@ __all__ = ['LETTERS', 'AbsorptionConfig', 'full_absorption', 'absorbed_projectio
            'first_letter_prompts', 'find_words', 'stratified_split', 'FirstLetterTask', 'task_from_activations',
            'build_task', 'save_task', 'load_task', 'get_task', 'task_again', 'rank_latents', 'main_latents',
            'letter_gap', 'word_gaps', 'integrated_effects', 'dominant_absorber', 'ablation_absorbed', 'encode_words',
-           'AbsorptionResult', 'absorption_frame', 'evaluate_absorption', 'best_single_latent_f1']
+           'AbsorptionResult', 'evaluate_absorption', 'best_single_latent_f1']
 
 # %% ../nbs/10_absorption.ipynb #cell-3
 import statistics
@@ -41,6 +41,12 @@ class AbsorptionConfig:
     min_f1: float = .6         # a letter counts if its probe's F1 on test words exceeds this
     min_letters: int = 20      # an SAE is scored only if so many letters count
     l1_share: float = .01      # strength of the L1 probe, as a share of the one at which all weights vanish
+
+    def __post_init__(self):
+        for name in ('max_k', 'absorbers', 'min_letters'):
+            if getattr(self, name) < 1: raise ValueError(f'AbsorptionConfig: {name} = {getattr(self, name)}, but it must be at least 1')
+        for name in ('share', 'l1_share'):
+            if not 0 < getattr(self, name) <= 1: raise ValueError(f'AbsorptionConfig: {name} = {getattr(self, name)}, but it must lie in (0, 1]')
 
 # %% ../nbs/10_absorption.ipynb #cell-15
 def full_absorption(
@@ -92,6 +98,7 @@ def fit_letter_probes(
 ) -> tuple:    # W (26, d_in), b (26,); zero, -1 for a letter without words
     "One probe a letter: this letter against all others."
     scale = float(x.double().var(0).mean().sqrt())
+    if not scale > 0: raise ValueError('the activations at the words are all alike: no probe can read anything from them')
     W, b = torch.zeros(26, x.shape[1]), torch.full((26,), -1.)
     for i in letter.unique().tolist():
         w, b[i] = fit_logistic(x / scale, letter == i, l2)
@@ -107,6 +114,7 @@ def first_letter_prompts(
     seed=0,    # which words stand in them
 ) -> tuple:    # prompts, and for each the index of the last character of its query word
     "One prompt for each word; the words in its answered lines are drawn from all others."
+    if len(words) <= n_icl: raise ValueError(f'{len(words)} words, but a prompt needs {n_icl} others besides its own: raise max_words or lower n_icl')
     line = [_PROMPT.format(word=w) + _ANSWER.format(letter=l) for w, l in zip(words.text, words.letter)]
     rng = np.random.default_rng(generator(seed, 'prompts').initial_seed())
     prompts, ends = [], []
@@ -163,9 +171,7 @@ class FirstLetterTask:
     tokens: torch.Tensor = field(default=None, repr=False)  # (n, length) the prompts, if there were any
     at: torch.Tensor = field(default=None, repr=False)      # (n,) position of the word, the same in each
     origin: dict = field(default_factory=dict, repr=False)  # how to make it again: model_name, n_icl, max_words
-
-    @classmethod
-    def build(cls, lm, layer, seed=0, **options): return build_task(lm, layer, seed, **options)
+    l2: float = 1.0                          # penalty of the probes
 
     @property
     def d_in(self): return self.x.shape[1]
@@ -195,7 +201,7 @@ def task_from_activations(
     W, b = fit_letter_probes(x[~test], letter[~test], l2)
     hit = x[test] @ W.T + b > 0
     f1 = f1_score(hit.T, F.one_hot(letter[test], 26).T.bool()).float()
-    return FirstLetterTask(words.assign(test=test.numpy()).reset_index(drop=True), x, W, b, f1, seed=seed, **where)
+    return FirstLetterTask(words.assign(test=test.numpy()).reset_index(drop=True), x, W, b, f1, seed=seed, l2=l2, **where)
 
 # %% ../nbs/10_absorption.ipynb #cell-43
 def build_task(
@@ -230,7 +236,7 @@ def save_task(task, folder):
         tensors = {k: getattr(task, k) for k in ('x', 'W', 'b', 'f1', 'tokens', 'at')}
         save_file({k: t.contiguous() for k, t in tensors.items() if t is not None}, part/'task.safetensors')
         write_json(part/'task.json', dict(sha256=file_sha256(part/'task.safetensors'), words=task.words.to_dict('list'),
-                                          model=task.model, layer=task.layer, seed=task.seed, origin=task.origin))
+                                          model=task.model, layer=task.layer, seed=task.seed, origin=task.origin, l2=task.l2))
 
 # %% ../nbs/10_absorption.ipynb #cell-46
 def load_task(folder):
@@ -255,7 +261,7 @@ def get_task(
 ) -> FirstLetterTask:
     "The task from the cache, or built and put there."
     lm = load_lm(model_name) if isinstance(model_name, (str, Path)) else model_name
-    key = stable_hash(dict(task='first-letter', version=2, model=lm.checksum, layer=layer, seed=seed, n_icl=n_icl, max_words=max_words))
+    key = stable_hash(dict(task='first-letter', version=3, model=lm.checksum, layer=layer, seed=seed, n_icl=n_icl, max_words=max_words))
     folder = cache_dir()/'tasks'/key
     if not folder.exists(): save_task(build_task(lm, layer, seed, n_icl, max_words), folder)
     return load_task(folder)
@@ -264,8 +270,11 @@ def get_task(
 def task_again(task, seed):
     "The same task at another seed: new prompts from its model, or a new split if it came from activations alone."
     if seed == task.seed: return task
-    if task.tokens is not None: return get_task(layer=task.layer, seed=seed, **task.origin)
-    return task_from_activations(task.x, task.words.drop(columns='test'), seed, model=task.model, layer=task.layer)
+    if task.tokens is None:
+        return task_from_activations(task.x, task.words.drop(columns='test'), seed, task.l2, model=task.model, layer=task.layer, origin=task.origin)
+    try: return get_task(layer=task.layer, seed=seed, **task.origin)
+    except OSError as e: raise ValueError(f'the model of this task, {task.origin["model_name"]}, cannot be loaded again ({e}): '
+                                          'build the task at the other seed yourself, with build_task') from e
 
 # %% ../nbs/10_absorption.ipynb #cell-51
 def rank_latents(
@@ -477,7 +486,7 @@ def _score_task(sae, task, config, lm, batch_size):
 class AbsorptionResult:
     "Absorption scores of one SAE: the tables, and means over letters and evaluation seeds."
     letters: pd.DataFrame  # one row for each evaluation seed and letter that counts
-    words: pd.DataFrame    # one row for each of them and test word: A, M, T, scores, absorber, ...
+    words: pd.DataFrame    # one row for each of them and test word on which its probe is right: A, M, T, scores, absorber, ...
     config: dict           # everything that the scores depend on
     sae: dict              # the SAE's configuration
 
@@ -499,28 +508,18 @@ class AbsorptionResult:
     fraction_std = property(lambda self: self._std('fraction'), doc='Standard deviation over letters.')
     n_split_std = property(lambda self: self._std('n_split'), doc='Standard deviation over letters.')
 
-    def to_frame(self): return absorption_frame(self)
     def __repr__(self):
         scores = ', '.join(f'{name}={getattr(self, name):.4f}' for name in self.seeds)
         return f'AbsorptionResult({scores}; {self.letters.first_letter.nunique()} letters, {len(self.seeds)} evaluation seeds)'
 
 # %% ../nbs/10_absorption.ipynb #cell-78
-_MEAN = dict(mean_absorption_fraction_score='fraction', mean_full_absorption_score='full', mean_num_split_features='n_split',
-             std_dev_absorption_fraction_score='fraction_std', std_dev_full_absorption_score='full_std', std_dev_num_split_features='n_split_std')
-
-def absorption_frame(result):
-    "One row: the scores by SAEBench's names, the rate of Chanin et al., and how many letters counted."
-    return pd.DataFrame([{name: getattr(result, k) for name, k in _MEAN.items()} |
-                         dict(ablation_absorption_rate=result.ablation, num_letters=result.letters.first_letter.nunique())])
-
-# %% ../nbs/10_absorption.ipynb #cell-79
 def _sae_config(sae):
     "What the SAE says of itself, as plain data; its sizes at least."
     config = getattr(sae, 'config', None)
     sizes = dict(d_in=sae.W_dec.shape[1], d_sae=sae.W_dec.shape[0])
     return sizes | to_plain(config) if is_dataclass(config) else sizes
 
-# %% ../nbs/10_absorption.ipynb #cell-80
+# %% ../nbs/10_absorption.ipynb #cell-79
 @one_thread()
 def evaluate_absorption(
     sae,              # anything with encode, W_dec (d_sae, d_in)
@@ -535,10 +534,11 @@ def evaluate_absorption(
     _check_fits(sae, task)
     parts = [_score_task(sae, task.again(task.seed + i), config, lm, batch_size) for i in range(eval_seeds)]
     letters, words = (pd.concat(tables, ignore_index=True) for tables in zip(*parts))
-    setting = dict(model=task.model, layer=task.layer, seed=task.seed, eval_seeds=eval_seeds, position=task.position)
+    setting = dict(model=task.model, layer=task.layer, seed=task.seed, eval_seeds=eval_seeds, position=task.position, n_words=len(task.words),
+                   l2=task.l2, n_icl=task.origin.get('n_icl'), max_words=task.origin.get('max_words'))
     return AbsorptionResult(letters, words, to_plain(config) | setting, _sae_config(sae))
 
-# %% ../nbs/10_absorption.ipynb #cell-100
+# %% ../nbs/10_absorption.ipynb #cell-99
 def best_single_latent_f1(sae, task):
     "DataFrame letter, latent, f1: how well one latent detects each letter by firing; chosen on training, scored on test words."
     z, _ = encode_words(sae, task.x)

@@ -38,6 +38,7 @@ def word_task(
 ) -> FirstLetterTask:
     "Words of one letter and one of its children, with probes; `words.amount` is the letter's coefficient."
     _check_letters(world)
+    if n < 5 or not 0 <= spread < 1: raise ValueError(f'word_task: n = {n} and spread = {spread}, but n must be at least 5 (a fifth is tested) and spread lie in [0, 1)')
     parent, m = torch.arange(26).repeat_interleave(n), world.config.children_per_parent
     child = 26 + parent * m + torch.arange(len(parent)) % m
     ab = draw_coefficients(torch.ones(len(parent), 2), spread, generator(seed, 'words'))
@@ -58,7 +59,7 @@ def absorbing_sae(
     world,     # of letter_world
     share,     # of each letter's children that are absorbed, 0 to 1; rounded to whole children
     part=1.,   # pi: how much of the letter the latent of an absorbed child brings, for each unit of the child, 0 to 1
-    less=10.,  # lambda: how many times the letter's latent subtracts the child; like `part`: weakened, not silent
+    less=10.,  # lambda: how many times the letter's latent subtracts the child; equal to part: it is weakened, not silent
     seed=0,    # which children
 ) -> SAE:      # latent i is feature i of the world
     "A dictionary by hand with known absorption. ValueError if the world is too tight for it."

@@ -46,7 +46,8 @@ def fit_logistic(
     l2=1.0,     # lambda; scikit-learn's 1/C
     tol=1e-10,  # stop when a step lowers the loss by less than this share of it
 ) -> tuple:     # w (..., d), b (...), both float64
-    "Class-balanced logistic regression, by Newton's method with step halving, to convergence."
+    "Class-balanced logistic regression, by Newton's method with step halving, to convergence; RuntimeError if that fails."
+    if not torch.isfinite(x).all(): raise ValueError('fit_logistic: inputs are NaN or infinite')
     X = torch.cat([x.double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1)
     t, s = y.double() * 2 - 1, balanced_weights(y)
     penalty = X.new_full(X.shape[-1:], l2)
@@ -60,6 +61,7 @@ def fit_logistic(
         better = old - new > tol * old
         if not better.any(): break
         w, old = torch.where(better[..., None], w - size[..., None] * step, w), torch.where(better, new, old)
+    else: raise RuntimeError('the probe did not converge in 100 steps: raise l2')
     return w[..., :-1], w[..., -1]
 
 # %% ../nbs/09_probes.ipynb #cell-14
@@ -72,10 +74,10 @@ def _signs_and_weights(Y):
     "Labels +-1 and balanced weights, (n, m), of Y, bool (n, m)."
     return 2. * Y - 1, balanced_weights(torch.as_tensor(Y).T).T.numpy()
 
-def l1_max(z, Y):
-    "The least L1 strength (m,) at which balanced probes of Y, bool (n, m), on x, (n, d), have no weights."
+def l1_max(x, Y):
+    "The least L1 strength (m,) at which balanced probes of Y, bool (n, m), on inputs x (n, d), have no weights."
     T, S = _signs_and_weights(Y)
-    return np.abs(z.T @ (S * T / 2)).max(0)
+    return np.abs(x.T @ (S * T / 2)).max(0)
 
 # %% ../nbs/09_probes.ipynb #cell-21
 def kkt_error(G, W, lam):
@@ -141,7 +143,7 @@ def _step(T, S, M, R, H, g, w, price, X):
     cost = lambda size: (S * np.logaddexp(0, -T * (M + size * dM))).sum(0) + (price * np.abs(w + size[:, None] * d)).sum(1)
     slope = (g * d).sum(1) + (price * (np.abs(w + d) - np.abs(w))).sum(1)
     size, old = np.ones(len(w)), cost(np.zeros(len(w)))
-    while (far := cost(size) > old + 1e-4 * size * slope).any() and size.min() > 1e-6: size = np.where(far, size / 2, size)
+    while (far := (cost(size) > old + 1e-4 * size * slope) & (size > 1e-6)).any(): size = np.where(far, size / 2, size)
     return w + size[:, None] * d, M + size * dM
 
 # %% ../nbs/09_probes.ipynb #cell-35
@@ -153,6 +155,8 @@ def fit_l1_probes(
     max_steps=200,
 ) -> tuple:      # W (d, m), b (m,)
     "Balanced L1-regularised logistic probes of all m questions, to the optimum; RuntimeError if it is not reached."
+    if not share > 0: raise ValueError(f'fit_l1_probes: share = {share}, but the penalty must be above 0')
+    if not np.isfinite(x.data).all(): raise ValueError('fit_l1_probes: inputs are NaN or infinite')
     columns, (T, S), lam = x.tocsc().astype(float), _signs_and_weights(Y), share * l1_max(x, Y)
     W, b, M = np.zeros((Y.shape[1], x.shape[1])), np.zeros(Y.shape[1]), np.zeros(Y.shape)
     todo = np.flatnonzero(lam > 0)
@@ -168,4 +172,5 @@ def fit_l1_probes(
         w, M[:, todo] = _step(T[:, todo], S[:, todo], M[:, todo], R, *model)
         b[todo] = w[:, 0]
         for l, j, v in zip(todo, active, w): W[l, j] = v[1:1 + len(j)]
-    raise RuntimeError(f'the L1 probes of {len(todo)} questions did not converge in {max_steps} steps: raise `share` (now {share:g})')
+    raise RuntimeError(f'the L1 probes of {len(todo)} questions did not converge in {max_steps} steps: '
+                       f'raise the strength of the penalty (`share` here, `l1_share` of AbsorptionConfig; now {share:g})')

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from atm_sae import absorption as ab
 from atm_sae.absorption import (
-    LETTERS, AbsorptionConfig, FirstLetterTask, absorbed_projection, absorption_fraction, best_single_latent_f1, build_task, dominant_absorber,
+    LETTERS, AbsorptionConfig, absorbed_projection, absorption_fraction, best_single_latent_f1, build_task, dominant_absorber,
     encode_words, evaluate_absorption, find_words, first_letter_prompts, fit_letter_probes,
     full_absorption, get_task, integrated_effects, letter_gap, load_task, main_latents, rank_latents, save_task, stratified_split,
     task_from_activations)
@@ -200,8 +200,8 @@ def test_table_columns_and_means(task):
     for column in ('first_letter', 'mean_absorption_fraction', 'full_absorption_rate', 'num_full_absorption', 'num_probe_true_positives', 'num_split_features'):
         assert column in result.letters
     assert (result.letters.num_full_absorption / result.letters.num_probe_true_positives == result.letters.full_absorption_rate).all()
-    frame = result.to_frame()
-    assert frame.mean_full_absorption_score[0] == result.full and frame.num_letters[0] == 26 and frame.std_dev_num_split_features[0] == result.n_split_std
+    assert result.full == result.letters.full_absorption_rate.mean() and result.n_split_std == result.letters.num_split_features.std()
+    assert result.config['n_words'] == 520 and result.config['l2'] == 1
 
 
 def test_evaluation_seeds_are_asked_apart_and_averaged(task):
@@ -218,7 +218,8 @@ def test_the_next_seed_of_a_models_task_has_other_prompts(lm, tmp_path, monkeypa
     monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
     first = get_task('nano-gemma2', 0, n_icl=1, max_words=40)
     again = first.again(1)
-    assert again.seed == 1 and again.origin == first.origin and len(again.words) <= 40 and not again.words.equals(first.words)
+    assert again.seed == 1 and again.origin == first.origin and not again.words.equals(first.words)
+    assert torch.equal(again.x, get_task('nano-gemma2', 0, seed=1, n_icl=1, max_words=40).x)
     assert first.again(0) is first
 
 
@@ -292,9 +293,9 @@ def test_task_cache(lm, tmp_path, monkeypatch):
 
 
 def test_same_seed_same_task(lm, lm_task):
-    again = FirstLetterTask.build(lm, 1, n_icl=1, max_words=150)
+    again = build_task(lm, 1, n_icl=1, max_words=150)
     assert torch.equal(again.x, lm_task.x) and torch.equal(again.W, lm_task.W) and torch.equal(again.test, lm_task.test)
-    other = FirstLetterTask.build(lm, 1, seed=1, n_icl=1, max_words=150)
+    other = build_task(lm, 1, seed=1, n_icl=1, max_words=150)
     assert not other.words.equals(lm_task.words)
 
 
@@ -394,3 +395,22 @@ def test_an_sae_of_another_hook_is_refused(lm_task):
     with pytest.raises(ValueError, match=r"trained on .*blocks.0.hook_resid_post.*the task reads .*blocks.1.hook_resid_post"): evaluate_absorption(sae, lm_task)
     sae.metadata['hook_name'] = 'blocks.1.hook_resid_post'
     with pytest.raises(ValueError, match='letters have a probe'): evaluate_absorption(sae, lm_task)     # it fits; the random model cannot spell
+
+
+def test_another_seed_keeps_the_penalty():
+    x, words, _ = alphabet()
+    stiff = task_from_activations(x, words, l2=50.)
+    assert torch.equal(stiff.again(1).W, task_from_activations(x, words, seed=1, l2=50.).W) and stiff.again(1).l2 == 50
+    assert not torch.equal(stiff.again(1).W, task_from_activations(x, words, seed=1).W)
+
+
+@pytest.mark.parametrize('settings, text', [
+    (dict(max_k=0), 'max_k = 0, but it must be at least 1'), (dict(share=0.), r'share = 0.0, but it must lie in \(0, 1\]'), (dict(l1_share=2.), 'l1_share = 2.0')])
+def test_impossible_settings(settings, text):
+    with pytest.raises(ValueError, match=text): AbsorptionConfig(**settings)
+
+
+def test_too_few_words_and_models_in_memory(lm, lm_task):
+    with pytest.raises(ValueError, match='5 words, but a prompt needs 10 others besides its own: raise max_words or lower n_icl'): build_task(lm, 1, max_words=5)
+    with pytest.raises(ValueError, match='cannot be loaded again .*build the task at the other seed yourself, with build_task'): lm_task.again(1)
+    with pytest.raises(ValueError, match='all alike: no probe can read anything'): fit_letter_probes(torch.ones(30, 4), torch.arange(30) % 26)

@@ -113,3 +113,8 @@ def test_errors_say_what_to_do(wish, message):
     with pytest.raises(ValueError, match=message): wish()
 
 def test_the_least_dimensions_are_enough_for_a_world(): assert letter_world(2, 28).directions.shape == (78, 28)
+
+
+@pytest.mark.parametrize('options', [dict(n=0), dict(spread=2.), dict(spread=-.1)])
+def test_words_that_cannot_be_made(options):
+    with pytest.raises(ValueError, match='n must be at least 5 .a fifth is tested. and spread lie in'): word_task(letter_world(5, d_in=64), **options)

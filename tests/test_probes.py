@@ -68,3 +68,11 @@ def test_l1_probes_are_at_the_optimum_that_sklearn_finds():
 def test_l1_probes_that_do_not_converge_say_so():
     z = sparse.csr_matrix(np.random.default_rng(2).random((40, 5)))
     with pytest.raises(RuntimeError, match='1 questions did not converge in 1 steps'): fit_l1_probes(z, z[:, [0]].toarray() > .5, max_steps=1)
+
+
+def test_inputs_that_are_not_numbers_and_penalties_that_are_none():
+    x, y = sparse.csr_matrix(np.eye(6)), np.arange(6)[:, None] < 3
+    with pytest.raises(ValueError, match='share = 0, but the penalty must be above 0'): fit_l1_probes(x, y, 0)
+    x[0, 0] = np.nan
+    with pytest.raises(ValueError, match='fit_l1_probes: inputs are NaN or infinite'): fit_l1_probes(x, y)
+    with pytest.raises(ValueError, match='fit_logistic: inputs are NaN or infinite'): fit_logistic(T(x.toarray()), T(y[:, 0]))

@@ -168,3 +168,8 @@ def test_readme_refuses_pictures(tmp_path):
     path = tmp_path/'index.ipynb'
     path.write_text(json.dumps({'cells': [{'cell_type': 'code', 'source': 'plot()', 'outputs': [{'output_type': 'display_data', 'data': {'image/png': ''}}]}]}))
     with pytest.raises(ValueError, match='index.ipynb, cell 0 draws a picture'): readme_text(path)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r'\]\(([^)#]+)\)', (ROOT/'README.md').read_text(encoding='utf-8'))
+    assert len(links) > 20 and [l for l in links if '://' not in l and not (ROOT/l).exists()] == []
