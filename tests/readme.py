@@ -30,6 +30,15 @@ def output_markdown(output, where):
     return fenced(''.join(data['text/plain']))
 
 
+def joined(outputs):
+    "Outputs of a cell, with what it printed in pieces in one."
+    out = []
+    for o in outputs:
+        if out and o['output_type'] == out[-1]['output_type'] == 'stream': out[-1] = out[-1] | {'text': [*out[-1]['text'], *o['text']]}
+        else: out.append(o)
+    return out
+
+
 def cell_markdown(cell, where):
     "The blocks that one cell gives: none if it is hidden."
     source = ''.join(cell['source']).strip()
@@ -37,7 +46,7 @@ def cell_markdown(cell, where):
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide\s*$', source, re.M): return []
     code = '\n'.join(line for line in source.splitlines() if not line.startswith('#|')).strip()
     shown = bool(code) and not re.search(r'^#\|\s*echo:\s*false\s*$', source, re.M)
-    return [fenced(code, 'python')]*shown + [output_markdown(o, where) for o in cell['outputs']]
+    return [fenced(code, 'python')]*shown + [output_markdown(o, where) for o in joined(cell['outputs'])]
 
 
 def readme_text(path=ROOT/'nbs'/'index.ipynb'):
