@@ -416,7 +416,7 @@ def test_real_failure_names_cell_and_error(real):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals')
 def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
-    "Terminated, interrupted and killed outright, in three runs side by side; then resumed."
+    "Terminated, interrupted and killed outright, in three runs one after the other (kernels that start at once race for ports); then resumed."
     notebook(real.path.parent/'10_count.ipynb', COUNT, """
         import os, time
         if "GO" not in os.environ:
@@ -427,9 +427,9 @@ def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
     command = [sys.executable, '-c', source, 'reproduce', '--profile', 'smoke', '--only', 'count', '--manifest', str(real.path), '--out']
     runs = {how: real.folder/how.name for how in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
     environment = os.environ | {'PYTHONPATH': str(Path(R.__file__).parent.parent)}
-    started = {how: subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) for how, out in runs.items()}
-    for how, process in started.items():
-        pid = R._scratch(runs[how], 'smoke', 'count')/'out'/'pid'
+    for how, out in runs.items():
+        process = subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+        pid = R._scratch(out, 'smoke', 'count')/'out'/'pid'
         until(lambda: pid.is_file() and pid.read_text())
         kernel = int(pid.read_text())
         process.send_signal(how)
