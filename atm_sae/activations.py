@@ -7,11 +7,14 @@ __all__ = ['ActivationSpec', 'ActivationCache', 'build_cache', 'activation_key',
 
 # %% ../nbs/04_activations.ipynb #cell-3
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .core import (atomic_folder, cache_dir, check_activations, file_sha256, generator, one_thread, pick_device, read_json,
                           stable_hash, to_plain, write_json)
@@ -36,7 +39,7 @@ class ActivationSpec:
 _STORED = {'float32': np.float32, 'float16': np.float16, 'bfloat16': np.int16}   # dtype -> how NumPy sees it
 _DATA, _META = 'activations.bin', 'meta.json'
 
-def _to_bytes(x: torch.Tensor, dtype: str) -> bytes:
+def _to_bytes(x: Tensor, dtype: str) -> bytes:
     "Activations as the bytes that are stored."
     x = x.detach().to('cpu', getattr(torch, dtype)).contiguous()
     return (x.view(torch.int16) if dtype == 'bfloat16' else x).numpy().tobytes()
@@ -58,7 +61,7 @@ def _read_meta(folder: Path) -> dict:
     if meta['dtype'] not in _STORED: raise ValueError(f'{path} names the unknown dtype {meta["dtype"]!r}: delete {folder} and run again')
     return meta
 
-def _check_data(folder: Path, meta: dict, verify: bool):
+def _check_data(folder: Path, meta: dict, verify: bool) -> None:
     "ValueError if the numbers are not those that meta.json describes."
     path, size = folder/_DATA, meta['n'] * meta['d_in'] * np.dtype(_STORED[meta['dtype']]).itemsize
     there = path.stat().st_size if path.exists() else 0
@@ -70,32 +73,32 @@ def _check_data(folder: Path, meta: dict, verify: bool):
 # %% ../nbs/04_activations.ipynb #cell-14
 class ActivationCache:
     "Activations of one layer on disk."
-    def __init__(self, folder, meta):
+    def __init__(self, folder: Path | str, meta: dict) -> None:
         self.folder, self.meta, self.dtype = Path(folder), meta, meta['dtype']
         self.x = np.memmap(self.folder/_DATA, _STORED[self.dtype], 'r', shape=(meta['n'], meta['d_in']))
 
     @classmethod
-    def open(cls, folder, verify=True):
+    def open(cls, folder: Path | str, verify: bool = True) -> Self:
         "Open a store; with `verify`, read all of it once and compare the checksum."
         meta = _read_meta(Path(folder))
         _check_data(Path(folder), meta, verify)
         return cls(folder, meta)
 
-    def __len__(self): return self.meta['n']
-    def __repr__(self): return f'ActivationCache({len(self):,} x {self.d_in}, {self.dtype})'
-    def __reduce__(self): return ActivationCache, (self.folder, self.meta)   # other processes map the file themselves
+    def __len__(self) -> int: return self.meta['n']
+    def __repr__(self) -> str: return f'ActivationCache({len(self):,} x {self.d_in}, {self.dtype})'
+    def __reduce__(self) -> tuple: return ActivationCache, (self.folder, self.meta)   # other processes map the file themselves
 
     @property
     def d_in(self) -> int:
         "Width of the activations."
         return self.meta['d_in']
 
-    def rows(self, index) -> torch.Tensor:
+    def rows(self, index: slice | np.ndarray) -> Tensor:
         "Rows (a slice or an array of whole numbers) as float32, (len(index), d_in)."
         return _to_float(self.x[index], self.dtype)
 
 # %% ../nbs/04_activations.ipynb #cell-16
-def _activations(lm: LM, tokens, layer: int, dtype: str, row: int) -> torch.Tensor:
+def _activations(lm: LM, tokens: Tensor, layer: int, dtype: str, row: int) -> Tensor:
     "(n, d_in) at the tokens that are not special, checked; `row` names the place in messages."
     x = residual_stream(lm, tokens, layer)
     special = torch.tensor(lm.tokenizer.all_special_ids, dtype=tokens.dtype)
@@ -104,14 +107,14 @@ def _activations(lm: LM, tokens, layer: int, dtype: str, row: int) -> torch.Tens
 
 # %% ../nbs/04_activations.ipynb #cell-17
 def build_cache(
-    lm,               # an LM
-    tokens,           # (n_rows, context) token ids
-    layer,            # residual stream after this block
-    folder,           # where the store will be; replaced if it exists
-    spec=None,        # what the activations are, to be noted in meta.json
-    dtype='float32',  # numbers stored: 'float32', 'bfloat16' or 'float16'
-    batch_size=16,    # rows to run at a time
-    progress=True,    # show a bar
+    lm: LM,                              # an LM
+    tokens: Tensor,                      # (n_rows, context) token ids
+    layer: int,                          # residual stream after this block
+    folder: Path | str,                  # where the store will be; replaced if it exists
+    spec: ActivationSpec | None = None,  # what the activations are, to be noted in meta.json
+    dtype: str = 'float32',              # numbers stored: 'float32', 'bfloat16' or 'float16'
+    batch_size: int = 16,                # rows to run at a time
+    progress: bool = True,               # show a bar
 ) -> ActivationCache:
     "Run the model over tokens and store one layer's activations, wholly or not at all."
     from tqdm import tqdm
@@ -130,16 +133,16 @@ def build_cache(
 
 # %% ../nbs/04_activations.ipynb #cell-26
 def activation_key(
-    spec,        # an ActivationSpec
-    texts=None,  # documents instead of `python_docs()`
-    lm=None,     # the model, if it is loaded already
-) -> str:        # 16 hex digits
+    spec: ActivationSpec,                # an ActivationSpec
+    texts: Sequence[str] | None = None,  # documents instead of `python_docs()`
+    lm: LM | None = None,                # the model, if it is loaded already
+) -> str:                                # 16 hex digits
     "The name under which activations are stored: a hash of all that determines them."
     text = docs_checksum() if texts is None else text_checksum(texts)
     return stable_hash(to_plain(spec) | dict(model=lm.checksum if lm else model_checksum(spec.model), text=text))
 
 # %% ../nbs/04_activations.ipynb #cell-28
-_verified = set()   # (file, size, time of change) of stores that were verified in this process
+_verified: set[tuple | None] = set()   # (file, size, time of change) of stores that were verified in this process
 
 def _open_once(folder: Path) -> ActivationCache:
     "Open a store, verifying it the first time only."
@@ -150,11 +153,11 @@ def _open_once(folder: Path) -> ActivationCache:
     return cache
 
 def get_activations(
-    spec,            # an ActivationSpec
-    texts=None,      # documents instead of `python_docs()`
-    lm=None,         # the model, if it is loaded already
-    batch_size=16,   # rows to run at a time
-    progress=False,  # show a bar while building
+    spec: ActivationSpec,                # an ActivationSpec
+    texts: Sequence[str] | None = None,  # documents instead of `python_docs()`
+    lm: LM | None = None,                # the model, if it is loaded already
+    batch_size: int = 16,                # rows to run at a time
+    progress: bool = False,              # show a bar while building
 ) -> ActivationCache:
     "The activations of a specification: opened if they are on disk, else built first."
     folder = cache_dir()/'activations'/activation_key(spec, texts, lm)
@@ -164,7 +167,7 @@ def get_activations(
     with one_thread(): return build_cache(lm, tokens, spec.layer, folder, spec, spec.dtype, batch_size, progress)
 
 # %% ../nbs/04_activations.ipynb #cell-33
-def _share(cache, start: float, stop: float) -> tuple[int, int]:
+def _share(cache: ActivationCache, start: float, stop: float) -> tuple[int, int]:
     "First row and end of the rows from share `start` to share `stop` of a store."
     if not 0 <= start < stop <= 1: raise ValueError(f'start={start} and stop={stop} must be shares of the rows with 0 <= start < stop <= 1')
     return int(start * len(cache)), int(stop * len(cache))
@@ -174,12 +177,12 @@ class CacheBatches:
     "Endless shuffled batches of a store's rows; its place can be saved and restored."
     def __init__(
         self,
-        cache,       # an ActivationCache
-        batch_size,  # rows a batch
-        seed,        # of the order of rows
-        start=0.0,   # share of the rows where reading begins
-        stop=0.9,    # share of the rows where it ends; what follows is held out
-    ):
+        cache: ActivationCache,  # an ActivationCache
+        batch_size: int,         # rows a batch
+        seed: int,               # of the order of rows
+        start: float = 0.0,      # share of the rows where reading begins
+        stop: float = 0.9,       # share of the rows where it ends; what follows is held out
+    ) -> None:
         self.cache, self.batch_size, self.seed = cache, batch_size, seed
         self.first, self.end = _share(cache, start, stop)
         if not 0 < batch_size <= self.end - self.first:
@@ -196,40 +199,41 @@ class CacheBatches:
         "(n,) the rows in this epoch's order."
         return self.first + torch.randperm(self.end - self.first, generator=generator(self.seed, 'epoch', self.epoch)).numpy()
 
-    def __iter__(self): return self
+    def __iter__(self) -> Self: return self
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> Tensor:
         if self.position + self.batch_size > len(self._order):
             self.epoch += 1; self.position = 0
             self._order = self._shuffled()
         self.position += self.batch_size
         return self.cache.rows(self._order[self.position - self.batch_size:self.position])
 
+    def state_dict(self) -> dict: return _state(self)
+    def load_state_dict(self, state: dict) -> None: _go_to(self, state)
+
 # %% ../nbs/04_activations.ipynb #cell-36
-def _settings(self) -> dict:
+def _settings(reader: CacheBatches) -> dict:
     "What a state belongs to."
-    return dict(cache=self.cache.meta['sha256'], batch_size=self.batch_size, seed=self.seed, first=self.first, end=self.end)
+    return dict(cache=reader.cache.meta['sha256'], batch_size=reader.batch_size, seed=reader.seed, first=reader.first, end=reader.end)
 
-def _state_dict(self) -> dict:
+def _state(reader: CacheBatches) -> dict:
     "Everything needed to go on from here, as plain data."
-    return dict(epoch=self.epoch, position=self.position, **_settings(self))
+    return dict(epoch=reader.epoch, position=reader.position, **_settings(reader))
 
-def _load_state_dict(self, state):
+def _go_to(reader: CacheBatches, state: dict) -> None:
     "Go to the place of a saved state; ValueError if it belongs to another reader."
-    expected = {'epoch': state.get('epoch', 0), 'position': state.get('position', 0), **_settings(self)}
+    expected = {'epoch': state.get('epoch', 0), 'position': state.get('position', 0), **_settings(reader)}
     if other := [f'{k} is {state.get(k)!r}, not {v!r}' for k, v in expected.items() if state.get(k) != v]:
         raise ValueError(f'the state of another reader: {", ".join(other)}; resume with the data and settings it was saved with')
-    self.epoch, self.position = state['epoch'], state['position']
-    self._order = self._shuffled()
-
-CacheBatches.state_dict, CacheBatches.load_state_dict = _state_dict, _load_state_dict
+    reader.epoch, reader.position = state['epoch'], state['position']
+    reader._order = reader._shuffled()
 
 # %% ../nbs/04_activations.ipynb #cell-50
 def held_out(
-    cache,          # an ActivationCache
-    n,              # how many rows are wanted; all there are if fewer
-    start=.9,       # share of the rows where the held-out part begins
-) -> torch.Tensor:  # (n, d_in) float32
+    cache: ActivationCache,  # an ActivationCache
+    n: int,                  # how many rows are wanted; all there are if fewer
+    start: float = .9,       # share of the rows where the held-out part begins
+) -> Tensor:                 # (n, d_in) float32
     "Rows that `CacheBatches` keeps from training, at even distances."
     first, end = _share(cache, start, 1.)
     n = min(n, end - first)

@@ -11,6 +11,9 @@ __all__ = ['COMBINE', 'ema_', 'magnitude', 'frequency', 'contribution', 'importa
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from .sae import Entries, Everywhere
 
 # %% ../nbs/06_atm.ipynb #cell-8
 def ema_(
@@ -23,20 +26,20 @@ def ema_(
     return average.add_((new - average) * seen, alpha=1 - decay)
 
 # %% ../nbs/06_atm.ipynb #cell-12
-def magnitude(z): return z.mean(0)
-def frequency(z): return z.sign().mean(0)
+def magnitude(z: Tensor, where: Everywhere | Entries) -> Tensor: return where.mean(z)
+def frequency(z: Tensor, where: Everywhere | Entries) -> Tensor: return where.mean(z.sign())
 
 # %% ../nbs/06_atm.ipynb #cell-15
 @torch.no_grad()
 def contribution(
-    h,       # (batch, d_sae) latents after the mask
-    grad_h,  # (batch, d_sae) gradient of the mean squared error with respect to h
-    W_dec,   # (d_sae, d_in) dictionary
-    batch,   # B, the number of samples the loss was averaged over
-):
-    "How much |e|^2 of each sample would grow without each latent: (batch, d_sae)."
-    e_dot_d = grad_h * (-batch / 2)
-    return h * (h * W_dec.square().sum(1)).add_(e_dot_d, alpha=2)
+    h: Tensor,                   # (batch, d_sae) latents after the mask, or their entries
+    grad_h: Tensor,              # like h: gradient of the mean squared error with respect to h
+    W_dec: Tensor,               # (d_sae, d_in) dictionary
+    where: Everywhere | Entries, # which latents h holds, and of how many samples
+) -> Tensor:
+    "How much |e|^2 of each sample would grow without each latent, shaped like h."
+    e_dot_d = grad_h * (-where.batch / 2)
+    return h * (h * where.at(W_dec.square().sum(1))).add_(e_dot_d, alpha=2)
 
 # %% ../nbs/06_atm.ipynb #cell-22
 COMBINE = ('geometric', 'product', 'sum', 'magnitude', 'frequency', 'contribution')
@@ -84,14 +87,14 @@ class ATMConfig:
 
 # %% ../nbs/06_atm.ipynb #cell-42
 def seen_contribution(
-    contribution,  # (batch, d_sae)
-    keep=None,     # bool (d_sae,) or (batch, d_sae), True where a latent was not hidden; None: nowhere hidden
-):
+    mean: Tensor,                # (d_sae,) mean contribution over all samples
+    keep: Tensor | None = None,  # bool (d_sae,) or (batch, d_sae), True where a latent was not hidden; None: nowhere hidden
+) -> tuple[Tensor, Tensor]:
     "Mean contribution (d_sae,) over the samples in which a latent was not hidden, and 1 where there were any."
-    if keep is None: return contribution.mean(0), torch.ones_like(contribution[0])
-    if keep.ndim == 1: return contribution.mean(0), keep.to(contribution.dtype)
+    if keep is None: return mean, torch.ones_like(mean)
+    if keep.ndim == 1: return mean, keep.to(mean.dtype)
     n = keep.sum(0)
-    return contribution.sum(0) / n.clamp(min=1), (n > 0).to(contribution.dtype)
+    return mean * len(keep) / n.clamp(min=1), (n > 0).to(mean.dtype)
 
 # %% ../nbs/06_atm.ipynb #cell-46
 class ATMMasker:
@@ -103,13 +106,14 @@ class ATMMasker:
         self.magnitude, self.frequency, self.contribution, self.weight = torch.zeros(4, d_sae, device=device).unbind()
 
     @torch.no_grad()
-    def observe(self, z, contribution, keep=None):
-        "Take in a step: latents before the mask, contributions (batch, d_sae) after it, and the mask."
-        if z.shape[-1] != self.d_sae: raise ValueError(f'this masker follows {self.d_sae} latents, not {z.shape[-1]}')
+    def observe(self, z, contribution, keep=None, where=None):
+        "Take in a step: latents before the mask, contributions after it (both (batch, d_sae), or entries), and the mask."
+        where = where or Everywhere(len(z))
+        new, seen = seen_contribution(where.mean(contribution), keep)
+        if len(new) != self.d_sae: raise ValueError(f'this masker follows {self.d_sae} latents, not {len(new)}')
         self.steps += 1
-        new, seen = seen_contribution(contribution, keep)
-        ema_(self.magnitude, magnitude(z), self.decay)
-        ema_(self.frequency, frequency(z), self.decay)
+        ema_(self.magnitude, magnitude(z, where), self.decay)
+        ema_(self.frequency, frequency(z, where), self.decay)
         ema_(self.contribution, new, self.decay, seen)
         ema_(self.weight, torch.ones_like(seen), self.decay, seen)
 

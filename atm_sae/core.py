@@ -9,11 +9,14 @@ __all__ = ['project_root', 'data_dir', 'cache_dir', 'seed_everything', 'generato
 
 # %% ../nbs/00_core.ipynb #cell-3
 import ast, configparser, contextlib, dataclasses, errno, hashlib, json, math, os, platform, random, re, shutil, subprocess, sys, uuid
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
+from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #cell-7
 _PACKAGE = Path(__file__).parent if '__file__' in globals() else Path.cwd()  # a notebook has no __file__
@@ -26,7 +29,7 @@ def _is_root(folder):
     return ini.get('DEFAULT', 'lib_path', fallback='') == 'atm_sae'
 
 # %% ../nbs/00_core.ipynb #cell-9
-def project_root(start=None):
+def project_root(start: Path | str | None = None) -> Path:
     "The folder of this project's settings.ini, looked for upwards from `start`."
     starts = [Path.cwd(), _PACKAGE] if start is None else [start]
     for first in (Path(s).resolve() for s in starts):
@@ -36,18 +39,18 @@ def project_root(start=None):
                             "work inside a clone of atm-sae, or pass the clone's folder as `start`")
 
 # %% ../nbs/00_core.ipynb #cell-14
-def data_dir():
+def data_dir() -> Path:
     "The folder of everything that ships with the project."
     return project_root()/'data'
 
-def cache_dir():
+def cache_dir() -> Path:
     "The folder of everything that can be computed again."
     if chosen := os.environ.get('ATM_SAE_CACHE'): return Path(chosen).expanduser().resolve()
     try: return data_dir()/'cache'
     except FileNotFoundError: return Path.home()/'.cache'/'atm-sae'
 
 # %% ../nbs/00_core.ipynb #cell-17
-def seed_everything(seed):
+def seed_everything(seed: int) -> torch.Generator:
     "Seed Python, NumPy and PyTorch (every device); returns a fresh CPU generator with that seed."
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -55,13 +58,13 @@ def seed_everything(seed):
     return torch.Generator().manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #cell-20
-def generator(seed, *names):
+def generator(seed: int, *names: object) -> torch.Generator:
     "A CPU generator whose stream belongs to `(seed, *names)` alone."
     digest = hashlib.sha256(json.dumps([int(seed), *map(str, names)]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
 
 # %% ../nbs/00_core.ipynb #cell-25
-def pick_device(name='auto'):
+def pick_device(name: str = 'auto') -> torch.device:
     "`'auto'`, `'cpu'`, `'cuda'`, `'cuda:1'` or `'mps'` as a torch.device that is really there."
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: device = torch.device(name)
@@ -72,7 +75,7 @@ def pick_device(name='auto'):
     return device
 
 # %% ../nbs/00_core.ipynb #cell-28
-def to_plain(obj):
+def to_plain(obj: object) -> Any:
     "`obj` as dicts, lists, strings, numbers, booleans and None; TypeError for what has no such form."
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {f.name: to_plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
@@ -96,19 +99,19 @@ def _canonical(obj):
 
 # %% ../nbs/00_core.ipynb #cell-33
 def stable_hash(
-    obj,   # plain data, dataclasses, paths, tuples, numbers
-    n=16,  # length of the name, in hexadecimal digits (4 bits each)
-):
+    obj: object,  # plain data, dataclasses, paths, tuples, numbers
+    n: int = 16,  # length of the name, in hexadecimal digits (4 bits each)
+) -> str:
     "A name for `obj` that is the same on every machine and in every session."
     text = json.dumps(_canonical(to_plain(obj)), sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:n]
 
 # %% ../nbs/00_core.ipynb #cell-38
-def file_sha256(path):
+def file_sha256(path: Path | str) -> str:
     "SHA-256 of a file's bytes, in hexadecimal."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def folder_sha256(path):
+def folder_sha256(path: Path | str) -> str:
     "SHA-256 over the names and contents of all files below `path`."
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'no folder {path}')
@@ -117,16 +120,16 @@ def folder_sha256(path):
 
 # %% ../nbs/00_core.ipynb #cell-43
 def code_hash(
-    *modules,   # names of modules of this package; none means all
-    without=(), # names that are left out of all
-):
+    *modules: str,                # names of modules of this package; none means all
+    without: Iterable[str] = (),  # names that are left out of all
+) -> str:
     "Hash of the code of some modules, comments and layout left out."
-    folder = Path(find_spec('atm_sae').submodule_search_locations[0])
+    folder = Path(str(files('atm_sae')))
     names = sorted(modules or {p.stem for p in folder.glob('*.py')} - {'_modidx', *without})
     return stable_hash({n: ast.unparse(ast.parse((folder/f'{n}.py').read_text(encoding='utf-8'))) for n in names})
 
 # %% ../nbs/00_core.ipynb #cell-46
-def causes(error):
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     "An exception and those that caused it, outermost first."
     while error is not None:
         yield error
@@ -169,7 +172,7 @@ def _beside(path):
 
 # %% ../nbs/00_core.ipynb #cell-55
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path: Path | str) -> Iterator[Path]:
     "Yields a temporary path beside `path`; renamed to `path` on success, removed on failure."
     path = Path(path)
     part = _beside(path)
@@ -195,7 +198,7 @@ def _swap_folder(new, path):
 
 # %% ../nbs/00_core.ipynb #cell-63
 @contextlib.contextmanager
-def atomic_folder(path):
+def atomic_folder(path: Path | str) -> Iterator[Path]:
     "Yields a temporary folder beside `path`; it becomes `path` on success and is removed on failure."
     path = Path(path)
     part = _beside(path)
@@ -214,22 +217,22 @@ def _finite(obj):
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 # %% ../nbs/00_core.ipynb #cell-68
-def write_json(path, obj):
+def write_json(path: Path | str, obj: object) -> None:
     "Write `obj` (anything `to_plain` accepts) to `path`, wholly or not at all."
     text = json.dumps(_finite(to_plain(obj)), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as part: part.write_text(text + '\n', encoding='utf-8')
 
-def read_json(path):
+def read_json(path: Path | str) -> Any:
     "What `write_json` wrote; ValueError naming the file if it is not JSON."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path} is not valid JSON ({e}): delete it and run again') from None
 
 # %% ../nbs/00_core.ipynb #cell-72
 def check_activations(
-    x,                    # activations, (batch, d_in)
-    d_in=None,            # expected width; None accepts any
-    where='activations',  # how the message calls `x`
-):
+    x: Tensor,                   # activations, (batch, d_in)
+    d_in: int | None = None,     # expected width; None accepts any
+    where: str = 'activations',  # how the message calls `x`
+) -> Tensor:
     "`x` itself, if it is a finite float tensor (batch, d_in); else an error that says what is wrong."
     if not isinstance(x, torch.Tensor): raise ValueError(f'{where}: expected a torch.Tensor, got {type(x).__name__}: use torch.as_tensor')
     shape = f'(batch, {"d_in" if d_in is None else d_in})'
@@ -249,7 +252,7 @@ def _check_finite(x, where):
 
 # %% ../nbs/00_core.ipynb #cell-79
 @contextlib.contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     "Inside, PyTorch computes with one thread, so that results do not depend on the number of cores."
     n = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -281,7 +284,7 @@ _PACKAGES = ('torch', 'transformers', 'tokenizers', 'safetensors', 'numpy', 'sci
 
 def _versions():
     "Installed version of each package that can influence a number; None where it is missing."
-    found = {}
+    found: dict[str, str | None] = {}
     for name in _PACKAGES:
         try: found[name] = metadata.version(name)
         except metadata.PackageNotFoundError: found[name] = None
@@ -296,9 +299,9 @@ def _peak_memory():
 
 # %% ../nbs/00_core.ipynb #cell-89
 def provenance(
-    seeds=None,  # the seeds of this run: a number, a list or a dict of names
-    **more,      # anything else worth a line, for example checksums of model and text
-):
+    seeds: int | Sequence[int] | dict[str, int] | None = None,  # of this run: a number, a list or a dict of names
+    **more: object,  # anything else worth a line, for example checksums of model and text
+) -> dict[str, Any]:
     "What made a result, as plain data: commit, command, versions, machine, seeds."
     from atm_sae import __version__
     own = _git('rev-parse', '--show-prefix') == ''  # not merely inside somebody else's repository

@@ -8,26 +8,30 @@ __all__ = ['SHIPPED', 'LM', 'tiny_lm', 'model_checksum', 'load_lm', 'save_lm', '
 
 # %% ../nbs/03_lm.ipynb #cell-3
 import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .core import atomic_folder, causes, data_dir, file_sha256, stable_hash
 from .text import NO_NETWORK, python_docs, train_tokenizer
+
+if TYPE_CHECKING: from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/03_lm.ipynb #cell-6
 @dataclass
 class LM:
     "A causal language model with its tokenizer, and the checksum that names its weights."
-    model: nn.Module = field(repr=False)   # a transformers ...ForCausalLM
-    tokenizer: object = field(repr=False)  # its tokenizer
-    name: str                              # the name it was asked for by
-    path_or_id: str = field(repr=False)    # folder, or id on the Hub
-    checksum: str = field(repr=False)      # changes when weights or tokenizer change
+    model: 'PreTrainedModel' = field(repr=False)              # a transformers ...ForCausalLM
+    tokenizer: 'PreTrainedTokenizerBase' = field(repr=False)  # its tokenizer
+    name: str                                                 # the name it was asked for by
+    path_or_id: str = field(repr=False)                       # folder, or id on the Hub
+    checksum: str = field(repr=False)                         # changes when weights or tokenizer change
 
     @property
     def d_model(self) -> int:
@@ -56,9 +60,9 @@ def _freeze(model: nn.Module) -> nn.Module:
 
 # %% ../nbs/03_lm.ipynb #cell-9
 def tiny_lm(
-    seed=0,      # of the random weights
-    n_layers=3,  # blocks
-    d_model=32,  # width of the residual stream; a multiple of 16
+    seed: int = 0,      # of the random weights
+    n_layers: int = 3,  # blocks
+    d_model: int = 32,  # width of the residual stream; a multiple of 16
 ) -> LM:
     "A Gemma-2 with random weights, for tests and demonstrations."
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -74,7 +78,7 @@ def tiny_lm(
     return LM(_freeze(model), tokenizer, name, name, _weights_checksum(model, tokenizer))
 
 # %% ../nbs/03_lm.ipynb #cell-10
-def _weights_checksum(model: nn.Module, tokenizer) -> str:
+def _weights_checksum(model: nn.Module, tokenizer: 'PreTrainedTokenizerBase') -> str:
     "SHA-256 over the weights in memory and the vocabulary."
     h = hashlib.sha256(stable_hash(tokenizer.get_vocab(), n=64).encode())
     for name, w in sorted(model.state_dict().items()):
@@ -127,7 +131,7 @@ def _file_error(name: str, error: Exception, said: str) -> Exception:
     return error
 
 # %% ../nbs/03_lm.ipynb #cell-23
-def _check_causal(config, name: str):
+def _check_causal(config: 'PreTrainedConfig', name: str) -> None:
     "ValueError unless the configuration is of a causal language model."
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
     known = {c for v in causal.values() for c in ([v] if isinstance(v, str) else v)}
@@ -137,7 +141,7 @@ def _check_causal(config, name: str):
                          'choose one that predicts the next token, such as Gemma, Llama or GPT-2')
 
 # %% ../nbs/03_lm.ipynb #cell-26
-def _check_whole(model, tokenizer, missing: list, name: str):
+def _check_whole(model: 'PreTrainedModel', tokenizer: 'PreTrainedTokenizerBase', missing: list, name: str) -> None:
     "ValueError if tensors or the tokenizer's entries are missing."
     if missing:
         raise ValueError(f'{name}: the weights lack {len(missing)} of the tensors that the model needs, the first is {missing[0]}; download it again')
@@ -148,7 +152,7 @@ def _check_whole(model, tokenizer, missing: list, name: str):
 
 # %% ../nbs/03_lm.ipynb #cell-27
 @contextmanager
-def _no_bars(quiet: bool):
+def _no_bars(quiet: bool) -> Iterator[None]:
     "With `quiet`, transformers draws no progress bars inside."
     from transformers.utils import logging
     off = quiet and logging.is_progress_bar_enabled()
@@ -190,36 +194,35 @@ def _folder_checksum(folder: Path) -> str:
 
 # %% ../nbs/03_lm.ipynb #cell-31
 def model_checksum(
-    name, # 'nano-gemma2', a folder, or an id on the Hub
-) -> str: # SHA-256 of the files, or 'id@commit' for the Hub
+    name: Path | str,  # 'nano-gemma2', a folder, or an id on the Hub
+) -> str:              # SHA-256 of the files, or 'id@commit' for the Hub
     "What `load_lm(name).checksum` will be, without loading the weights."
     if folder := _find_model(str(name)): return _folder_checksum(folder)
     from transformers import AutoConfig
     try: config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as e: raise _hub_error(name, e) from e
+    except Exception as e: raise _hub_error(str(name), e) from e
     return f'{name}@{getattr(config, "_commit_hash", None)}'
 
 # %% ../nbs/03_lm.ipynb #cell-33
 def load_lm(
-    name,             # 'nano-gemma2', a folder, or an id on the Hub such as 'google/gemma-2-2b'
-    dtype='float32',  # numbers to compute in: 'float32', 'bfloat16' or 'float16'
-    device='cpu',     # 'cpu', 'cuda', ...
+    name: Path | str,                      # 'nano-gemma2', a folder, or an id on the Hub such as 'google/gemma-2-2b'
+    dtype: torch.dtype | str = 'float32',  # numbers to compute in: 'float32', 'bfloat16' or 'float16'
+    device: torch.device | str = 'cpu',    # 'cpu', 'cuda', ...
 ) -> LM:
     "Load a causal language model, ready for reading: evaluation mode, weights frozen."
-    if isinstance(dtype, str):
-        if dtype not in ('float32', 'bfloat16', 'float16'): raise ValueError(f"dtype {dtype!r} is unknown; choose 'float32', 'bfloat16' or 'float16'")
-        dtype = getattr(torch, dtype)
-    name = str(name)
+    if isinstance(dtype, str) and dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype {dtype!r} is unknown; choose 'float32', 'bfloat16' or 'float16'")
+    numbers, name = getattr(torch, dtype) if isinstance(dtype, str) else dtype, str(name)
     folder = _find_model(name)
-    model, tokenizer = _read_model(str(folder or name), name, dtype)
+    model, tokenizer = _read_model(str(folder or name), name, numbers)
     checksum = _folder_checksum(folder) if folder else f'{name}@{getattr(model.config, "_commit_hash", None)}'
     return LM(_freeze(model).to(device), tokenizer, name, str(folder or name), checksum)
 
 # %% ../nbs/03_lm.ipynb #cell-35
 def save_lm(
-    lm,               # an LM
-    folder,           # where to; replaced if it exists
-    dtype='float32',  # numbers to store: 'bfloat16' takes half the space
+    lm: LM,                  # an LM
+    folder: Path | str,      # where to; replaced if it exists
+    dtype: str = 'float32',  # numbers to store: 'bfloat16' takes half the space
 ) -> Path:
     "Write model and tokenizer as a folder of safetensors and JSON."
     import copy
@@ -231,8 +234,8 @@ def save_lm(
 
 # %% ../nbs/03_lm.ipynb #cell-42
 def hook_layer(
-    lm,      # an LM
-    layer,   # which block, counted from 0
+    lm: LM,      # an LM
+    layer: int,  # which block, counted from 0
 ) -> nn.Module:
     "The block after which the residual stream is read; ValueError if the model has no such layer."
     n = lm.n_layers
@@ -244,9 +247,9 @@ def hook_layer(
 
 # %% ../nbs/03_lm.ipynb #cell-45
 def hook_point(
-    model,  # name or folder of a model
-    layer,  # the block after which the stream is read
-) -> dict:
+    model: Path | str,  # name or folder of a model
+    layer: int,         # the block after which the stream is read
+) -> dict[str, str]:
     "SAELens' names of a place in a model: model_name, and hook_name of the residual stream after a block."
     return dict(model_name=Path(str(model)).name, hook_name=f'blocks.{layer}.hook_resid_post')
 
@@ -271,7 +274,7 @@ def _check_tokens(lm, tokens):
 
 # %% ../nbs/03_lm.ipynb #cell-57
 @torch.no_grad()
-def _read_block(lm, tokens, block) -> torch.Tensor:
+def _read_block(lm: LM, tokens: Tensor, block: nn.Module) -> Tensor:
     "Residual stream after a block, with the forward pass stopped there."
     kept = []
     def hook(module, args, output):
@@ -285,12 +288,12 @@ def _read_block(lm, tokens, block) -> torch.Tensor:
 
 # %% ../nbs/03_lm.ipynb #cell-58
 def residual_stream(
-    lm,               # an LM
-    tokens,           # (n, context) token ids
-    layer,            # read after this block
-    batch_size=None,  # rows to run at a time; None: all at once
-    at=None,          # (n,) position to keep of each row; None: all positions
-) -> torch.Tensor:    # (n, context, d_in), or (n, d_in) with `at`
+    lm: LM,                         # an LM
+    tokens: Tensor,                 # (n, context) token ids
+    layer: int,                     # read after this block
+    batch_size: int | None = None,  # rows to run at a time; None: all at once
+    at: Tensor | None = None,       # (n,) position to keep of each row; None: all positions
+) -> Tensor:                        # (n, context, d_in), or (n, d_in) with `at`
     "The residual stream after block `layer`; nothing behind that block is computed."
     block = hook_layer(lm, layer)
     _check_tokens(lm, tokens)
@@ -304,9 +307,9 @@ def residual_stream(
 
 # %% ../nbs/03_lm.ipynb #cell-60
 def check_causal(
-    lm,     # an LM
-    layer,  # read after this block
-):
+    lm: LM,      # an LM
+    layer: int,  # read after this block
+) -> None:
     "ValueError if a later token changes the residual stream before it."
     a, b = (residual_stream(lm, torch.tensor([[1, i]]), layer)[0, 0] for i in (1, 2))
     if not torch.allclose(a, b, atol=1e-4):
@@ -315,10 +318,10 @@ def check_causal(
 
 # %% ../nbs/03_lm.ipynb #cell-72
 def next_token_losses(
-    lm,               # an LM
-    tokens,           # (n, context) token ids
-    batch_size=None,  # rows to run at a time; None: all at once
-) -> torch.Tensor:    # (n, context - 1) in nats
+    lm: LM,                         # an LM
+    tokens: Tensor,                 # (n, context) token ids
+    batch_size: int | None = None,  # rows to run at a time; None: all at once
+) -> Tensor:                        # (n, context - 1) in nats
     "Cross-entropy of each token after the first, given those before it."
     _check_tokens(lm, tokens)
     out = []
@@ -329,9 +332,9 @@ def next_token_losses(
 
 # %% ../nbs/03_lm.ipynb #cell-76
 def next_token_logits(
-    lm,             # an LM
-    tokens,         # (n, context) token ids
-) -> torch.Tensor:  # (n, vocabulary)
+    lm: LM,          # an LM
+    tokens: Tensor,  # (n, context) token ids
+) -> Tensor:         # (n, vocabulary)
     "Logits of the token that follows each row."
     _check_tokens(lm, tokens)
     return lm.model(input_ids=tokens.to(lm.device), use_cache=False, logits_to_keep=1).logits[:, -1].float()
@@ -339,10 +342,10 @@ def next_token_logits(
 # %% ../nbs/03_lm.ipynb #cell-80
 @contextmanager
 def splice(
-    lm,      # an LM
-    layer,   # after this block
-    fn,      # (batch, context, d_in) -> the same shape: what takes the stream's place
-):
+    lm: LM,                          # an LM
+    layer: int,                      # after this block
+    fn: Callable[[Tensor], Tensor],  # (batch, context, d_in) -> the same shape: what takes the stream's place
+) -> Iterator[None]:
     "Inside, the residual stream after block `layer` is replaced by `fn` of it."
     def hook(module, args, output):
         resid = _resid(output)

@@ -8,12 +8,14 @@ __all__ = ['balanced_weights', 'fit_logistic', 'f1_score', 'l1_max', 'kkt_error'
 # %% ../nbs/09_probes.ipynb #cell-3
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.special import expit
+from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../nbs/09_probes.ipynb #cell-6
-def balanced_weights(y):
+def balanced_weights(y: Tensor) -> Tensor:
     "Weights (..., n) of the samples with labels `y`, bool (..., n), that sum to n, half of it on each class."
     n, n_pos = y.shape[-1], y.sum(-1, keepdim=True)
     if (lonely := n_pos[(n_pos == 0) | (n_pos == n)]).numel():
@@ -41,11 +43,11 @@ def _shorten(loss, w, step, old, slope):
 
 # %% ../nbs/09_probes.ipynb #cell-10
 def fit_logistic(
-    x,          # (..., n, d) inputs; leading dimensions are problems of their own
-    y,          # (..., n) bool, the labels
-    l2=1.0,     # lambda; scikit-learn's 1/C
-    tol=1e-10,  # stop when a step lowers the loss by less than this share of it
-) -> tuple:     # w (..., d), b (...), both float64
+    x: Tensor,           # (..., n, d) inputs; leading dimensions are problems of their own
+    y: Tensor,           # (..., n) bool, the labels
+    l2: float = 1.0,     # lambda; scikit-learn's 1/C
+    tol: float = 1e-10,  # stop when a step lowers the loss by less than this share of it
+) -> tuple[Tensor, Tensor]:  # w (..., d), b (...), both float64
     "Class-balanced logistic regression, by Newton's method with step halving, to convergence; RuntimeError if that fails."
     if not torch.isfinite(x).all(): raise ValueError('fit_logistic: inputs are NaN or infinite')
     X = torch.cat([x.double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1)
@@ -65,7 +67,7 @@ def fit_logistic(
     return w[..., :-1], w[..., -1]
 
 # %% ../nbs/09_probes.ipynb #cell-14
-def f1_score(predicted, actual):
+def f1_score(predicted: Tensor, actual: Tensor) -> Tensor:
     "F1 of bool vectors (..., n), a tensor (...); 0 if nothing is predicted or there."
     return 2 * (predicted & actual).sum(-1) / (predicted.sum(-1) + actual.sum(-1)).clamp(min=1).double()
 
@@ -74,13 +76,16 @@ def _signs_and_weights(Y):
     "Labels +-1 and balanced weights, (n, m), of Y, bool (n, m)."
     return 2. * Y - 1, balanced_weights(torch.as_tensor(Y).T).T.numpy()
 
-def l1_max(x, Y):
+def l1_max(x: sparse.csr_matrix | np.ndarray, Y: np.ndarray) -> np.ndarray:
     "The least L1 strength (m,) at which balanced probes of Y, bool (n, m), on inputs x (n, d), have no weights."
-    T, S = _signs_and_weights(Y)
+    return _vanishing(x, *_signs_and_weights(Y))
+
+def _vanishing(x, T, S):
+    "`l1_max`, for labels T and weights S."
     return np.abs(x.T @ (S * T / 2)).max(0)
 
 # %% ../nbs/09_probes.ipynb #cell-21
-def kkt_error(G, W, lam):
+def kkt_error(G: np.ndarray, W: np.ndarray, lam: ArrayLike) -> np.ndarray:
     "How far each weight is from optimal, (m, d), in units of the L1 strength `lam` (m,); slopes G and weights W (m, d)."
     lam = np.asarray(lam)[:, None]
     return np.where(W != 0, np.abs(G + lam * np.sign(W)), np.maximum(np.abs(G) - lam, 0)) / lam
@@ -148,16 +153,17 @@ def _step(T, S, M, R, H, g, w, price, X):
 
 # %% ../nbs/09_probes.ipynb #cell-35
 def fit_l1_probes(
-    x,           # (n, d) inputs, scipy sparse
-    Y,           # (n, m) bool: the answers
-    share=.01,   # strength of the penalty, as a share of l1_max
-    tol=1e-5,    # largest error of a weight, in units of the penalty; see kkt_error
-    max_steps=200,
-) -> tuple:      # W (d, m), b (m,)
+    x: sparse.csr_matrix,  # (n, d) inputs, scipy sparse
+    Y: np.ndarray,         # (n, m) bool: the answers
+    share: float = .01,    # strength of the penalty, as a share of l1_max
+    tol: float = 1e-5,     # largest error of a weight, in units of the penalty; see kkt_error
+    max_steps: int = 200,
+) -> tuple[np.ndarray, np.ndarray]:  # W (d, m), b (m,)
     "Balanced L1-regularised logistic probes of all m questions, to the optimum; RuntimeError if it is not reached."
     if not share > 0: raise ValueError(f'fit_l1_probes: share = {share}, but the penalty must be above 0')
     if not np.isfinite(x.data).all(): raise ValueError('fit_l1_probes: inputs are NaN or infinite')
-    columns, (T, S), lam = x.tocsc().astype(float), _signs_and_weights(Y), share * l1_max(x, Y)
+    columns, (T, S) = x.tocsc().astype(float), _signs_and_weights(Y)
+    lam = share * _vanishing(x, T, S)
     W, b, M = np.zeros((Y.shape[1], x.shape[1])), np.zeros(Y.shape[1]), np.zeros(Y.shape)
     todo = np.flatnonzero(lam > 0)
     for _ in range(max_steps):

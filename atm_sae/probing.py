@@ -8,18 +8,24 @@ __all__ = ['GROUPS', 'ProbingTask', 'unique_texts', 'group_tasks', 'probing_task
            'ProbingResult', 'score_probing', 'evaluate_probing']
 
 # %% ../nbs/11_probing.ipynb #cell-3
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .core import atomic_folder, cache_dir, file_sha256, generator, one_thread, read_json, stable_hash, write_json
-from .lm import load_lm, residual_stream
+from .lm import LM, load_lm, residual_stream
+from .metrics import Encoder
 from .probes import fit_logistic
 from .text import python_docs_by_package
+
+if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/11_probing.ipynb #cell-18
 GROUPS = dict(
@@ -37,17 +43,17 @@ class ProbingTask:
     "A binary question about texts: does it belong to `name`, or to another member of its group?"
     name: str
     group: str
-    train_texts: tuple = field(repr=False)
-    train_labels: tuple = field(repr=False)  # bool
-    test_texts: tuple = field(repr=False)
-    test_labels: tuple = field(repr=False)
+    train_texts: tuple[str, ...] = field(repr=False)
+    train_labels: tuple[bool, ...] = field(repr=False)  # bool
+    test_texts: tuple[str, ...] = field(repr=False)
+    test_labels: tuple[bool, ...] = field(repr=False)
 
 # %% ../nbs/11_probing.ipynb #cell-21
 def unique_texts(
-    docs,  # {name: list of texts}
-) -> dict: # the same without repetitions
+    docs: Mapping[str, Sequence[str]],  # {name: list of texts}
+) -> dict[str, list[str]]:              # the same without repetitions
     "Each text once; texts that occur under several names not at all."
-    count = {}
+    count: dict[str, int] = {}
     for texts in docs.values():
         for t in set(texts): count[t] = count.get(t, 0) + 1
     return {name: [t for t in dict.fromkeys(texts) if count[t] == 1] for name, texts in docs.items()}
@@ -68,7 +74,7 @@ def _against(name, members, part):
     return (*yes[:n], *turns[:n]), (True,) * n + (False,) * n
 
 # %% ../nbs/11_probing.ipynb #cell-30
-def group_tasks(group, train, test):
+def group_tasks(group: str, train: Mapping[str, Sequence[str]], test: Mapping[str, Sequence[str]]) -> list[ProbingTask]:
     "One task for each class of a group, one in all if there are two classes; train and test are {name: texts}."
     members = tuple(train)
     asked = members if len(members) > 2 else members[:1]
@@ -76,13 +82,13 @@ def group_tasks(group, train, test):
 
 # %% ../nbs/11_probing.ipynb #cell-32
 def probing_tasks(
-    docs=None,      # {name: texts}; None: docstrings of the running Python's packages
-    groups=GROUPS,  # {group: names}
-    n_texts=60,     # texts of a name, at most
-    min_texts=20,   # and at least
-    test_share=.25, # of them held out
-    seed=0,         # of the choice of texts and of the division
-) -> list:
+    docs: Mapping[str, Sequence[str]] | None = None,  # {name: texts}; None: docstrings of the running Python's packages
+    groups: Mapping[str, Sequence[str]] = GROUPS,     # {group: names}
+    n_texts: int = 60,                                # texts of a name, at most
+    min_texts: int = 20,                              # and at least
+    test_share: float = .25,                          # of them held out
+    seed: int = 0,                                    # of the choice of texts and of the division
+) -> list[ProbingTask]:
     "One task for each name of each group."
     docs, tasks = unique_texts(python_docs_by_package() if docs is None else docs), []
     for group, members in groups.items():
@@ -97,10 +103,10 @@ def probing_tasks(
 
 # %% ../nbs/11_probing.ipynb #cell-39
 def token_rows(
-    tokenizer,    # any transformers tokenizer
-    texts,        # the texts
-    context=128,  # tokens of a text, at most, with BOS
-) -> list:
+    tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer
+    texts: Iterable[str],                  # the texts
+    context: int = 128,                    # tokens of a text, at most, with BOS
+) -> list[list[int]]:
     "Token ids of each text, BOS first, cut to the context."
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [(bos + ids)[:context] for ids in tokenizer(list(texts), add_special_tokens=False)['input_ids']]
@@ -116,16 +122,18 @@ def _read_batch(lm, layer, rows):
 @dataclass
 class ProbingData:
     "Residual activations of the texts of some tasks."
-    tasks: list = field(repr=False)
-    x: torch.Tensor = field(repr=False)        # (n_tokens, d_in), text after text
-    lengths: torch.Tensor = field(repr=False)  # (n_texts,) how many rows of x each text has
-    texts: dict = field(repr=False)            # {text: its number}
+    tasks: list[ProbingTask] = field(repr=False)
+    x: Tensor = field(repr=False)              # (n_tokens, d_in), text after text
+    lengths: Tensor = field(repr=False)        # (n_texts,) how many rows of x each text has
+    texts: dict[str, int] = field(repr=False)  # {text: its number}
     name: str = ''                             # model and layer
 
     @classmethod
-    def build(cls, lm, layer, tasks, **options): return build_probing(lm, layer, tasks, **options)
+    def build(cls, lm: LM, layer: int, tasks: list[ProbingTask], **options: int) -> 'ProbingData':
+        return build_probing(lm, layer, tasks, **options)
     @classmethod
-    def get(cls, lm, layer, tasks, **options): return get_probing(lm, layer, tasks, **options)
+    def get(cls, lm: LM | Path | str, layer: int, tasks: list[ProbingTask], **options: int) -> 'ProbingData':
+        return get_probing(lm, layer, tasks, **options)
 
 # %% ../nbs/11_probing.ipynb #cell-42
 def _all_texts(tasks):
@@ -134,14 +142,15 @@ def _all_texts(tasks):
 
 # %% ../nbs/11_probing.ipynb #cell-43
 def build_probing(
-    lm,             # an LM
-    layer,          # read after this block
-    tasks,          # of `probing_tasks` or `dataset_tasks`
-    context=128,    # tokens of a text, at most
-    batch_size=32,  # texts at a time
+    lm: LM,                    # an LM
+    layer: int,                # read after this block
+    tasks: list[ProbingTask],  # of `probing_tasks` or `dataset_tasks`
+    context: int = 128,        # tokens of a text, at most
+    batch_size: int = 32,      # texts at a time
 ) -> ProbingData:
     "Run the model over every text of the tasks."
     texts = _all_texts(tasks)
+    if not texts: raise ValueError('there are no texts to read: give at least one task')
     rows = token_rows(lm.tokenizer, texts, context)
     special = set(lm.tokenizer.all_special_ids)
     lengths = torch.tensor([sum(t not in special for t in r) for r in rows])
@@ -151,6 +160,7 @@ def build_probing(
         for i, part in zip(batch, _read_batch(lm, layer, [rows[i] for i in batch])):
             if x is None: x = part.new_empty(int(lengths.sum()), part.shape[1])
             x[start[i]:start[i] + len(part)] = part
+    assert x is not None                    # there is at least one text
     return ProbingData(tasks, x, lengths, texts, f'{lm.name} layer {layer}')
 
 # %% ../nbs/11_probing.ipynb #cell-48
@@ -175,10 +185,10 @@ def _load(folder, tasks):
 # %% ../nbs/11_probing.ipynb #cell-50
 @one_thread()
 def get_probing(
-    lm,           # an LM, or its name for `load_lm`
-    layer,        # read after this block
-    tasks,        # of `probing_tasks` or `dataset_tasks`
-    context=128,  # tokens of a text, at most
+    lm: LM | Path | str,       # an LM, or its name for `load_lm`
+    layer: int,                # read after this block
+    tasks: list[ProbingTask],  # of `probing_tasks` or `dataset_tasks`
+    context: int = 128,        # tokens of a text, at most
 ) -> ProbingData:
     "The data from the cache, or built and put there."
     lm = load_lm(lm) if isinstance(lm, (str, Path)) else lm
@@ -189,11 +199,11 @@ def get_probing(
 
 # %% ../nbs/11_probing.ipynb #cell-53
 def mean_pool(
-    rows,     # (n_tokens, d): all tokens, text after text
-    lengths,  # (n_texts,) how many belong to each
-    encode=None,      # function of a batch of rows; None: the rows themselves
-    batch_size=4096,  # tokens at a time
-) -> torch.Tensor:    # (n_texts, d')
+    rows: Tensor,                                      # (n_tokens, d): all tokens, text after text
+    lengths: Tensor,                                   # (n_texts,) how many belong to each
+    encode: Callable[[Tensor], Tensor] | None = None,  # function of a batch of rows; None: the rows themselves
+    batch_size: int = 4096,                            # tokens at a time
+) -> Tensor:                                           # (n_texts, d')
     "Mean over each text's tokens of encode(rows)."
     text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     total = None
@@ -202,14 +212,15 @@ def mean_pool(
         if total is None: total = torch.zeros(len(lengths), z.shape[1])
         sums = torch.zeros(int(number[-1]) - first + 1, z.shape[1], device=z.device).index_add_(0, (number - first).to(z.device), z.float())
         total[first:first + len(sums)] += sums.cpu()
+    assert total is not None                # there is at least one batch
     return total.div_(lengths[:, None])
 
 # %% ../nbs/11_probing.ipynb #cell-57
 @torch.no_grad()
 def probe_activations(
-    sae,   # anything with encode, W_dec
-    data,  # ProbingData
-) -> torch.Tensor:  # (n_texts, d_sae)
+    sae: Encoder,       # anything with encode, W_dec
+    data: ProbingData,  # ProbingData
+) -> Tensor:            # (n_texts, d_sae)
     "Mean-pooled latents of each text, in units of length of the unit decoder rows."
     if sae.W_dec.shape[1] != data.x.shape[1]:
         raise ValueError(f'the SAE reads activations of width {sae.W_dec.shape[1]}, the probing data have width {data.x.shape[1]} ({data.name}): was it trained on another model?')
@@ -218,10 +229,10 @@ def probe_activations(
 
 # %% ../nbs/11_probing.ipynb #cell-59
 def top_features(
-    x,  # (n, d) features of training texts
-    y,  # (n,) bool
-    k,  # how many
-) -> torch.Tensor:  # (k,) indices, best first
+    x: Tensor,  # (n, d) features of training texts
+    y: Tensor,  # (n,) bool
+    k: int,     # how many
+) -> Tensor:    # (k,) indices, best first
     "The k features whose class means differ most; of equal ones, the first."
     return (x[y].mean(0) - x[~y].mean(0)).abs().sort(descending=True, stable=True).indices[:k]
 
@@ -238,10 +249,10 @@ def _logits(x, w, b):
 
 # %% ../nbs/11_probing.ipynb #cell-64
 def fit_probe(
-    x,       # (n, d) features, any d
-    y,       # (n,) bool
-    l2=1.0,  # 1/C
-) -> tuple:  # w (d,), b
+    x: Tensor,        # (n, d) features, any d
+    y: Tensor,        # (n,) bool
+    l2: float = 1.0,  # 1/C
+) -> tuple[Tensor, Tensor]:  # w (d,), b
     "Logistic regression; in the row space of x if there are more features than texts."
     if x.shape[1] <= len(x): return fit_logistic(x, y, l2)
     squares, U = torch.linalg.eigh(_gram(x))
@@ -252,11 +263,11 @@ def fit_probe(
 
 # %% ../nbs/11_probing.ipynb #cell-66
 def probe_accuracy(
-    x_train,  # (n, d)
-    y_train,  # (n,) bool
-    x_test,   # (m, d)
-    y_test,   # (m,) bool
-    k=None,   # features that the probe may see, chosen on training texts; None: all
+    x_train: Tensor,       # (n, d)
+    y_train: Tensor,       # (n,) bool
+    x_test: Tensor,        # (m, d)
+    y_test: Tensor,        # (m,) bool
+    k: int | None = None,  # features that the probe may see, chosen on training texts; None: all
 ) -> float:
     "Share of test texts that a probe on the k best features answers rightly."
     if k is not None:
@@ -301,10 +312,10 @@ def _group_rows(sae, data, ks):
 class ProbingResult:
     "Sparse-probing accuracies."
     tasks: pd.DataFrame = field(repr=False)  # one row a task
-    summary: dict                            # means within each group, then over groups
+    summary: dict[str, float]                # means within each group, then over groups
 
     @classmethod
-    def of(cls, rows):
+    def of(cls, rows: list[dict]) -> Self:
         "The result of some tasks' rows."
         table = pd.DataFrame(rows)
         means = table.groupby('group')[[c for c in table if c.endswith('accuracy')]].mean().mean()
@@ -313,9 +324,9 @@ class ProbingResult:
 # %% ../nbs/11_probing.ipynb #cell-78
 @one_thread()
 def score_probing(
-    sae,           # anything with encode, W_dec
-    data,          # ProbingData
-    ks=(1, 2, 5),  # how many latents the probe may see
+    sae: Encoder,                   # anything with encode, W_dec
+    data: ProbingData,              # ProbingData
+    ks: Sequence[int] = (1, 2, 5),  # how many latents the probe may see
 ) -> ProbingResult:
     "Accuracies of probes on an SAE's latents (sae_...) and on raw residual channels (llm_...)."
     return ProbingResult.of([row for tasks in _groups(data.tasks) for row in _group_rows(sae, _only(data, tasks), ks)])
@@ -323,11 +334,11 @@ def score_probing(
 # %% ../nbs/11_probing.ipynb #cell-79
 @one_thread()
 def evaluate_probing(
-    sae,           # anything with encode, W_dec
-    lm,            # an LM, or its name for `load_lm`
-    layer,         # the SAE's layer
-    tasks=None,    # of `probing_tasks` or `dataset_tasks`; None: the 35 of GROUPS
-    ks=(1, 2, 5),  # how many latents the probe may see
+    sae: Encoder,                            # anything with encode, W_dec
+    lm: LM | Path | str,                     # an LM, or its name for `load_lm`
+    layer: int,                              # the SAE's layer
+    tasks: list[ProbingTask] | None = None,  # of `probing_tasks` or `dataset_tasks`; None: the 35 of GROUPS
+    ks: Sequence[int] = (1, 2, 5),           # how many latents the probe may see
 ) -> ProbingResult:
     "Sparse probing of an SAE, one group at a time; the texts' activations come from the cache."
     lm = load_lm(lm) if isinstance(lm, (str, Path)) else lm

@@ -6,14 +6,17 @@
 __all__ = ['SAEBENCH_SETS', 'ProbingSet', 'dataset_tasks']
 
 # %% ../nbs/12_probing_sets.ipynb #cell-3
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from .core import generator
-from .probing import group_tasks
+from .probing import ProbingTask, group_tasks
 from .text import dataset_rows
 
 # %% ../nbs/12_probing_sets.ipynb #cell-5
@@ -32,8 +35,8 @@ class ProbingSet:
     min_chars: int = 1   # shorter texts are left out
 
 # %% ../nbs/12_probing_sets.ipynb #cell-7
-_BIOS = dict(dataset='LabHC/bias_in_bios', text='hard_text', label='profession', balance=('gender', (0, 1)), test='test')
-_AMAZON = dict(dataset='canrager/amazon_reviews_mcauley_1and5', text='text', test='test')
+_BIOS: dict[str, Any] = dict(dataset='LabHC/bias_in_bios', text='hard_text', label='profession', balance=('gender', (0, 1)), test='test')
+_AMAZON: dict[str, Any] = dict(dataset='canrager/amazon_reviews_mcauley_1and5', text='text', test='test')
 _ENDINGS = dict(C=('.c', '.h'), Python=('.py',), HTML=('.html',), Java=('.java',), PHP=('.php', '.php3', '.php4', '.php5', '.phps', '.phpt'))
 
 SAEBENCH_SETS = (
@@ -71,7 +74,7 @@ def _examples(s, rows, names):
 # %% ../nbs/12_probing_sets.ipynb #cell-17
 def _stirred(items, rng, size=10_000):
     "The items in another order, with at most `size` of them in memory."
-    buffer = []
+    buffer: list = []
     for item in items:
         if len(buffer) < size: buffer.append(item); continue
         i = rng.integers(size)
@@ -82,9 +85,9 @@ def _stirred(items, rng, size=10_000):
 # %% ../nbs/12_probing_sets.ipynb #cell-20
 def _fill(s, split, n, source, seed, owner):
     "{(class, value of the balance): n texts}; ValueError if there are too few."
-    found = {}
+    found: dict[tuple, dict[str, bool]] = {}   # of dicts: ordered sets
     for config, names in [(None, tuple(s.classes))] if s.label else [(c, (name,)) for name, c in s.classes.items()]:
-        cells = {cell: {} for cell in product(names, s.balance[1] if s.balance else (None,))}   # dicts: ordered sets
+        cells: dict[tuple, dict[str, bool]] = {cell: {} for cell in product(names, s.balance[1] if s.balance else (None,))}
         rng = np.random.default_rng(generator(seed, s.name, split, config).initial_seed())
         for cell, text in _stirred(_examples(s, dataset_rows(s.dataset, split, config, s.files, source), names), rng):
             if cell not in cells or len(cells[cell]) == n: continue
@@ -117,13 +120,14 @@ def _train_test(s, n_train, n_test, source, seed, owner):
 
 # %% ../nbs/12_probing_sets.ipynb #cell-24
 def dataset_tasks(
-    sets=SAEBENCH_SETS,  # which data sets
-    n_train=4000,        # training texts of a task
-    n_test=1000,         # test texts of a task
-    seed=0,              # of the choice of texts
-    source=None,         # folder with local copies in subfolders named like the data sets; None: the Hub
-) -> list:               # of ProbingTask
+    sets: Iterable[ProbingSet] = SAEBENCH_SETS,  # which data sets
+    n_train: int = 4000,                         # training texts of a task
+    n_test: int = 1000,                          # test texts of a task
+    seed: int = 0,                               # of the choice of texts
+    source: Path | str | None = None,            # folder with local copies in subfolders named like the data sets; None: the Hub
+) -> list[ProbingTask]:                          # of ProbingTask
     "Probing tasks from public data sets: each class against the others of its set, balanced."
-    owner, tasks = {}, []
+    owner: dict[str, str] = {}
+    tasks: list[ProbingTask] = []
     for s in sets: tasks += group_tasks(s.name, *_train_test(s, n_train, n_test, source, seed, owner))
     return tasks

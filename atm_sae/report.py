@@ -11,19 +11,26 @@ __all__ = ['METHOD_NAMES', 'METHOD_COLOURS', 'SUMMARY_COLUMNS', 'SMOKE', 'method
 
 # %% ../nbs/13_report.ipynb #cell-3
 import contextlib, itertools, math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 from .core import atomic_write, cache_dir
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from atm_sae.train import Run
+
 # %% ../nbs/13_report.ipynb #cell-6
 METHOD_NAMES = {'atm': 'ATM', 'topk': 'TopK', 'batchtopk': 'BatchTopK', 'jumprelu': 'JumpReLU', 'standard': 'ReLU + L1',
-                'dropout': 'ReLU + dropout', 'random': 'random'}
+                'dropout': 'ReLU + dropout', 'random': 'random', 'pretrained': 'pretrained'}
 
 METHOD_COLOURS = {'atm': '#D55E00', 'topk': '#0072B2', 'batchtopk': '#56B4E9', 'jumprelu': '#009E73', 'standard': '#303030',
-                  'dropout': '#E69F00', 'random': '#BBBBBB'}
+                  'dropout': '#E69F00', 'random': '#BBBBBB', 'pretrained': '#4B0082'}
 
 # %% ../nbs/13_report.ipynb #cell-8
 _MASKS = {None: ('', 'o', '-'), 'atm': (' + ATM', 'D', '--'), 'dropout': (' + dropout', 's', ':')}
@@ -34,7 +41,7 @@ def _parts(method):
     if base in METHOD_NAMES and (mask or None) in _MASKS: return base, mask or None
     raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHOD_NAMES)}, or a variant such as 'topk+atm', 'topk+dropout'")
 
-def method_name(method):
+def method_name(method: str) -> str:
     "The name that figures and tables print, also for `'atm c=1'` and for differences such as `'atm - topk'`."
     if ' - ' in method: return ' − '.join(map(method_name, method.split(' - ')))
     method, _, variant = method.partition(' ')
@@ -42,7 +49,7 @@ def method_name(method):
     return METHOD_NAMES[base] + _MASKS[mask][0] + (f' {variant}' if variant else '')
 
 # %% ../nbs/13_report.ipynb #cell-9
-def method_style(method):
+def method_style(method: str) -> dict[str, str]:
     "Keyword arguments for `ax.plot`: colour of the base, marker and line of the mask."
     base, mask = _parts(method.partition(' ')[0])
     _, marker, line = _MASKS[mask]
@@ -60,7 +67,7 @@ _STYLE = {
     'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.frameon': False, 'legend.fontsize': 8,
     'lines.linewidth': 1.6, 'lines.markersize': 4.5, 'lines.markeredgewidth': 1.2, 'svg.fonttype': 'path', 'svg.hashsalt': 'atm-sae'}
 
-def set_style():
+def set_style() -> None:
     "Give every figure from here on the look of the reports."
     import matplotlib as mpl
     mpl.rcParams.update(_STYLE)
@@ -86,9 +93,9 @@ def _t_interval(values, level=.95):
 
 # %% ../nbs/13_report.ipynb #cell-20
 def mean_interval(
-    values,     # one number for each seed, (n,)
-    level=.95,  # share of such intervals that hold the true mean
-):
+    values: ArrayLike,   # one number for each seed, (n,)
+    level: float = .95,  # share of such intervals that hold the true mean
+) -> tuple[float, float, float]:
     "Mean, lower and upper bound of the t-interval; the bounds are NaN for a single value."
     return tuple(_t_interval(values, level)[:3])
 
@@ -97,15 +104,16 @@ def _decimals(x, digits):
     "Decimals that show `digits` significant digits of `x`."
     return max(0, digits - 1 - math.floor(math.log10(abs(x)))) if x else digits - 1
 
-def format_number(x, digits=3):
+def format_number(x: Any, digits: int = 3) -> str:
     "`x` with about `digits` significant digits, and no exponent where that stays readable."
     if x is None or isinstance(x, float) and math.isnan(x): return '–'
     if not isinstance(x, (float, np.floating)) or math.isinf(x): return str(x)
-    if x != 0 and not 1e-4 <= abs(x) < 1e7: return f'{x:.{digits - 1}e}'
+    size: Any = abs(x)
+    if x != 0 and not 1e-4 <= size < 1e7: return f'{x:.{digits - 1}e}'
     return f'{x:.{_decimals(x, digits)}f}'
 
 # %% ../nbs/13_report.ipynb #cell-27
-def format_interval(mean, low=math.nan, high=math.nan, n=None):
+def format_interval(mean: float | None, low: float = math.nan, high: float = math.nan, n: int | None = None) -> str:
     "`mean [low, high]`; where no interval is known, the mean and the number of seeds behind it."
     if mean is None or math.isnan(mean): return '–'
     half = (high - low) / 2
@@ -115,12 +123,12 @@ def format_interval(mean, low=math.nan, high=math.nan, n=None):
 
 # %% ../nbs/13_report.ipynb #cell-31
 def score_runs(
-    score,          # function of a run: a dict, or a DataFrame of several rows
-    runs,           # of `run_grid`
-    world,          # what they were trained on
-    workers=2,      # processes, at most
-    progress=True,  # a bar over the runs
-)->pd.DataFrame:
+    score: Callable[['Run'], dict | pd.DataFrame],  # function of a run: a dict, or a DataFrame of several rows
+    runs: Iterable['Run'],                          # of `run_grid`
+    world: str,                                     # what they were trained on
+    workers: int = 2,                               # processes, at most
+    progress: bool = True,                          # a bar over the runs
+) -> pd.DataFrame:
     "Rows of world, method, sparsity, seed and what `score` measures, in the order of the runs."
     from joblib import Parallel, delayed, parallel_config
     runs = list(runs)
@@ -138,11 +146,11 @@ def _need(rows, columns, who):
         raise ValueError(f'{who}: no column {", ".join(map(repr, missing))}; the rows have {", ".join(map(repr, rows))}')
 
 def summarise(
-    rows,       # DataFrame, one row for each trained SAE
-    by,         # columns that name a group
-    values,     # columns to average
-    level=.95,  # of the intervals
-):
+    rows: pd.DataFrame,           # DataFrame, one row for each trained SAE
+    by: str | Iterable[str],      # columns that name a group
+    values: str | Iterable[str],  # columns to average
+    level: float = .95,           # of the intervals
+) -> pd.DataFrame:
     "One row for each group and value: `by`, metric, mean, low, high, n."
     by, values = ([x] if isinstance(x, str) else list(x) for x in (by, values))
     _need(rows, by + values, 'summarise')
@@ -155,10 +163,10 @@ SUMMARY_COLUMNS = ('world', 'method', 'sparsity', 'metric', 'mean', 'low', 'high
 _BY = ('world', 'method', 'sparsity')
 
 def summary_table(
-    rows,       # DataFrame with world, method, sparsity (the target L0), l0 and the metrics
-    metrics,    # columns to average
-    level=.95,  # of the intervals
-):
+    rows: pd.DataFrame,            # DataFrame with world, method, sparsity (the target L0), l0 and the metrics
+    metrics: str | Iterable[str],  # columns to average
+    level: float = .95,            # of the intervals
+) -> pd.DataFrame:
     "The long table that programs read: `SUMMARY_COLUMNS`, one line for each group and metric."
     rows = rows.assign(**{c: math.nan for c in ('l0', *_BY) if c not in rows})
     l0 = summarise(rows, _BY, 'l0', level).drop(columns=['metric', 'n'])
@@ -167,10 +175,10 @@ def summary_table(
 
 # %% ../nbs/13_report.ipynb #cell-43
 def pretty(
-    summary,                       # a summary table
-    index=('method', 'sparsity'),  # what names a line
-    metrics=None,                  # which metrics, in this order, or {metric: heading}; None takes all
-):
+    summary: pd.DataFrame,                                  # a summary table
+    index: Iterable[str] = ('method', 'sparsity'),          # what names a line
+    metrics: Iterable[str] | dict[str, str] | None = None,  # which metrics, in this order, or {metric: heading}; None takes all
+) -> pd.DataFrame:
     "A summary as people read it: one line for each group, `mean [low, high]` in each cell, and L0."
     index, metrics = list(index), dict.fromkeys(summary.metric) if metrics is None else metrics
     heading = {m: (metrics[m] if isinstance(metrics, dict) else None) or m for m in metrics}
@@ -184,11 +192,11 @@ def pretty(
 
 # %% ../nbs/13_report.ipynb #cell-46
 def at_l0(
-    rows,                             # DataFrame with l0 and the metrics, several sparsities for each group
-    l0,                               # where to read the curves
-    values,                           # metrics to read
-    by=('world', 'method', 'seed'),   # what names one curve
-):
+    rows: pd.DataFrame,                               # DataFrame with l0 and the metrics, several sparsities for each group
+    l0: float,                                        # where to read the curves
+    values: str | Iterable[str],                      # metrics to read
+    by: Iterable[str] = ('world', 'method', 'seed'),  # what names one curve
+) -> pd.DataFrame:
     "Each curve's metrics at the same `l0`, by linear interpolation in log L0; NaN outside its range."
     by, values = list(by), [values] if isinstance(values, str) else list(values)
     _need(rows, by + ['l0'] + values, 'at_l0')
@@ -201,12 +209,12 @@ def at_l0(
 
 # %% ../nbs/13_report.ipynb #cell-50
 def paired_difference(
-    rows,        # DataFrame with `method`, the metric and the `pair` columns
-    a, b,        # the two methods: the difference is a - b
-    value,       # the metric
-    pair='seed', # what makes two rows a pair
-    level=.95,   # of the interval
-):
+    rows: pd.DataFrame,                  # DataFrame with `method`, the metric and the `pair` columns
+    a: str, b: str,                      # the two methods: the difference is a - b
+    value: str,                          # the metric
+    pair: str | Iterable[str] = 'seed',  # what makes two rows a pair
+    level: float = .95,                  # of the interval
+) -> Interval:
     "The `Interval` of a - b over pairs of rows that agree in `pair`."
     pair = [pair] if isinstance(pair, str) else list(pair)
     _need(rows, ['method', value, *pair], 'paired_difference')
@@ -220,9 +228,9 @@ def paired_difference(
 
 # %% ../nbs/13_report.ipynb #cell-54
 def claim_verdict(
-    interval,        # (mean, low, high, ...) of the difference
-    expect='lower',  # the claim: the difference is 'lower' or 'higher' than zero
-):
+    interval: Sequence[float],  # (mean, low, high, ...) of the difference
+    expect: str = 'lower',      # the claim: the difference is 'lower' or 'higher' than zero
+) -> str:
     "'holds', 'fails' or 'undecided', by the side of zero on which the interval lies."
     if expect not in ('lower', 'higher'): raise ValueError(f"claim_verdict: expect must be 'lower' or 'higher', not {expect!r}")
     _, low, high, *_ = interval
@@ -239,11 +247,11 @@ def _pair_at(curves, a, b, target, metrics, slack=1.05):
 
 # %% ../nbs/13_report.ipynb #cell-59
 def difference_table(
-    rows,       # as for summary_table, with a seed column
-    metrics,    # columns to compare
-    pairs=None, # [(a, b), ...] methods; None: ATM and every other one, but not the untrained control
-    level=.95,  # of the intervals
-):
+    rows: pd.DataFrame,                              # as for summary_table, with a seed column
+    metrics: Sequence[str],                          # columns to compare
+    pairs: Sequence[tuple[str, str]] | None = None,  # [(a, b), ...] methods; None: ATM and every other one, but not the untrained control
+    level: float = .95,                              # of the intervals
+) -> pd.DataFrame:
     "Summary lines for a - b at equal L0, for each world and target; pairs that share no L0 are left out."
     _need(rows, [*_BY, 'seed', 'l0', *metrics], 'difference_table')
     if pairs is None: pairs = [('atm', other) for other in rows.method.unique() if other not in ('atm', 'random')]
@@ -287,11 +295,11 @@ _VERDICT_COLUMNS = ('method', 'metric', 'published', 'published_l0', 'source', '
                     'difference', 'tolerance', 'verdict', 'reason')
 
 def compare_published(
-    published,            # list of {method, metric, value, l0, source, confidence, tolerance, at}; all but three optional
-    summary,              # a summary table
-    tolerance=None,       # {metric: largest difference that counts as reproduced}
-    not_comparable=None,  # why nothing of this run may be compared; None if it may
-):
+    published: Iterable[dict],                  # list of {method, metric, value, l0, source, confidence, tolerance, at}; all but three optional
+    summary: pd.DataFrame,                      # a summary table
+    tolerance: dict[str, float] | None = None,  # {metric: largest difference that counts as reproduced}
+    not_comparable: str | None = None,          # why nothing of this run may be compared; None if it may
+) -> pd.DataFrame:
     "One line for each published value: ours, the difference, and the verdict with its reason."
     out = []
     for entry in published:
@@ -318,7 +326,7 @@ def _spread(y, gap):
     return out
 
 # %% ../nbs/13_report.ipynb #cell-72
-def label_ends(ax, gap=10, size=8):
+def label_ends(ax: 'Axes', gap: float = 10, size: float = 8) -> None:
     "Write each labelled line's name beside its last point, names at least `gap` points apart."
     ax.figure.draw_without_rendering()
     lines = [l for l in ax.lines if not l.get_label().startswith('_') and len(l.get_xdata())]
@@ -355,13 +363,13 @@ def _draw_intervals(ax, points, vertical):
 
 # %% ../nbs/13_report.ipynb #cell-78
 def plot_curves(
-    ax,              # where to draw
-    summary,         # summary table of one world
-    metric,          # which metric
-    x='l0',          # column of the horizontal axis
-    methods=None,    # which methods, in this order; None takes all that are no differences
-    label=True,      # write the names at the ends
-):
+    ax: 'Axes',                            # where to draw
+    summary: pd.DataFrame,                 # summary table of one world
+    metric: str,                           # which metric
+    x: str = 'l0',                         # column of the horizontal axis
+    methods: Iterable[str] | None = None,  # which methods, in this order; None takes all that are no differences
+    label: bool = True,                    # write the names at the ends
+) -> pd.DataFrame:
     "The metric's mean and interval over L0, one curve for each method; returns the drawn lines of the table."
     data = summary[summary.metric == metric]
     methods = [m for m in dict.fromkeys(data.method) if ' - ' not in m] if methods is None else list(methods)
@@ -388,11 +396,11 @@ def _l0_axis(ax, data):
 
 # %% ../nbs/13_report.ipynb #cell-84
 def plot_intervals(
-    ax,             # where to draw
-    summary,        # summary lines, one for each method, of one world and sparsity
-    metric,         # which metric
-    methods=None,   # which methods, from the top; None takes the table's order
-):
+    ax: 'Axes',                            # where to draw
+    summary: pd.DataFrame,                 # summary lines, one for each method, of one world and sparsity
+    metric: str,                           # which metric
+    methods: Iterable[str] | None = None,  # which methods, from the top; None takes the table's order
+) -> pd.DataFrame:
     "One dot with its interval for each method, the name at the left and the value at the right."
     data = summary[summary.metric == metric]
     methods = list(dict.fromkeys(data.method)) if methods is None else list(methods)
@@ -412,7 +420,7 @@ def plot_intervals(
 # %% ../nbs/13_report.ipynb #cell-87
 SMOKE = 'SMOKE: not a result'
 
-def stamp(fig, profile):
+def stamp(fig: 'Figure', profile: str) -> 'Figure':
     "Write the profile into the figure's lower right corner; smoke results are stamped across. Stamps once."
     for text in [t for t in fig.texts if t.get_gid() == 'stamp']: text.remove()
     smoke, height = profile == 'smoke', fig.get_figheight()
@@ -439,12 +447,12 @@ def _to_csv(data, path):
 
 # %% ../nbs/13_report.ipynb #cell-91
 def save_figure(
-    fig,      # a matplotlib figure
-    folder,   # where to put it
-    name,     # file name without suffix
-    data,     # DataFrame of what is drawn
-    profile,  # stamped into the corner
-):
+    fig: 'Figure',       # a matplotlib figure
+    folder: Path | str,  # where to put it
+    name: str,           # file name without suffix
+    data: pd.DataFrame,  # DataFrame of what is drawn
+    profile: str,        # stamped into the corner
+) -> list[Path]:
     "Write name.png, name.svg and name.csv, the same bytes each time; returns the three paths."
     import matplotlib as mpl
     _settle(stamp(fig, profile))
@@ -463,7 +471,7 @@ def _cells(table):
     body = [['' if isinstance(v, str) and not v else format_number(v) for v in row] for row in table.astype(object).itertuples(index=False)]
     return [str(c) for c in table.columns], align, body
 
-def to_markdown(table):
+def to_markdown(table: pd.DataFrame) -> str:
     "A DataFrame as a Markdown table."
     head, align, body = _cells(table)
     line = lambda cells: '| ' + ' | '.join(c.replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
@@ -473,7 +481,7 @@ def to_markdown(table):
 # %% ../nbs/13_report.ipynb #cell-96
 _TEX = str.maketrans({c: '\\' + c for c in '&%$#_{}'} | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '–': '--', '−': '$-$'})
 
-def to_latex(table, caption=''):
+def to_latex(table: pd.DataFrame, caption: str = '') -> str:
     "A DataFrame as a LaTeX table (needs the package booktabs)."
     head, align, body = _cells(table)
     line = lambda cells: '    ' + ' & '.join(c.translate(_TEX) for c in cells) + r' \\'
@@ -483,12 +491,12 @@ def to_latex(table, caption=''):
 
 # %% ../nbs/13_report.ipynb #cell-98
 def save_table(
-    df,            # DataFrame to write; numbers keep six digits in the CSV
-    folder,        # where to put it
-    name,          # file name without suffix
-    caption='',    # one sentence above the table
-    profile=None,  # added to the caption; smoke tables are stamped
-):
+    df: pd.DataFrame,            # DataFrame to write; numbers keep six digits in the CSV
+    folder: Path | str,          # where to put it
+    name: str,                   # file name without suffix
+    caption: str = '',           # one sentence above the table
+    profile: str | None = None,  # added to the caption; smoke tables are stamped
+) -> list[Path]:
     "Write name.csv, name.md and name.tex; returns the three paths."
     note = '' if profile is None else SMOKE if profile == 'smoke' else f'Profile: {profile}.'
     caption = ' '.join(filter(None, [caption, note]))
@@ -500,14 +508,14 @@ def save_table(
     return paths
 
 # %% ../nbs/13_report.ipynb #cell-101
-def save_summary(summary, folder, name):
+def save_summary(summary: pd.DataFrame, folder: Path | str, name: str) -> Path:
     "Write a summary table to tables/name-summary.csv in the reports folder, after checking its columns; returns the path."
     _need(summary, SUMMARY_COLUMNS, 'save_summary')
     path = Path(folder)/'tables'/f'{name}-summary.csv'
     with atomic_write(path) as part: _to_csv(summary[[*SUMMARY_COLUMNS]], part)
     return path
 
-def read_summary(path):
+def read_summary(path: Path | str) -> pd.DataFrame:
     "The summary table in a CSV file; ValueError if it is none."
     table = pd.read_csv(path, keep_default_na=True)
     _need(table, SUMMARY_COLUMNS, f'read_summary({Path(path).name})')
@@ -515,9 +523,9 @@ def read_summary(path):
 
 # %% ../nbs/13_report.ipynb #cell-104
 def reports_folder(
-    out='',           # the folder a runner gave; empty for a run by hand
-    profile='smoke',  # names the scratch folder
-):
+    out: Path | str = '',    # the folder a runner gave; empty for a run by hand
+    profile: str = 'smoke',  # names the scratch folder
+) -> Path:
     "`out` as a Path, or a scratch folder below the cache; with figures/ and tables/ in it."
     folder = Path(out) if out else cache_dir()/'by-hand'/profile
     for sub in ('figures', 'tables'): (folder/sub).mkdir(parents=True, exist_ok=True)

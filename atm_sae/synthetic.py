@@ -9,7 +9,9 @@ __all__ = ['WorldConfig', 'zipf_rates', 'unit_directions', 'active_roots', 'acti
 # %% ../nbs/01_synthetic.ipynb #cell-3
 import math
 from dataclasses import dataclass
+from typing import Self
 import torch
+from torch import Tensor
 from .core import generator
 
 # %% ../nbs/01_synthetic.ipynb #cell-14
@@ -30,7 +32,7 @@ class WorldConfig:
     group_size: int = 8              # parents and free features in a group
     seed: int = 0                    # of directions and groups; samples have seeds of their own
 
-    def __post_init__(self): _validate(self)
+    def __post_init__(self) -> None: _validate(self)
 
 # %% ../nbs/01_synthetic.ipynb #cell-16
 def _validate(config):
@@ -45,10 +47,10 @@ def _validate(config):
 
 # %% ../nbs/01_synthetic.ipynb #cell-20
 def zipf_rates(
-    n,         # number of features
-    mean,      # their mean rate
-    exponent,  # 0: all alike; 1: Zipf's law
-):
+    n: int,           # number of features
+    mean: float,      # their mean rate
+    exponent: float,  # 0: all alike; 1: Zipf's law
+) -> Tensor:
     "Rates (n,) that fall as rank^-exponent and have the given mean."
     weight = torch.arange(1, n + 1, dtype=torch.float64)**-exponent
     rates = (n*mean*weight/weight.sum()).float()
@@ -57,18 +59,18 @@ def zipf_rates(
     return rates
 
 # %% ../nbs/01_synthetic.ipynb #cell-25
-def unit_directions(n, d_in, gen):
+def unit_directions(n: int, d_in: int, gen: torch.Generator) -> Tensor:
     "`n` random unit vectors, (n, d_in)."
     return torch.nn.functional.normalize(torch.randn(n, d_in, generator=gen), dim=1)
 
 # %% ../nbs/01_synthetic.ipynb #cell-30
 def active_roots(
-    n,            # samples
-    rates,        # rates of the roots, (n_roots,)
-    group,        # group number of each root, (n_roots,)
-    correlation,  # rho, within a group
-    gen,          # torch.Generator
-):
+    n: int,                # samples
+    rates: Tensor,         # rates of the roots, (n_roots,)
+    group: Tensor,         # group number of each root, (n_roots,)
+    correlation: float,    # rho, within a group
+    gen: torch.Generator,  # torch.Generator
+) -> Tensor:
     "Which roots are on, bool (n, n_roots)."
     if not correlation: return torch.rand(n, len(rates), generator=gen) < rates
     shared = torch.randn(n, int(group.max()) + 1, generator=gen)[:, group]
@@ -78,10 +80,10 @@ def active_roots(
 
 # %% ../nbs/01_synthetic.ipynb #cell-35
 def active_children(
-    parents,  # which parents are on, bool (n, n_parents)
-    share,    # probability of each child given its parent, (children_per_parent,), sum at most 1
-    gen,      # torch.Generator
-):
+    parents: Tensor,       # which parents are on, bool (n, n_parents)
+    share: Tensor,         # probability of each child given its parent, (children_per_parent,), sum at most 1
+    gen: torch.Generator,  # torch.Generator
+) -> Tensor:
     "Which children are on, bool (n, n_parents, children_per_parent); at most one for each parent."
     v = torch.rand(*parents.shape, 1, generator=gen)
     piece = torch.bucketize(v, share.cumsum(0), right=True)
@@ -89,17 +91,17 @@ def active_children(
 
 # %% ../nbs/01_synthetic.ipynb #cell-40
 def draw_coefficients(
-    on,      # which features are on, bool (n, n_features)
-    spread,  # half width of the interval around 1
-    gen,     # torch.Generator
-):
+    on: Tensor,            # which features are on, bool (n, n_features)
+    spread: float,         # half width of the interval around 1
+    gen: torch.Generator,  # torch.Generator
+) -> Tensor:
     "Coefficients a (n, n_features): uniform in [1 - spread, 1 + spread] where on, else 0."
     return on*(1 - spread + 2*spread*torch.rand(on.shape, generator=gen))
 
 # %% ../nbs/01_synthetic.ipynb #cell-43
 class PlantedWorld:
     "Sparse sums of known directions: parents with exclusive children, and free features."
-    def __init__(self, config=WorldConfig()):
+    def __init__(self, config: WorldConfig = WorldConfig()) -> None:
         self.config = c = config
         self.d_in, n_children = c.d_in, c.n_parents*c.children_per_parent
         self.n_features = c.n_parents + n_children + c.n_free
@@ -113,7 +115,7 @@ class PlantedWorld:
         self._group = torch.randperm(len(self._root_rates), generator=generator(c.seed, 'groups')) // c.group_size
         self.rates = torch.cat([parents, torch.outer(parents, self._share).flatten(), free])
 
-    def sample(self, n, generator):
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         "Samples x (n, d_in) and their true coefficients a (n, n_features)."
         c = self.config
         roots = active_roots(n, self._root_rates, self._group, c.correlation, generator)
@@ -123,11 +125,11 @@ class PlantedWorld:
         x = a @ self.directions
         return (x + c.noise*torch.randn(x.shape, generator=generator) if c.noise else x), a
 
-    def children(self, i):
+    def children(self, i: int) -> Tensor:
         "Indices of the children of feature `i` (empty for a feature without)."
         return (self.parent == i).nonzero()[:, 0]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'PlantedWorld({self.n_features} features in {self.d_in} dimensions, {int(self.is_parent.sum())} parents, expected L0 {self.rates.sum():.2f})'
 
 # %% ../nbs/01_synthetic.ipynb #cell-58
@@ -135,15 +137,15 @@ class WorldBatches:
     "Endless batches of samples, float32 (batch_size, d_in), with a position that can be saved."
     def __init__(
         self,
-        world,       # a PlantedWorld
-        batch_size,  # samples in a batch
-        seed,        # of this stream; the world has its own
-    ):
+        world: PlantedWorld,  # a PlantedWorld
+        batch_size: int,      # samples in a batch
+        seed: int,            # of this stream; the world has its own
+    ) -> None:
         if batch_size < 1: raise ValueError(f'WorldBatches: batch_size = {batch_size}, but it must be at least 1')
         self.world, self.batch_size, self.d_in = world, batch_size, world.d_in
         self.generator = generator(seed, 'batches')
 
-    def __iter__(self): return self
-    def __next__(self): return self.world.sample(self.batch_size, self.generator)[0]
-    def state_dict(self): return {'generator': self.generator.get_state()}
-    def load_state_dict(self, state): self.generator.set_state(state['generator'])
+    def __iter__(self) -> Self: return self
+    def __next__(self) -> Tensor: return self.world.sample(self.batch_size, self.generator)[0]
+    def state_dict(self) -> dict[str, Tensor]: return {'generator': self.generator.get_state()}
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: self.generator.set_state(state['generator'])

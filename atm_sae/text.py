@@ -9,16 +9,20 @@ __all__ = ['NO_NETWORK', 'python_docs', 'python_docs_by_package', 'text_checksum
 
 # %% ../nbs/02_text.ipynb #cell-3
 import ast, hashlib, importlib.util, itertools, json, re, string, sysconfig, warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .core import causes, generator
+
+if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # %% ../nbs/02_text.ipynb #cell-6
 _LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', 'ensurepip',
@@ -66,14 +70,14 @@ def python_docs() -> list[str]:
 # %% ../nbs/02_text.ipynb #cell-19
 def python_docs_by_package() -> dict[str, list[str]]:
     "{top-level package or module: its docstrings}."
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for name, doc in _stdlib_docs(): groups.setdefault(name, []).append(doc)
     return groups
 
 # %% ../nbs/02_text.ipynb #cell-23
 def text_checksum(
-    texts, # the documents, in order
-) -> str:  # 64 hex digits
+    texts: Iterable[str],  # the documents, in order
+) -> str:                  # 64 hex digits
     "SHA-256 over texts; where one text ends and the next begins counts too."
     h = hashlib.sha256()
     for t in texts:
@@ -103,8 +107,8 @@ def _jsonl_texts(path: Path, column: str) -> list[str]:
 
 # %% ../nbs/02_text.ipynb #cell-27
 def read_texts(
-    path,          # a .txt or .jsonl file, or a folder of them
-    column='text', # field that holds the text in .jsonl
+    path: Path | str,      # a .txt or .jsonl file, or a folder of them
+    column: str = 'text',  # field that holds the text in .jsonl
 ) -> list[str]:
     "Documents of a file or a folder."
     path = Path(path)
@@ -134,11 +138,11 @@ def _dataset_place(name, source):
 
 # %% ../nbs/02_text.ipynb #cell-31
 def dataset_rows(
-    name,           # id on the Hub, e.g. 'fancyzhx/ag_news'
-    split='train',  # part of the data set
-    config=None,    # its configuration, where it has several
-    files='',       # its Parquet files, where the library does not find them by itself
-    source=None,    # folder with local copies in subfolders named like the data sets; None: the Hub
+    name: str,                         # id on the Hub, e.g. 'fancyzhx/ag_news'
+    split: str = 'train',              # part of the data set
+    config: str | None = None,         # its configuration, where it has several
+    files: str = '',                   # its Parquet files, where the library does not find them by itself
+    source: Path | str | None = None,  # folder with local copies in subfolders named like the data sets; None: the Hub
 ) -> Iterator[dict]:
     "Rows of a data set, streamed in their order; ImportError, ConnectionError, FileNotFoundError or ValueError say what to do."
     if importlib.util.find_spec('datasets') is None: raise ImportError("public data sets need the package 'datasets': pip install 'atm-sae[data]'")
@@ -150,11 +154,11 @@ def dataset_rows(
 
 # %% ../nbs/02_text.ipynb #cell-33
 def stream_dataset(
-    name,            # id on the Hub, e.g. 'monology/pile-uncopyrighted'
-    split='train',   # part of the data set
-    column='text',   # field that holds the text
-    limit=None,      # stop after this many documents; None: all
-    source=None,     # folder with local copies; None: the Hub
+    name: str,                         # id on the Hub, e.g. 'monology/pile-uncopyrighted'
+    split: str = 'train',              # part of the data set
+    column: str = 'text',              # field that holds the text
+    limit: int | None = None,          # stop after this many documents; None: all
+    source: Path | str | None = None,  # folder with local copies; None: the Hub
 ) -> Iterator[str]:
     "Documents of a data set, streamed in their order."
     for row in itertools.islice(dataset_rows(name, split, source=source), limit):
@@ -165,10 +169,10 @@ def stream_dataset(
 _LETTERS = string.ascii_uppercase
 
 def train_tokenizer(
-    texts,              # documents to learn the merges from
-    vocab_size=6144,    # entries, special tokens and single bytes included
-    letters=20_000,     # how often each of " A" ... " Z" is added to the texts
-):
+    texts: Iterable[str],    # documents to learn the merges from
+    vocab_size: int = 6144,  # entries, special tokens and single bytes included
+    letters: int = 20_000,   # how often each of " A" ... " Z" is added to the texts
+) -> 'PreTrainedTokenizerFast':
     "A byte-level BPE tokenizer with <pad>, <eos>, <bos> as tokens 0, 1, 2."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -182,11 +186,11 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token='<pad>', eos_token='<eos>', bos_token='<bos>')
 
 # %% ../nbs/02_text.ipynb #cell-38
-def _encode(tokenizer, texts) -> list[list[int]]:
+def _encode(tokenizer: 'PreTrainedTokenizerBase', texts: Iterable[str]) -> list[list[int]]:
     "Token ids of each text, without special tokens."
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)['input_ids']
 
-def _bos_eos(tokenizer) -> tuple[int, int]:
+def _bos_eos(tokenizer: 'PreTrainedTokenizerBase') -> tuple[int, int]:
     "Ids that begin a row and end a document; one stands in if the other is missing."
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None: raise ValueError('the tokenizer has neither a BOS nor an EOS token; rows need one')
@@ -194,8 +198,8 @@ def _bos_eos(tokenizer) -> tuple[int, int]:
 
 # %% ../nbs/02_text.ipynb #cell-41
 def word_vocabulary(
-    tokenizer,      # any transformers tokenizer
-) -> pd.DataFrame:  # columns token_id, text (with its leading space, if it has one), letter ('A'..'Z')
+    tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer
+) -> pd.DataFrame:                         # columns token_id, text (with its leading space, if it has one), letter ('A'..'Z')
     "Every entry of the tokenizer that is a word: letters only, one token both ways."
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     words = [(i, t) for i, t in enumerate(texts) if re.fullmatch(' ?[A-Za-z]+', t)]
@@ -208,9 +212,9 @@ def word_vocabulary(
 
 # %% ../nbs/02_text.ipynb #cell-47
 def token_stream(
-    tokenizer, # any transformers tokenizer
-    texts,     # documents
-) -> np.ndarray: # (n_tokens,) token ids
+    tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer
+    texts: Iterable[str],                  # documents
+) -> np.ndarray:                           # (n_tokens,) token ids
     "All documents as one stream of tokens, each document closed by EOS."
     _, eos = _bos_eos(tokenizer)
     pieces = _encode(tokenizer, texts)
@@ -218,9 +222,9 @@ def token_stream(
 
 # %% ../nbs/02_text.ipynb #cell-48
 def token_counts(
-    tokenizer, # any transformers tokenizer
-    texts,     # documents
-) -> np.ndarray: # (len(tokenizer),) how often each token occurs, EOS between documents not counted
+    tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer
+    texts: Iterable[str],                  # documents
+) -> np.ndarray:                           # (len(tokenizer),) how often each token occurs, EOS between documents not counted
     "How often each entry of the tokenizer occurs in texts."
     ids = [i for piece in _encode(tokenizer, texts) for i in piece]
     return np.bincount(np.array(ids, dtype=np.int64), minlength=len(tokenizer))
@@ -234,10 +238,10 @@ def _rows(stream: np.ndarray, context: int, bos: int) -> np.ndarray:
     return np.concatenate([np.full((n, 1), bos), body], axis=1)
 
 def pack_tokens(
-    tokenizer, # any transformers tokenizer
-    texts,     # documents
-    context,   # tokens a row, BOS included
-) -> torch.LongTensor: # (n, context)
+    tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer
+    texts: Iterable[str],                  # documents
+    context: int,                          # tokens a row, BOS included
+) -> Tensor:                               # (n, context)
     "Documents joined by EOS and cut into rows; each row begins with BOS."
     bos, _ = _bos_eos(tokenizer)
     return torch.from_numpy(_rows(token_stream(tokenizer, texts), context, bos))
@@ -252,7 +256,7 @@ class LineConfig:
     alpha: float = 1.0       # words are drawn in proportion to count ** alpha ...
     uniform: float = .3      # ... except for this share, drawn uniformly
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f'LineConfig: has_letter, word_colon and lists are shares of rows and must sum to 1, not {self.shares}')
         if not 0 <= self.uniform <= 1: raise ValueError(f'LineConfig: uniform is {self.uniform}; it must lie in [0, 1]')
@@ -264,10 +268,10 @@ class LineConfig:
 
 # %% ../nbs/02_text.ipynb #cell-57
 def word_probabilities(
-    counts,       # (n,) how often each word occurs in the texts
-    alpha=1.0,    # exponent on the counts
-    uniform=.3,   # share u of the uniform part
-) -> np.ndarray:  # (n,) sums to 1
+    counts: np.ndarray,   # (n,) how often each word occurs in the texts
+    alpha: float = 1.0,   # exponent on the counts
+    uniform: float = .3,  # share u of the uniform part
+) -> np.ndarray:          # (n,) sums to 1
     "Probability with which each word is drawn into a letter line."
     c = np.asarray(counts, dtype=np.float64)
     weight = np.where(c > 0, np.maximum(c, 1e-12) ** alpha, 0.)
@@ -275,7 +279,7 @@ def word_probabilities(
     return (1 - uniform) * weight / weight.sum() + uniform / len(c)
 
 # %% ../nbs/02_text.ipynb #cell-61
-def _one_token(tokenizer, text: str) -> int:
+def _one_token(tokenizer: 'PreTrainedTokenizerBase', text: str) -> int:
     "The id of a text that must be one token."
     ids = _encode(tokenizer, [text])[0]
     if len(ids) != 1:
@@ -312,7 +316,7 @@ class _Words:
         return np.clip(j, self.end[letter] - np.bincount(self.letter, minlength=26)[letter], self.end[letter] - 1)
 
 # %% ../nbs/02_text.ipynb #cell-67
-def _word_rows(pieces, words, middle, n_rows, length, rng) -> np.ndarray:
+def _word_rows(pieces: _Pieces, words: _Words, middle: np.ndarray, n_rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
     "(n_rows, length): lines of newline, word, `middle`, answer."
     a, size = len(pieces.newline), len(pieces.newline) + len(middle) + 2
     n_lines = -(-length // size)
@@ -333,7 +337,7 @@ def _list_layout(head, sizes, n_words, per_row):
     return start, start[line] + head + before - before[first][line] + sizes - 1, line
 
 # %% ../nbs/02_text.ipynb #cell-73
-def _list_rows(pieces, words, n_rows, length, rng) -> np.ndarray:
+def _list_rows(pieces: _Pieces, words: _Words, n_rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
     "(n_rows, length): lines of newline, letter, colon and 4 to 8 words that start with the letter."
     head = pieces.heads.shape[1]
     per_row = -(-length // (head + 4))                           # enough even if every line is as short as can be
@@ -355,14 +359,14 @@ def _list_rows(pieces, words, n_rows, length, rng) -> np.ndarray:
 
 # %% ../nbs/02_text.ipynb #cell-76
 def letter_lines(
-    tokenizer,             # any transformers tokenizer with word tokens
-    vocabulary,            # DataFrame of `word_vocabulary`
-    counts,                # (len(tokenizer),) of `token_counts`
-    n_rows,                # number of rows
-    context,               # tokens a row, BOS included
-    config=LineConfig(),   # shares of the kinds, and how words are drawn
-    seed=0,                # the same seed gives the same rows
-) -> torch.LongTensor:     # (n_rows, context)
+    tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer with word tokens
+    vocabulary: pd.DataFrame,              # DataFrame of `word_vocabulary`
+    counts: np.ndarray,                    # (len(tokenizer),) of `token_counts`
+    n_rows: int,                           # number of rows
+    context: int,                          # tokens a row, BOS included
+    config: LineConfig = LineConfig(),     # shares of the kinds, and how words are drawn
+    seed: int = 0,                         # the same seed gives the same rows
+) -> Tensor:                               # (n_rows, context)
     "Rows of lines in which first letters matter; each row begins with BOS and holds one kind of line."
     if context < 8: raise ValueError(f'context is {context}; letter lines need at least 8 tokens a row')
     rng = np.random.default_rng(generator(seed, 'letter_lines').initial_seed())
@@ -375,7 +379,7 @@ def letter_lines(
     return torch.from_numpy(out)
 
 # %% ../nbs/02_text.ipynb #cell-85
-def _document_rows(stream, n_rows, context, bos, rng) -> np.ndarray:
+def _document_rows(stream: np.ndarray, n_rows: int, context: int, bos: int, rng: np.random.Generator) -> np.ndarray:
     "(n_rows, context) rows of the stream in random order; read again from another offset when it is used up."
     if n_rows and len(stream) < 2 * context:
         raise ValueError(f'the texts hold {len(stream)} tokens, too few for rows of {context}; give more text or a smaller context')
@@ -387,14 +391,14 @@ def _document_rows(stream, n_rows, context, bos, rng) -> np.ndarray:
 
 # %% ../nbs/02_text.ipynb #cell-86
 def mixed_tokens(
-    tokenizer,            # any transformers tokenizer; with lines it needs word tokens
-    n_tokens,             # tokens in all, BOS included; rounded up to whole rows
-    context=128,          # tokens a row, BOS included
-    line_share=.5,        # share of rows that are letter lines, in [0, 1]
-    lines=LineConfig(),   # which letter lines
-    seed=0,               # the same seed gives the same rows
-    texts=None,           # documents; None: `python_docs()`
-) -> torch.LongTensor:    # (ceil(n_tokens / context), context)
+    tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer; with lines it needs word tokens
+    n_tokens: int,                         # tokens in all, BOS included; rounded up to whole rows
+    context: int = 128,                    # tokens a row, BOS included
+    line_share: float = .5,                # share of rows that are letter lines, in [0, 1]
+    lines: LineConfig = LineConfig(),      # which letter lines
+    seed: int = 0,                         # the same seed gives the same rows
+    texts: Iterable[str] | None = None,    # documents; None: `python_docs()`
+) -> Tensor:                               # (ceil(n_tokens / context), context)
     "Documents and letter lines shuffled together."
     if not 0 <= line_share <= 1: raise ValueError(f'line_share is {line_share}; it must lie in [0, 1]')
     if n_tokens < 1: raise ValueError(f'n_tokens is {n_tokens}; ask for at least one token')

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'METHODS', 'Run', 'TrainConfig', 'lr_factor', 'sparsity_factor', 'L0Control', 'History', 'save_checkpoint',
-           'load_checkpoint', 'train', 'RunSpec', 'method_parts', 'default_lr', 'recipe', 'grid', 'data_batches',
-           'run_folder', 'is_complete', 'get_run', 'run_grid']
+           'load_checkpoint', 'keep_freed_memory', 'train', 'RunSpec', 'method_parts', 'default_lr', 'recipe', 'grid',
+           'data_batches', 'run_folder', 'is_complete', 'get_run', 'run_grid']
 
 # %% ../nbs/07_train.ipynb #cell-3
+import ctypes
 import json
 import os
 import threading
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 # %% ../nbs/07_train.ipynb #cell-4
 from .activations import ActivationSpec, CacheBatches, activation_key, get_activations
-from .atm import ATMConfig, contribution, make_masker
+from .atm import ATMConfig, contribution, frequency, make_masker
 from .core import (atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
                           read_json, stable_hash, to_plain, write_json)
 from .lm import hook_point
@@ -46,6 +47,8 @@ class TrainConfig:
     grad_clip: float = 1.           # greatest norm of the whole gradient
     dead_after: float = .05         # a latent silent for this share of all samples counts as dead
     log_every: int = 20             # steps between rows of the history
+    fast: bool = True               # skip the zeros where that pays; False: the dense reference
+    precision: str = 'auto'         # 'fp32', 'bf16' (autocast), or 'auto': bf16 on a GPU, fp32 on a CPU
     checkpoint_every: int = 500     # steps between checkpoints
     snapshot_steps: tuple = ()      # steps after which importance and mask probability are kept
     seed: int = 0                   # of the masks; data and weights have their own
@@ -54,6 +57,7 @@ class TrainConfig:
         if min(self.steps, self.batch_size, self.log_every, self.checkpoint_every) < 1:
             raise ValueError('steps, batch_size, log_every and checkpoint_every must be at least 1')
         if not self.lr > 0: raise ValueError(f'lr must be positive, not {self.lr}')
+        if self.precision not in ('auto', 'fp32', 'bf16'): raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', not {self.precision!r}")
         object.__setattr__(self, 'snapshot_steps', tuple(self.snapshot_steps))
 
 # %% ../nbs/07_train.ipynb #cell-9
@@ -136,20 +140,26 @@ def _begin(t):
     return _Again(first, t.batches)
 
 # %% ../nbs/07_train.ipynb #cell-23
+def _precision(precision, device):
+    "Context in which the loss is computed; the weights stay in fp32."
+    half = precision == 'bf16' or (precision == 'auto' and device.type == 'cuda')
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+# %% ../nbs/07_train.ipynb #cell-24
 def _train_step(t, x):
     "One step on a batch; returns a row of the history if one is due."
     c, i = t.config, t.i
     x = x.to(t.sae.W_enc.device) * t.history.scale
     keep = None if t.masker is None else t.masker.sample(t.generator, len(x))
     sparsity = sparsity_factor(i, c) * (1 if t.control is None else t.control.coefficient)
-    loss = t.sae.loss(x, keep, sparsity, t.dead)
+    with _precision(c.precision, x.device): loss = t.sae.loss(x, keep, sparsity, t.dead, c.fast)
     loss.total.backward()
     _update(t, lr_factor(i, c))
     l0 = _watch(t, x, loss, keep)
     t.i += 1
     if t.i % c.log_every == 0 or t.i == c.steps: return _row(t, x, loss, keep, sparsity, l0)
 
-# %% ../nbs/07_train.ipynb #cell-24
+# %% ../nbs/07_train.ipynb #cell-25
 def _update(t, factor):
     "Project, clip, step, and back to unit rows."
     t.sae.project_decoder_gradient()
@@ -160,22 +170,23 @@ def _update(t, factor):
     t.sae.normalise_decoder()
     t.sae.clip_threshold()
 
-# %% ../nbs/07_train.ipynb #cell-26
+# %% ../nbs/07_train.ipynb #cell-27
 @torch.no_grad()
 def _watch(t, x, loss, keep):
     "Statistics of the step for masker, threshold, L0 control and dead latents; returns the L0."
-    active = loss.z.sign().sum(0)
-    l0 = active.sum() / len(x)
-    if t.masker is not None: t.masker.observe(loss.z, contribution(loss.h, loss.h.grad, t.sae.W_dec, len(x)), keep)
+    z, h, where = loss.z, loss.h, loss.where
+    often = frequency(z, where)
+    l0 = often.sum()
+    if t.masker is not None: t.masker.observe(z, contribution(h, h.grad, t.sae.W_dec, where), keep, where)
     if t.control is not None: t.control.observe(l0)
-    t.sae.update_threshold(loss.z)
-    t.silent = torch.where(active > 0, 0, t.silent + len(x))
+    t.sae.update_threshold(z)
+    t.silent = torch.where(often > 0, 0, t.silent + len(x))
     if t.i % 10 == 0: t.dead = (t.silent > t.patience).nonzero().flatten()
     bad = ~torch.stack([x.sum(), loss.total.detach()]).isfinite()
     t.broken = torch.where((t.broken < 0) & bad, t.i + 1, t.broken)
     return l0
 
-# %% ../nbs/07_train.ipynb #cell-27
+# %% ../nbs/07_train.ipynb #cell-28
 @torch.no_grad()
 def _row(t, x, loss, keep, sparsity, l0):
     "One row of COLUMNS as plain numbers."
@@ -187,14 +198,14 @@ def _row(t, x, loss, keep, sparsity, l0):
     values = [loss.total, loss.reconstruction, loss.penalty, fvu, l0, (t.silent > t.patience).sum(), coefficient, theta, mask_rate]
     return (t.i, t.i * len(x), *torch.stack([v.float() for v in values]).tolist())
 
-# %% ../nbs/07_train.ipynb #cell-29
+# %% ../nbs/07_train.ipynb #cell-30
 def _stop_if_broken(t):
     "FloatingPointError naming the step at which numbers stopped being finite."
     x, loss = (int(v) for v in t.broken.tolist())
     if x >= 0: raise FloatingPointError(f'step {x}: the batch holds NaN or infinite activations: look at the model or data type that made them')
     if loss >= 0: raise FloatingPointError(f'step {loss}: the loss is not finite although the activations are: try an lr below {t.config.lr}')
 
-# %% ../nbs/07_train.ipynb #cell-31
+# %% ../nbs/07_train.ipynb #cell-32
 def _flatten(state, prefix=''):
     "Nested dict -> ({path: tensor}, {path: plain value})."
     tensors, plain = {}, {}
@@ -217,7 +228,7 @@ def _unflatten(items):
         here[name] = value
     return state
 
-# %% ../nbs/07_train.ipynb #cell-33
+# %% ../nbs/07_train.ipynb #cell-34
 def save_checkpoint(
     path,   # file to write, or to replace
     state,  # nested dict of tensors and plain values
@@ -237,7 +248,7 @@ def load_checkpoint(path, name):
         raise ValueError(f'{path} is a checkpoint of another configuration: train into another folder, or delete it')
     return _unflatten(tensors | json.loads(meta['plain']))
 
-# %% ../nbs/07_train.ipynb #cell-36
+# %% ../nbs/07_train.ipynb #cell-37
 def _trainer_state(t):
     "Everything that the next step depends on, as a nested dict."
     state = dict(i=t.i, sae=t.sae.state_dict(), generator=t.generator.get_state(), silent=t.silent, dead=t.dead, broken=t.broken,
@@ -251,7 +262,8 @@ def _restore(t, state):
     "Set all of it."
     device = t.sae.W_enc.device
     t.sae.load_state_dict(state['sae'])
-    for n, p in t.sae.named_parameters(): t.optimiser.state[p] = {k: v.to(device) for k, v in state['optimiser'][n].items()}
+    for n, p in t.sae.named_parameters():  # moments lie in memory as the parameter does, or Adam would not read them alike
+        t.optimiser.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(device) for k, v in state['optimiser'][n].items()}
     t.i, t.silent, t.dead, t.broken = state['i'], *(state[n].to(device) for n in ('silent', 'dead', 'broken'))
     t.generator.set_state(state['generator'])
     t.batches.load_state_dict(state['data'])
@@ -259,7 +271,7 @@ def _restore(t, state):
     if t.masker is not None: t.masker.load_state_dict(state['masker'])
     if t.control is not None: t.control.load_state_dict(state['control'])
 
-# %% ../nbs/07_train.ipynb #cell-38
+# %% ../nbs/07_train.ipynb #cell-39
 def _state_name(t):
     "Hash of what determines a run, apart from its data."
     settings = {} if t.masker is None else {k: v for k, v in vars(t.masker).items() if k != 'steps' and isinstance(v, (int, float, str))}
@@ -270,7 +282,15 @@ def _snapshot(masker):
     if masker is None: return {}
     return dict(importance=masker.importance().cpu().clone(), probability=masker.mask_probability().cpu().clone())
 
-# %% ../nbs/07_train.ipynb #cell-40
+# %% ../nbs/07_train.ipynb #cell-42
+def keep_freed_memory() -> bool:
+    "Ask glibc to keep freed memory (up to 2 GB) for the next step; False where there is no glibc."
+    trim_threshold, mmap_threshold = -1, -3   # names of malloc.h
+    try: libc = ctypes.CDLL(None)
+    except (OSError, TypeError): return False
+    return hasattr(libc, 'mallopt') and bool(libc.mallopt(mmap_threshold, 2**30) and libc.mallopt(trim_threshold, 2**31 - 1))
+
+# %% ../nbs/07_train.ipynb #cell-43
 def train(
     sae,             # SAE; trained in place
     batches,         # iterator of (batch, d_in) activations; needs state_dict and load_state_dict if `folder` is given
@@ -281,6 +301,7 @@ def train(
 )->History:
     "Train `sae`; afterwards it takes raw activations. Continues if `folder` holds a checkpoint."
     t = _Trainer(sae, batches, config, masker)
+    keep_freed_memory()
     path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
     if path and path.exists(): _restore(t, load_checkpoint(path, _state_name(t)))
     else: batches = _begin(t)
@@ -297,10 +318,10 @@ def train(
     sae.fold_input_scale(t.history.scale)
     return t.history
 
-# %% ../nbs/07_train.ipynb #cell-59
+# %% ../nbs/07_train.ipynb #cell-62
 _MODULES = ('core', 'synthetic', 'text', 'lm', 'activations', 'sae', 'atm', 'train')  # what a training run depends on
 
-# %% ../nbs/07_train.ipynb #cell-60
+# %% ../nbs/07_train.ipynb #cell-63
 @dataclass(frozen=True)
 class RunSpec:
     "Everything that determines a trained SAE."
@@ -325,7 +346,7 @@ class RunSpec:
     @property
     def name(self): return f'{self.method}, L0 {self.sae.k or self.sae.target_l0 or "free"}, seed {self.seed}'
 
-# %% ../nbs/07_train.ipynb #cell-62
+# %% ../nbs/07_train.ipynb #cell-65
 _BASES = ('standard', 'topk', 'batchtopk', 'jumprelu')
 METHODS = ('atm', *_BASES, 'dropout', 'random', *(f'{b}+{m}' for b in _BASES[1:] for m in ('atm', 'dropout')))
 
@@ -336,12 +357,12 @@ def method_parts(method):
     base, _, mask = method.partition('+')
     return ('jumprelu' if base == 'random' else base), mask
 
-# %% ../nbs/07_train.ipynb #cell-65
+# %% ../nbs/07_train.ipynb #cell-68
 def default_lr(d_sae, architecture='topk'):
     "Adam's learning rate for `d_sae` latents."
     return (16e-4 if architecture == 'standard' else 8e-4) * (2**14 / d_sae) ** .5
 
-# %% ../nbs/07_train.ipynb #cell-67
+# %% ../nbs/07_train.ipynb #cell-70
 def recipe(
     method,           # one of METHODS
     data,             # WorldConfig or ActivationSpec
@@ -364,13 +385,13 @@ def recipe(
     if overrides: raise TypeError(f'{", ".join(sorted(overrides))}: no field of SAEConfig or TrainConfig, nor of ATMConfig if {method} has a mask')
     return RunSpec(method, data, sae, config, atm)
 
-# %% ../nbs/07_train.ipynb #cell-68
+# %% ../nbs/07_train.ipynb #cell-71
 def _override(config, overrides):
     "`config` with the fields that `overrides` names, which are taken out of it."
     names = {f.name for f in fields(config)} & set(overrides) if config is not None else ()
     return replace(config, **{n: overrides.pop(n) for n in names}) if names else config
 
-# %% ../nbs/07_train.ipynb #cell-72
+# %% ../nbs/07_train.ipynb #cell-75
 def grid(
     methods,     # names in METHODS
     data,        # WorldConfig or ActivationSpec; activations that are not there yet are made
@@ -384,14 +405,14 @@ def grid(
     d_in = data.d_in if isinstance(data, WorldConfig) else get_activations(data).d_in
     return [recipe(m, data, d_in, d_sae, l0, steps, seed, **settings) for m in methods for l0 in targets for seed in seeds]
 
-# %% ../nbs/07_train.ipynb #cell-75
+# %% ../nbs/07_train.ipynb #cell-78
 def data_batches(data, batch_size, seed):
     "Batches of the data that a WorldConfig or an ActivationSpec describes."
     if isinstance(data, WorldConfig): return WorldBatches(PlantedWorld(data), batch_size, seed)
     if isinstance(data, ActivationSpec): return CacheBatches(get_activations(data), batch_size, seed)
     raise TypeError(f'data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}')
 
-# %% ../nbs/07_train.ipynb #cell-76
+# %% ../nbs/07_train.ipynb #cell-79
 def _save_history(history, folder):
     "history.csv and snapshots.safetensors."
     with atomic_write(folder / 'history.csv') as part: history.table.to_csv(part, index=False)
@@ -404,7 +425,7 @@ def _load_history(folder):
     snapshots = _unflatten(load_file(folder / 'snapshots.safetensors'))
     return History(list(table.itertuples(index=False, name=None)), {int(k): v for k, v in snapshots.items()}, read_json(folder / 'run.json')['scale'])
 
-# %% ../nbs/07_train.ipynb #cell-78
+# %% ../nbs/07_train.ipynb #cell-81
 def _control(spec, batches):
     "The untrained SAE, calibrated on four batches."
     x, sae = torch.cat([next(batches) for _ in range(4)]), random_sae(spec.sae)
@@ -437,7 +458,7 @@ def _make_run(spec, folder, progress, device):
     write_json(folder / 'run.json', dict(name=spec.name, key=spec.key, spec=to_plain(spec), scale=history.scale, provenance=provenance([spec.seed])))
     (folder / 'checkpoint.safetensors').unlink(missing_ok=True)
 
-# %% ../nbs/07_train.ipynb #cell-79
+# %% ../nbs/07_train.ipynb #cell-82
 Run = namedtuple('Run', 'spec sae history folder')
 
 def run_folder(spec):
@@ -459,7 +480,7 @@ def get_run(
         with one_thread(): _make_run(spec, folder, progress, pick_device(device))
     return Run(spec, SAE.load(folder / 'sae'), _load_history(folder), folder)
 
-# %% ../nbs/07_train.ipynb #cell-82
+# %% ../nbs/07_train.ipynb #cell-85
 def _end_with_parent():
     "End this worker as soon as its parent is gone, even if the parent was killed."
     def watch(): parent_process().join(); os._exit(1)
@@ -487,14 +508,14 @@ def _side_by_side(specs, workers):
         for p in (getattr(pool, '_processes', None) or {}).values(): p.terminate()
         pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/07_train.ipynb #cell-84
+# %% ../nbs/07_train.ipynb #cell-87
 def _make_all(todo, workers):
     "Make runs, the blind controls last; yields each spec with its error or None."
     for blind in (False, True):
         part = [s for s in todo if (_twin(s) is not None) == blind]
         yield from _side_by_side(part, min(workers, len(part))) if min(workers, len(part)) > 1 else _in_turn(part)
 
-# %% ../nbs/07_train.ipynb #cell-85
+# %% ../nbs/07_train.ipynb #cell-88
 def run_grid(
     specs,          # RunSpecs
     workers=2,      # processes, each with one thread; 1: in this one

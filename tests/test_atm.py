@@ -6,7 +6,7 @@ import torch
 
 from atm_sae.atm import (COMBINE, ATMConfig, ATMMasker, BlindMasker, contribution, ema_, frequency, importance, importance_threshold,
                          magnitude, make_masker, masking_probability, seen_contribution)
-from atm_sae.sae import ARCHITECTURES, SAE, SAEConfig
+from atm_sae.sae import ARCHITECTURES, SAE, Everywhere, SAEConfig
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -20,12 +20,12 @@ def test_ema_by_hand():
 
 def test_statistics_by_hand():
     z = torch.tensor([[3., 0.], [1., 0.], [0., 2.], [0., 0.]])
-    assert magnitude(z).tolist() == [1, .5] and frequency(z).tolist() == [.5, .25]
+    assert magnitude(z, Everywhere(4)).tolist() == [1, .5] and frequency(z, Everywhere(4)).tolist() == [.5, .25]
 
 def test_contribution_by_hand():
     h = torch.tensor([[2., 1.]], requires_grad=True)
     (torch.tensor([[3., 1.]]) - h @ torch.eye(2)).square().sum().backward()
-    assert contribution(h.detach(), h.grad, torch.eye(2), 1).tolist() == [[8, 1]]
+    assert contribution(h.detach(), h.grad, torch.eye(2), Everywhere(1)).tolist() == [[8, 1]]
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
 @pytest.mark.parametrize('per', ['none', 'batch', 'sample'])
@@ -36,7 +36,7 @@ def test_contribution_is_leave_one_out(architecture, per):
     shape = dict(none=None, batch=(24,), sample=(32, 24))[per]
     loss = sae.loss(x, None if shape is None else torch.rand(shape, generator=gen(1)) < .7, sparsity=.5)
     loss.total.backward()
-    free = contribution(loss.h, loss.h.grad, sae.W_dec, len(x))
+    free = contribution(loss.h, loss.h.grad, sae.W_dec, loss.where)
     with torch.no_grad():
         for i in range(24):
             h = loss.h.clone()
@@ -71,7 +71,7 @@ def test_first_observation_needs_no_warmth():
     z = torch.rand(16, 5, generator=gen())
     masker = ATMMasker(5, decay=.999)
     masker.observe(z, z.square())
-    assert torch.allclose(masker.importance(), importance(magnitude(z), frequency(z), z.square().mean(0)), atol=1e-3)
+    assert torch.allclose(masker.importance(), importance(z.mean(0), z.sign().mean(0), z.square().mean(0)), atol=1e-3)
 
 def test_hidden_contribution_waits():
     masker, ones = ATMMasker(2, decay=.5), torch.ones(1, 2)
@@ -80,7 +80,7 @@ def test_hidden_contribution_waits():
     assert torch.allclose(masker.contribution / masker.weight, torch.ones(2)) and torch.allclose(masker.importance(), torch.ones(2))
 
 def test_seen_contribution_by_hand():
-    c = torch.tensor([[6., 0.], [0., 0.]])
+    c = torch.tensor([3., 0.])
     mean, seen = seen_contribution(c, torch.tensor([[True, False], [False, False]]))
     assert mean.tolist() == [6, 0] and seen.tolist() == [1, 0]
     mean, seen = seen_contribution(c, torch.tensor([True, False]))
@@ -115,7 +115,7 @@ def test_a_masked_useful_latent_recovers_in_training():
         loss = sae.loss(x, keep)
         optimiser.zero_grad()
         loss.total.backward()
-        masker.observe(loss.z, contribution(loss.h, loss.h.grad, sae.W_dec, 64), keep)
+        masker.observe(loss.z, contribution(loss.h, loss.h.grad, sae.W_dec, loss.where), keep)
         optimiser.step()
     assert masker.mask_probability()[0] == 0 and masker.importance()[0] > 1
 

@@ -2,13 +2,13 @@
 import json, os, re, subprocess, sys
 from pathlib import Path
 from atm_sae.report import SMOKE, read_summary
-from atm_sae.reproduce import load_manifest
+from atm_sae.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def reproduce(out, cache, *args):
-    command = [sys.executable, '-c', 'import sys; from atm_sae.reproduce import main; sys.exit(main())', 'reproduce', '--profile', 'smoke', '--out', str(out), *args]
+    command = [sys.executable, '-c', 'import sys; from atm_sae.cli import main; sys.exit(main())', 'reproduce', '--profile', 'smoke', '--out', str(out), *args]
     env = {**os.environ, 'ATM_SAE_CACHE': str(cache), 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 

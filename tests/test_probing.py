@@ -97,6 +97,10 @@ def test_text_without_an_ordinary_token(lm):
     with pytest.raises(ValueError, match="no ordinary token of the text '': leave it out"): build_probing(lm, 1, [task])
 
 
+def test_no_tasks(lm):
+    with pytest.raises(ValueError, match='no texts to read'): build_probing(lm, 2, [])
+
+
 def test_batches_of_a_wide_sae_are_small(data):
     "2 ** 24 latents at a time: 64 tokens of an SAE of 2 ** 18 latents."
     class Wide(Toy):

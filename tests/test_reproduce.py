@@ -1,121 +1,15 @@
 "The runner: what it refuses, what it runs again, what it leaves behind. Most tests replace the kernel by a fast stand-in."
-import contextlib
-import io
-import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
-
 import nbformat
 import pytest
-
-from atm_sae import reproduce as R
+from atm_sae import manifest as M, reproduce as R
 from atm_sae.core import file_sha256, read_json
-from atm_sae.reproduce import ManifestError, RunError, load_manifest, main, published_verdicts, read_parameters, reproduce, run_order, tidy_notebook
+from atm_sae.manifest import ManifestError, load_manifest, published_verdicts
+from atm_sae.reproduce import RunError, reproduce, tidy_notebook
+from toy import COUNT, DOUBLE, notebook, real, stand_in, toy  # real and toy are fixtures
 
-DECLARED = '''
-profile: str = "smoke"  # size of the run
-out: str = ""           # where to write
-steps: int = 2          # how far to count
-rate: float = 0.5
-'''
-COUNT = '''
-from pathlib import Path
-head = "world,method,sparsity,metric,mean,low,high,n,l0,l0_low,l0_high"
-Path(out, "tables/count-summary.csv").write_text(f"{head}\\nw,topk,8,total,{sum(range(steps + 1))},5.5,6.5,3,8,8,8\\nw,atm - topk,8,total,-2,-3,-1,3,8,8,8\\n");
-'''
-DOUBLE = '''
-from pathlib import Path
-text = Path(out, "tables/count-summary.csv").read_text()
-Path(out, "tables/double.md").write_text(f"{len(text)} characters\\n");
-'''
-MANIFEST = '''
-profiles:
-  smoke: {description: toy, budget: seconds}
-  default: {description: toy, budget: seconds, needs: patience}
-shared: &all {steps: 3}
-objects:
-  - name: double
-    title: Doubling
-    notebook: 20_double.ipynb
-    outputs: [tables/double.md]
-    after: [count]
-  - name: count
-    title: Counting
-    notebook: 10_count.ipynb
-    parameters: {common: *all, default: {rate: 1}}
-    outputs: [tables/count-summary.csv]
-    published: [{method: topk, metric: total, value: 6, l0: 8, source: a book, confidence: primary}]
-    tolerance: {total: 0.5}
-    not_comparable: {default: because}
-    claims: [{text: less, difference: atm - topk, metric: total, expect: lower}]
-'''
-
-
-def notebook(path, *code, parameters=DECLARED, tags=(['parameters'],)):
-    cells = [nbformat.v4.new_code_cell(parameters.strip(), metadata={'tags': t}) for t in tags]
-    cells += [nbformat.v4.new_code_cell(textwrap.dedent(c).strip()) for c in code]
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# Toy'), *cells])
-    for i, cell in enumerate(nb.cells): cell['id'] = f'c{i}'
-    nbformat.write(nb, path)
-
-
-class Toy:
-    "A small project in a temporary folder."
-    def __init__(self, folder):
-        self.folder, self.path, self.out = folder, folder/'exp'/'manifest.yaml', folder/'reports'
-        self.path.parent.mkdir()
-        self.write(MANIFEST)
-        notebook(self.path.parent/'10_count.ipynb', COUNT)
-        notebook(self.path.parent/'20_double.ipynb', DOUBLE)
-
-    def write(self, text): self.path.write_text(text)
-    def replace(self, old, new):
-        assert old in self.path.read_text()
-        self.write(self.path.read_text().replace(old, new))
-    def run(self, **more):
-        lines = []
-        done = reproduce(**{'profile': 'smoke', 'out': self.out, 'manifest': self.path, 'say': lines.append} | more)
-        return {n: s.state for n, s in done.items()}, '\n'.join(lines)
-    def cli(self, *args):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(['reproduce', '--profile', 'smoke', '--out', str(self.out), '--manifest', str(self.path), *args])
-        return code, out.getvalue(), err.getvalue()
-    def error(self):
-        with pytest.raises(ManifestError) as e: load_manifest(self.path)
-        return str(e.value)
-    def hashes(self, *but): return {p.relative_to(self.out).as_posix(): file_sha256(p) for p in self.out.rglob('*') if p.is_file() and p.parent.name not in but}
-
-
-def stand_in(path, parameters, target, label):
-    "Executes the cells in this process, as papermill would in a kernel."
-    nb, space = nbformat.read(path, as_version=4), {}
-    for cell in [c for c in nb.cells if c.cell_type == 'code']:
-        try: exec(cell.source, space)
-        except Exception as e:
-            nbformat.write(nb, target)
-            raise RunError(f'{type(e).__name__}: {e}') from None
-        if 'parameters' in cell.metadata.get('tags', []): space.update(parameters)
-    return nb
-
-
-@pytest.fixture
-def real(tmp_path, monkeypatch):
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'cache'))
-    return Toy(tmp_path)
-
-
-@pytest.fixture
-def toy(real, monkeypatch):
-    monkeypatch.setattr(R, '_execute', stand_in)
-    return real
-
-
+PAGES = {'index.md', 'index.html'}
 FRESH, DONE = {'count': 'ok', 'double': 'ok'}, {'count': 'up to date', 'double': 'up to date'}
 
 
@@ -126,7 +20,7 @@ def test_order_follows_after_and_a_second_run_does_nothing(toy):
     assert list(states.items()) == list(FRESH.items()) and '[1/2] count: running 10_count.ipynb (never run)' in lines
     before = toy.hashes()
     assert toy.run()[0] == DONE and toy.hashes() == before
-    assert set(before) == {'index.md', 'tables/count-summary.csv', 'tables/double.md', 'notebooks/count.ipynb', 'notebooks/double.ipynb',
+    assert set(before) == {'index.md', 'index.html', 'tables/count-summary.csv', 'tables/double.md', 'notebooks/count.ipynb', 'notebooks/double.ipynb',
                            'provenance/count.json', 'provenance/double.json'}
 
 
@@ -156,7 +50,7 @@ def test_changed_published_value_matters_to_notebooks_that_read_it(toy):
 
 def test_changed_library(toy, monkeypatch):
     toy.run()
-    monkeypatch.setattr(R, '_library_hash', lambda: 'other')
+    monkeypatch.setattr(M, '_library_hash', lambda: 'other')
     assert 'count: would run (changed: library)' in toy.run(dry_run=True)[1]
 
 
@@ -167,7 +61,7 @@ def test_harmed_output(toy, harm, name):
     good = toy.hashes('provenance')
     harm(toy.out/name)
     assert toy.run()[0] == {'count': 'up to date', 'double': 'ok'} and toy.hashes('provenance').keys() == good.keys()
-    assert {k: v for k, v in toy.hashes('provenance').items() if k != 'index.md'} == {k: v for k, v in good.items() if k != 'index.md'}
+    assert {k: v for k, v in toy.hashes('provenance').items() if k not in PAGES} == {k: v for k, v in good.items() if k not in PAGES}
 
 
 def test_only(toy):
@@ -201,6 +95,14 @@ def test_outputs_no_longer_declared_are_removed(toy):
     assert (toy.out/'tables/twice.md').is_file() and not (toy.out/'tables/double.md').exists()
 
 
+def test_reports_that_came_with_a_clone_are_made_again(toy, monkeypatch, tmp_path):
+    assert toy.run()[0] == FRESH and toy.run()[0] == DONE
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'another'))
+    manifest = load_manifest(toy.path)
+    assert {M.stale_reason(manifest, e, 'smoke', toy.out) for e in manifest.experiments} == {'made elsewhere'}
+    assert toy.run()[0] == FRESH
+
+
 # ---- what goes wrong while running
 
 def test_failure_keeps_old_outputs_and_skips_what_follows(toy):
@@ -212,7 +114,7 @@ def test_failure_keeps_old_outputs_and_skips_what_follows(toy):
     kept = toy.folder/'cache'/'reproduce'
     assert [p.name for p in kept.rglob('*.ipynb')] == ['count.ipynb'] and str(next(kept.rglob('*.ipynb'))) in lines
     new = toy.hashes()
-    assert {k: v for k, v in new.items() if k != 'index.md'} == {k: v for k, v in old.items() if k != 'index.md'}
+    assert {k: v for k, v in new.items() if k not in PAGES} == {k: v for k, v in old.items() if k not in PAGES}
     assert 'Older than its sources* (changed: notebook)' in (toy.out/'index.md').read_text()
     assert toy.cli()[0] == 1
 
@@ -247,7 +149,7 @@ def test_full_disk_while_publishing(toy, monkeypatch):
     monkeypatch.setattr(R.shutil, 'copyfile', full)
     states, lines = toy.run()
     assert states['count'] == 'FAILED' and 'disk is full' in lines
-    assert {k: v for k, v in toy.hashes().items() if k != 'index.md'} == {k: v for k, v in old.items() if k != 'index.md'}
+    assert {k: v for k, v in toy.hashes().items() if k not in PAGES} == {k: v for k, v in old.items() if k not in PAGES}
 
 
 def test_killed_while_publishing_counts_as_stale(toy, monkeypatch):
@@ -267,107 +169,6 @@ def test_two_runs_into_one_folder(toy):
     with R._alone(toy.out, 'smoke'):
         code, _, err = toy.cli()
     assert code == 2 and 'another run is writing' in err
-
-
-# ---- the manifest
-
-@pytest.mark.parametrize('old, new, message', [
-    ('steps: 3', 'stepps: 3', "declares no parameter 'stepps'; it has profile, out, steps, rate"),
-    ('steps: 3', 'steps: 3.5', 'steps must be int, got 3.5'), ('rate: 1', 'rate: 2e-4', "rate must be float, got '2e-4'"),
-    ('steps: 3', 'out: x', '`out` is set by the runner'), ('default: {rate: 1}', 'huge: {rate: 1}', "unknown profile 'huge' in parameters; the manifest has smoke, default"),
-    ('{default: because}', '{huge: because}', "unknown profile 'huge' in not_comparable"), ('name: double', 'name: count', "the name 'count' is used twice"),
-    ('tables/double.md', 'tables/count-summary.csv', "the output 'tables/count-summary.csv' is declared twice"),
-    ('title: Doubling', 'titel: Doubling', "unknown key 'titel'"), ('title: Doubling', 'about: nothing', 'no `title`'),
-    ('20_double.ipynb', '21_double.ipynb', 'no notebook 21_double.ipynb'), ('tables/double.md', '../x.md', "output '../x.md' must lie in figures/ or tables/"),
-    ('after: [count]', 'after: [counts]', "after: no object 'counts'"), ('after: [count]', 'after: [count]\n    profiles: [huge]', "unknown profile 'huge' in profiles"), ('after: [count]', 'after: count', '`after` must be a list'),
-    ('tolerance: {total: 0.5}', '', "no tolerance for the published metric 'total'"), ('method: topk', 'method: topq', "unknown method 'topq'"),
-    ('value: 6', 'value: six', "published value 'six' is not a number"), ('value: 6', 'valu: 6', "unknown key 'valu'"),
-    ('expect: lower', 'expect: less', "expects 'lower' or 'higher'"), ('[tables/count-summary.csv]', '[tables/count.csv]', 'read from tables/count-summary.csv'),
-    ('budget: seconds}', 'cost: 1}', "profile smoke: unknown key 'cost'"), ('title: Doubling', 'title: Doubling\n    title: Again', "doubled key 'title'"),
-    ('objects:', 'objects: [', 'not valid YAML'), ('name: double', 'name: Double it', 'may hold a-z'), ('outputs: [tables/double.md]', 'outputs: []', 'no outputs')])
-def test_manifest_errors(toy, old, new, message):
-    toy.replace(old, new)
-    assert message in toy.error() and toy.cli('--list')[0] == 2
-
-
-def test_all_problems_at_once(toy):
-    toy.replace('steps: 3', 'stepps: 3')
-    toy.replace('title: Doubling', 'titel: Doubling')
-    assert toy.error().startswith('manifest.yaml: 3 problems') and 'stepps' in toy.error()
-
-
-def test_circle(toy):
-    toy.replace('name: count\n', 'name: count\n    after: [double]\n')
-    assert 'double, count' in toy.error()
-
-
-@pytest.mark.parametrize('more, message', [
-    (dict(tags=()), 'no cell has the tag `parameters`'), (dict(tags=(['parameters'], ['parameters'])), '2 cells have the tag'),
-    (dict(tags=(['parametres'],)), 'no cell has'), (dict(parameters='profile: str = "smoke"'), 'does not declare `out: str`'),
-    (dict(parameters=DECLARED + 'k = 3'), '`k = 3` is not of the form'), (dict(parameters=DECLARED + 'k: int = steps'), '`k: int = steps` is not of the form'),
-    (dict(parameters=DECLARED + 'k: list = [\n1]'), 'line 5'), (dict(parameters=DECLARED + 'steps: int = 3'), "'steps' is declared twice"),
-    (dict(parameters=DECLARED + 'k: int = = 3'), 'is not Python')])
-def test_notebook_errors(toy, more, message):
-    notebook(toy.path.parent/'20_double.ipynb', DOUBLE, **more)
-    assert message in toy.error() and '20_double.ipynb' in toy.error()
-
-
-def test_unreadable_notebook(toy):
-    (toy.path.parent/'20_double.ipynb').write_text('{')
-    assert 'cannot be read as a notebook' in toy.error()
-
-
-def test_read_parameters(toy):
-    p = read_parameters(nbformat.read(toy.path.parent/'10_count.ipynb', 4), 'x')
-    assert p['steps'] == R.Parameter('steps', 'int', 2, 'how far to count') and p['rate'].help == ''
-
-
-def test_types():
-    assert R._fits(None, 'int | None') and R._fits(1, 'float') and R._fits([1], 'list[int]') and R._fits(object(), 'Odd')
-    assert not R._fits(True, 'int') and not R._fits('1', 'int') and not R._fits(None, 'int')
-
-
-def test_braces(): assert R._expand('a/{x,y}.{p, q}') == ['a/x.p', 'a/x.q', 'a/y.p', 'a/y.q']
-
-
-# ---- pages and command line
-
-def test_landing_page(toy):
-    toy.run()
-    page = (toy.out/'index.md').read_text()
-    assert '| [Counting](#counting) | 1 reproduced | 1 holds |' in page and 'SMOKE: not a result' in page
-    assert '| TopK | total | 6 | 8.00 | a book (primary) | 6.00 [5.50, 6.50] | 8.00 | 0.00 | 0.500 | **reproduced**: at the published L0 |' in page
-    assert '| less | w | 8.00 [8.00, 8.00] | -2.0 [-3.0, -1.0] | 3 | holds |' in page and '`steps = 3`, `rate = 0.5`' in page and 'characters' in page
-    assert str(toy.folder) not in page
-    toy.run(profile='default', out=toy.folder/'d')
-    assert '**not comparable**: because' in (toy.folder/'d'/'index.md').read_text() and 'SMOKE' not in (toy.folder/'d'/'index.md').read_text()
-
-
-def test_landing_page_survives_a_broken_summary(toy):
-    toy.run()
-    (toy.out/'tables/count-summary.csv').write_text('a,b')
-    notebook(toy.path.parent/'10_count.ipynb', '1/0')
-    assert toy.run()[0] == {'count': 'FAILED', 'double': 'skipped'}
-    assert 'Older than its sources' in (toy.out/'index.md').read_text()
-
-
-def test_list_and_summary(toy):
-    code, out, _ = toy.cli('--list')
-    assert code == 0 and 'count   Counting  [never run]' in out and not toy.out.exists()
-    code, out, _ = toy.cli()
-    assert code == 0 and '2 objects: 2 ok' in out and f'results: {toy.out/"index.md"}' in out
-    assert 'count   Counting  [up to date, took 0:0' in toy.cli('--list')[1]
-    assert toy.cli('--force', '--only', 'count')[1].count(' ok in ') == 1
-
-
-def test_unknown_profile(toy):
-    for more in ([], ['--list']):
-        code, _, err = toy.cli('--profile', 'huge', *more)
-        assert code == 2 and "unknown profile 'huge'; the manifest has smoke, default" in err
-
-
-def test_manifest_that_is_not_there(tmp_path):
-    with pytest.raises(ManifestError, match='no manifest .*pass --manifest'): load_manifest(tmp_path/'none.yaml')
 
 
 def test_tidy_notebook(tmp_path):
@@ -423,7 +224,7 @@ def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
             Path(out, "pid").write_text(str(os.getpid()))
             time.sleep(300)""")
     # a job in the background inherits SIGINT as ignored; a user's terminal does not
-    source = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.reproduce import main; sys.exit(main())'
+    source = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.cli import main; sys.exit(main())'
     command = [sys.executable, '-c', source, 'reproduce', '--profile', 'smoke', '--only', 'count', '--manifest', str(real.path), '--out']
     runs = {how: real.folder/how.name for how in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
     environment = os.environ | {'PYTHONPATH': str(Path(R.__file__).parent.parent)}
@@ -436,13 +237,13 @@ def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
         _, err = process.communicate(timeout=150)
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[how], err
         until(lambda: not alive(kernel))
-        assert not [p for p in runs[how].rglob('*') if p.is_file() and p.name != 'index.md']
+        assert not [p for p in runs[how].rglob('*') if p.is_file() and p.name not in PAGES]
     monkeypatch.setenv('GO', '1')
     results = []
     for out in (runs[signal.SIGKILL], real.out):
         real.out = out
         assert real.run(only=['count'])[0] == {'count': 'ok'}
-        results.append({k: v for k, v in real.hashes('provenance').items() if k != 'index.md'})
+        results.append({k: v for k, v in real.hashes('provenance').items() if k not in PAGES})
     assert results[0] == results[1]
 
 
@@ -457,33 +258,3 @@ def until(condition, seconds=150):
     while not condition():
         assert time.monotonic() < end, 'waited too long'
         time.sleep(.1)
-
-
-# ---- the project's own manifest
-
-def test_the_real_manifest_fits_the_real_notebooks():
-    path = R.project_root()/'nbs'/'experiments'/'manifest.yaml'
-    if not list(path.parent.glob('*.ipynb')): pytest.skip('no experiment notebooks yet')
-    manifest = load_manifest(path)
-    assert set(manifest.profiles) == {'smoke', 'default', 'full', 'gemma'}
-    assert {e.notebook for e in manifest.experiments} == {p.name for p in path.parent.glob('*.ipynb')}
-
-
-def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
-    path = R.project_root()/'nbs'/'experiments'/'manifest.yaml'
-    experiments, wrong = R._check_manifest(R._load_yaml(path), path)
-    assert [w for w in wrong if 'no notebook' not in w] == [] or list(path.parent.glob('*.ipynb'))
-    values = {(p['method'], p['metric'], p.get('l0')): p['value'] for e in experiments for p in e.published}
-    assert values['atm', 'mean_full_absorption_score', None] == .0068 and values['topk', 'mean_full_absorption_score', 40.] == .140248
-    assert values['jumprelu', 'mean_full_absorption_score', 2665.9] == .011419 and values['atm', 'mse_saebench', None] == .5508
-    assert all(p.get('source') and p.get('confidence') for e in experiments for p in e.published)
-    order = [e.name for e in run_order(experiments)]
-    assert order.index('summary') > max(map(order.index, ('absorption', 'planted', 'probing', 'reconstruction')))
-
-
-def test_reports_that_came_with_a_clone_are_made_again(toy, monkeypatch, tmp_path):
-    assert toy.run()[0] == FRESH and toy.run()[0] == DONE
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'another'))
-    manifest = load_manifest(toy.path)
-    assert {R.stale_reason(manifest, e, 'smoke', toy.out) for e in manifest.experiments} == {'made elsewhere'}
-    assert toy.run()[0] == FRESH

@@ -1,0 +1,91 @@
+"The manifest: what is wrong with one, and whose results are out of date."
+import nbformat
+import pytest
+from atm_sae import manifest as M
+from atm_sae.manifest import ManifestError, load_manifest, read_parameters, run_order
+from toy import DECLARED, DOUBLE, notebook, real, toy  # real and toy are fixtures
+
+
+@pytest.mark.parametrize('old, new, message', [
+    ('steps: 3', 'stepps: 3', "declares no parameter 'stepps'; it has profile, out, steps, rate"),
+    ('steps: 3', 'steps: 3.5', 'steps must be int, got 3.5'), ('rate: 1', 'rate: 2e-4', "rate must be float, got '2e-4'"),
+    ('steps: 3', 'out: x', '`out` is set by the runner'), ('default: {rate: 1}', 'huge: {rate: 1}', "unknown profile 'huge' in parameters; the manifest has smoke, default"),
+    ('{default: because}', '{huge: because}', "unknown profile 'huge' in not_comparable"), ('name: double', 'name: count', "the name 'count' is used twice"),
+    ('tables/double.md', 'tables/count-summary.csv', "the output 'tables/count-summary.csv' is declared twice"),
+    ('title: Doubling', 'titel: Doubling', "unknown key 'titel'"), ('title: Doubling', 'about: nothing', 'no `title`'),
+    ('20_double.ipynb', '21_double.ipynb', 'no notebook 21_double.ipynb'), ('tables/double.md', '../x.md', "output '../x.md' must lie in figures/ or tables/"),
+    ('after: [count]', 'after: [counts]', "after: no object 'counts'"), ('after: [count]', 'after: [count]\n    profiles: [huge]', "unknown profile 'huge' in profiles"), ('after: [count]', 'after: count', '`after` must be a list'),
+    ('tolerance: {total: 0.5}', '', "no tolerance for the published metric 'total'"), ('method: topk', 'method: topq', "unknown method 'topq'"),
+    ('value: 6', 'value: six', "published value 'six' is not a number"), ('value: 6', 'valu: 6', "unknown key 'valu'"),
+    ('expect: lower', 'expect: less', "expects 'lower' or 'higher'"), ('[tables/count-summary.csv]', '[tables/count.csv]', 'read from tables/count-summary.csv'),
+    ('budget: seconds}', 'cost: 1}', "profile smoke: unknown key 'cost'"), ('title: Doubling', 'title: Doubling\n    title: Again', "doubled key 'title'"),
+    ('objects:', 'objects: [', 'not valid YAML'), ('name: double', 'name: Double it', 'may hold a-z'), ('outputs: [tables/double.md]', 'outputs: []', 'no outputs')])
+def test_manifest_errors(toy, old, new, message):
+    toy.replace(old, new)
+    assert message in toy.error() and toy.cli('--list')[0] == 2
+
+
+def test_all_problems_at_once(toy):
+    toy.replace('steps: 3', 'stepps: 3')
+    toy.replace('title: Doubling', 'titel: Doubling')
+    assert toy.error().startswith('manifest.yaml: 3 problems') and 'stepps' in toy.error()
+
+
+def test_circle(toy):
+    toy.replace('name: count\n', 'name: count\n    after: [double]\n')
+    assert 'double, count' in toy.error()
+
+
+@pytest.mark.parametrize('more, message', [
+    (dict(tags=()), 'no cell has the tag `parameters`'), (dict(tags=(['parameters'], ['parameters'])), '2 cells have the tag'),
+    (dict(tags=(['parametres'],)), 'no cell has'), (dict(parameters='profile: str = "smoke"'), 'does not declare `out: str`'),
+    (dict(parameters=DECLARED + 'k = 3'), '`k = 3` is not of the form'), (dict(parameters=DECLARED + 'k: int = steps'), '`k: int = steps` is not of the form'),
+    (dict(parameters=DECLARED + 'k: list = [\n1]'), 'line 5'), (dict(parameters=DECLARED + 'steps: int = 3'), "'steps' is declared twice"),
+    (dict(parameters=DECLARED + 'k: int = = 3'), 'is not Python')])
+def test_notebook_errors(toy, more, message):
+    notebook(toy.path.parent/'20_double.ipynb', DOUBLE, **more)
+    assert message in toy.error() and '20_double.ipynb' in toy.error()
+
+
+def test_unreadable_notebook(toy):
+    (toy.path.parent/'20_double.ipynb').write_text('{')
+    assert 'cannot be read as a notebook' in toy.error()
+
+
+def test_read_parameters(toy):
+    p = read_parameters(nbformat.read(toy.path.parent/'10_count.ipynb', 4), 'x')
+    assert p['steps'] == M.Parameter('steps', 'int', 2, 'how far to count') and p['rate'].help == ''
+
+
+def test_types():
+    assert M._fits(None, 'int | None') and M._fits(1, 'float') and M._fits([1], 'list[int]') and M._fits(object(), 'Odd')
+    assert not M._fits(True, 'int') and not M._fits('1', 'int') and not M._fits(None, 'int')
+
+
+def test_braces(): assert M._expand('a/{x,y}.{p, q}') == ['a/x.p', 'a/x.q', 'a/y.p', 'a/y.q']
+
+
+def test_manifest_that_is_not_there(tmp_path):
+    with pytest.raises(ManifestError, match='no manifest .*pass --manifest'): load_manifest(tmp_path/'none.yaml')
+
+
+# ---- the project's own manifest
+
+def test_the_real_manifest_fits_the_real_notebooks():
+    path = M.project_root()/'nbs'/'experiments'/'manifest.yaml'
+    if not list(path.parent.glob('*.ipynb')): pytest.skip('no experiment notebooks yet')
+    manifest = load_manifest(path)
+    assert set(manifest.profiles) == {'smoke', 'default', 'full', 'gemma'}
+    assert {e.notebook for e in manifest.experiments} == {p.name for p in path.parent.glob('*.ipynb')}
+
+
+def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
+    path = M.project_root()/'nbs'/'experiments'/'manifest.yaml'
+    experiments, wrong = M._check_manifest(M._load_yaml(path), path)
+    assert [w for w in wrong if 'no notebook' not in w] == [] or list(path.parent.glob('*.ipynb'))
+    values = {(p['method'], p['metric'], p.get('l0')): p['value'] for e in experiments for p in e.published}
+    assert values['atm', 'mean_full_absorption_score', None] == .0068 and values['topk', 'mean_full_absorption_score', 40.] == .140248
+    assert values['jumprelu', 'mean_full_absorption_score', 2665.9] == .011419 and values['atm', 'mse_saebench', None] == .5508
+    assert all(p.get('source') and p.get('confidence') for e in experiments for p in e.published)
+    order = [e.name for e in run_order(experiments)]
+    assert order.index('summary') > max(map(order.index, ('absorption', 'planted', 'probing', 'reconstruction')))
