@@ -8,7 +8,9 @@ __all__ = ['COMBINE', 'ema_', 'magnitude', 'frequency', 'contribution', 'importa
            'make_masker']
 
 # %% ../nbs/06_atm.ipynb #cell-3
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +19,11 @@ from .sae import Entries, Everywhere
 
 # %% ../nbs/06_atm.ipynb #cell-8
 def ema_(
-    average,  # (d_sae,) moving average, changed in place
-    new,      # (d_sae,) what this step saw
-    decay,    # beta
-    seen=1.,  # (d_sae,) 1 for latents that take part, 0 for those that wait
-):
+    average: Tensor,            # (d_sae,) moving average, changed in place
+    new: Tensor,                # (d_sae,) what this step saw
+    decay: float,               # beta
+    seen: Tensor | float = 1.,  # (d_sae,) 1 for latents that take part, 0 for those that wait
+) -> Tensor:
     "average <- beta average + (1 - beta) new, where `seen`."
     return average.add_((new - average) * seen, alpha=1 - decay)
 
@@ -45,9 +47,9 @@ def contribution(
 COMBINE = ('geometric', 'product', 'sum', 'magnitude', 'frequency', 'contribution')
 
 def importance(
-    m, f, c,          # (d_sae,) magnitude, frequency, contribution
-    how='geometric',  # one of COMBINE
-):
+    m: Tensor, f: Tensor, c: Tensor,  # (d_sae,) magnitude, frequency, contribution
+    how: str = 'geometric',           # one of COMBINE
+) -> Tensor:
     "Importance (d_sae,) of each latent; 1 is ordinary."
     m, f, c = (s / s.mean().clamp(min=1e-12) for s in (m, f, c.clamp(min=0)))
     if how == 'geometric': return (m * f * c) ** (1 / 3)
@@ -56,12 +58,12 @@ def importance(
     return dict(magnitude=m, frequency=f, contribution=c)[how]
 
 # %% ../nbs/06_atm.ipynb #cell-28
-def importance_threshold(importance, c=0.):
+def importance_threshold(importance: Tensor, c: float = 0.) -> Tensor:
     "theta = mu + c sigma, mean and standard deviation over the dictionary."
     return importance.mean() + c * importance.std(correction=0)
 
 # %% ../nbs/06_atm.ipynb #cell-32
-def masking_probability(importance, theta, r=1.):
+def masking_probability(importance: Tensor, theta: Tensor, r: float = 1.) -> Tensor:
     "p = 1 - exp(-r (theta - I) / theta) below theta, 0 from there on, and 0 everywhere if theta <= 0."
     gap = ((theta - importance) / theta.clamp(min=1e-12)).clamp(min=0)
     return torch.where(theta > 0, -torch.expm1(-r * gap), 0.)
@@ -78,7 +80,7 @@ class ATMConfig:
     per: str = 'batch'          # one mask for the 'batch', or one for each 'sample'
     blind: bool = False         # the control: hide as many latents as ATM did, but any of them
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.combine not in COMBINE: raise ValueError(f'unknown combine {self.combine!r}: choose one of {", ".join(COMBINE)}')
         if self.per not in ('batch', 'sample'): raise ValueError(f"per must be 'batch' or 'sample', not {self.per!r}")
         if not 0 <= self.decay < 1: raise ValueError(f'decay must lie in [0, 1), not {self.decay}')
@@ -99,14 +101,15 @@ def seen_contribution(
 # %% ../nbs/06_atm.ipynb #cell-46
 class ATMMasker:
     "Importance of each latent over time, and random masks that spare the important."
-    def __init__(self, d_sae, decay=.99, c=0., r=1., warmup=0, combine='geometric', per='batch', device='cpu'):
+    def __init__(self, d_sae: int, decay: float = .99, c: float = 0., r: float = 1., warmup: int = 0, combine: str = 'geometric',
+                 per: str = 'batch', device: str | torch.device = 'cpu') -> None:
         ATMConfig(decay, c, r, 0., combine, per)  # raises for what it does not know
         self.d_sae, self.decay, self.c, self.r = d_sae, decay, c, r
         self.warmup, self.combine, self.per, self.steps = warmup, combine, per, 0  # warmup in steps
         self.magnitude, self.frequency, self.contribution, self.weight = torch.zeros(4, d_sae, device=device).unbind()
 
     @torch.no_grad()
-    def observe(self, z, contribution, keep=None, where=None):
+    def observe(self, z: Tensor, contribution: Tensor, keep: Tensor | None = None, where: Everywhere | Entries | None = None) -> None:
         "Take in a step: latents before the mask, contributions after it (both (batch, d_sae), or entries), and the mask."
         where = where or Everywhere(len(z))
         new, seen = seen_contribution(where.mean(contribution), keep)
@@ -117,21 +120,21 @@ class ATMMasker:
         ema_(self.contribution, new, self.decay, seen)
         ema_(self.weight, torch.ones_like(seen), self.decay, seen)
 
-    def importance(self):
+    def importance(self) -> Tensor:
         "(d_sae,) importances now."
         born = 1 - self.decay ** max(self.steps, 1)
         return importance(self.magnitude / born, self.frequency / born, self.contribution / self.weight.clamp(min=1e-12), self.combine)
 
-    def threshold(self): return importance_threshold(self.importance(), self.c)
+    def threshold(self) -> Tensor: return importance_threshold(self.importance(), self.c)
 
-    def mask_probability(self):
+    def mask_probability(self) -> Tensor:
         "(d_sae,) how likely each latent is hidden, once the warm-up is over."
         now = self.importance()
         return masking_probability(now, importance_threshold(now, self.c), self.r)
 
-    def sample(self, generator, batch=None): return sample_mask(self, generator, batch)
-    def state_dict(self): return dict(steps=self.steps, **{n: getattr(self, n) for n in _AVERAGES})
-    def load_state_dict(self, state):
+    def sample(self, generator: torch.Generator, batch: int | None = None) -> Tensor: return sample_mask(self, generator, batch)
+    def state_dict(self) -> dict[str, Any]: return dict(steps=self.steps, **{n: getattr(self, n) for n in _AVERAGES})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = int(state['steps'])
         for n in _AVERAGES: getattr(self, n).copy_(state[n])
 
@@ -139,36 +142,36 @@ _AVERAGES = ('magnitude', 'frequency', 'contribution', 'weight')
 
 # %% ../nbs/06_atm.ipynb #cell-50
 def sample_mask(
-    masker,      # ATMMasker
-    generator,   # torch.Generator
-    batch=None,  # number of samples; needed by a mask for each sample
-):
+    masker: ATMMasker,
+    generator: torch.Generator,
+    batch: int | None = None,  # number of samples; needed by a mask for each sample
+) -> Tensor:
     "Bool mask, True for latents kept: (d_sae,), or (batch, d_sae) if the masker masks each sample by itself."
     if masker.per == 'sample' and batch is None:
         raise ValueError('a mask for each sample needs their number: sample(generator, batch)')
     p = masker.mask_probability() if masker.steps >= masker.warmup else torch.zeros(masker.d_sae)
-    shape = (batch, masker.d_sae) if masker.per == 'sample' else (masker.d_sae,)
+    shape: tuple[Any, ...] = (batch, masker.d_sae) if masker.per == 'sample' else (masker.d_sae,)
     return torch.rand(shape, generator=generator, device=generator.device).to(masker.weight.device) >= p.to(masker.weight.device)
 
 # %% ../nbs/06_atm.ipynb #cell-59
 class BlindMasker(ATMMasker):
     "Dropout on latents: the interface and the averages of ATM, at given rates, one for each step."
-    def __init__(self, d_sae, rates, **options):
+    def __init__(self, d_sae: int, rates: Sequence[float], **options: Any) -> None:
         super().__init__(d_sae, **options)
         self.rates = rates
 
-    def mask_probability(self): return torch.full_like(self.magnitude, self.rates[min(self.steps, len(self.rates) - 1)])
+    def mask_probability(self) -> Tensor: return torch.full_like(self.magnitude, self.rates[min(self.steps, len(self.rates) - 1)])
 
 # %% ../nbs/06_atm.ipynb #cell-62
 def make_masker(
-    config,        # ATMConfig, or None for no masker
-    d_sae,         # number of latents
-    steps,         # length of the training run
-    device='cpu',  # where the latents live
-    rates=None,    # for the blind control: the share that ATM hid at each step
-):
+    config: ATMConfig | None,             # None for no masker
+    d_sae: int,                           # number of latents
+    steps: int,                           # length of the training run
+    device: str | torch.device = 'cpu',   # where the latents live
+    rates: Sequence[float] | None = None, # for the blind control: the share that ATM hid at each step
+) -> ATMMasker | None:
     "The masker that an `ATMConfig` describes."
     if config is None: return None
-    options = dict(decay=config.decay, warmup=round(config.warmup * steps), per=config.per, device=device)
-    if config.blind: return BlindMasker(d_sae, rates, **options)
+    options: dict[str, Any] = dict(decay=config.decay, warmup=round(config.warmup * steps), per=config.per, device=device)
+    if config.blind: return BlindMasker(d_sae, rates, **options)  # type: ignore[arg-type]  # whose rates are given
     return ATMMasker(d_sae, c=config.c, r=config.r, combine=config.combine, **options)

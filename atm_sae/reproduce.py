@@ -6,7 +6,7 @@
 __all__ = ['RunError', 'tidy_notebook', 'run_experiment', 'Status', 'reproduce']
 
 # %% ../nbs/16_reproduce.ipynb #cell-3
-import contextlib, functools, importlib.util, json, os, re, shutil, signal, sys, time
+import contextlib, functools, importlib.resources, importlib.util, json, os, re, shutil, signal, sys, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from .manifest import (Experiment, Manifest, ManifestError, default_out, effecti
 from .page import clock, write_index
 
 # %% ../nbs/16_reproduce.ipynb #cell-6
-_PACKAGE = Path(importlib.util.find_spec('atm_sae').origin).parent  # the library that runs
+_PACKAGE = Path(str(importlib.resources.files('atm_sae')))  # the library that runs
 
 def _kernel_environment():
     "Environment variables of the kernel, beyond those of this process."
@@ -240,7 +240,8 @@ def _plan(manifest, chosen, profile, out, force, done):
 # %% ../nbs/16_reproduce.ipynb #cell-39
 def _run_all(manifest, chosen, profile, out, force, dry_run, say):
     "Run (or, with `dry_run`, only plan) the chosen experiments; returns {name: Status}."
-    done, total = {}, len(chosen)
+    done: dict[str, Status] = {}
+    total = len(chosen)
     for i, (e, state, why) in enumerate(_plan(manifest, chosen, profile, out, force, done), 1):
         label, begun = f'[{i}/{total}] {e.name}', time.monotonic()
         done[e.name] = Status(e.name, state, why)

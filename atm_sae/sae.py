@@ -14,6 +14,7 @@ from collections import namedtuple
 from functools import cached_property
 from dataclasses import dataclass, asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,7 @@ class SAEConfig:
     aux_coef: float = 1/32         # weight of AuxK (topk, batchtopk)
     seed: int = 0                  # of the first weights
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f'unknown architecture {self.architecture!r}: choose one of {", ".join(ARCHITECTURES)}')
         if min(self.d_in, self.d_sae) < 1:
@@ -51,20 +52,20 @@ class SAEConfig:
             raise ValueError(f'target_l0 must lie between 0 and d_sae = {self.d_sae}, not {self.target_l0}')
 
 # %% ../nbs/05_sae.ipynb #cell-11
-def topk(pre, k):
+def topk(pre: Tensor, k: int) -> Tensor:
     "The `k` largest positive entries of each row; zero elsewhere."
     values, index = pre.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
 # %% ../nbs/05_sae.ipynb #cell-14
-def batch_topk(pre, k):
+def batch_topk(pre: Tensor, k: int) -> Tensor:
     "The `k * batch` largest positive entries of the whole batch; zero elsewhere."
     flat = pre.flatten()
     values, index = flat.topk(k * len(pre), sorted=False)
     return torch.zeros_like(flat).scatter(0, index, values.relu()).view_as(pre)
 
 # %% ../nbs/05_sae.ipynb #cell-17
-def window(pre, threshold, bandwidth):
+def window(pre: Tensor, threshold: Tensor | float, bandwidth: float) -> Tensor:
     "True where a pre-activation lies within half a bandwidth of its threshold."
     return (pre > threshold - bandwidth / 2) & (pre < threshold + bandwidth / 2)
 
@@ -101,19 +102,19 @@ class _Step(torch.autograd.Function):
 
 # %% ../nbs/05_sae.ipynb #cell-22
 def jump_relu(
-    pre,        # (batch, d_sae) pre-activations
-    threshold,  # (d_sae,) thresholds, not negative
-    bandwidth,  # width of the gradient's window
-):
+    pre: Tensor,        # (batch, d_sae) pre-activations
+    threshold: Tensor,  # (d_sae,) thresholds, not negative
+    bandwidth: float,   # width of the gradient's window
+) -> Tensor:
     "`pre` where it exceeds `threshold`, else 0 (Rajamanoharan et al., arXiv:2407.14435)."
     return _Jump.apply(pre, threshold, bandwidth)
 
-def step(pre, threshold, bandwidth):
+def step(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     "1 where `pre` exceeds `threshold`, else 0; differentiable in `threshold` like `jump_relu`."
     return _Step.apply(pre, threshold, bandwidth)
 
 # %% ../nbs/05_sae.ipynb #cell-28
-def squared_error(x, x_hat):
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     "Mean over the batch of |x - x_hat|^2."
     return (x - x_hat).square().sum() / len(x)
 
@@ -123,7 +124,7 @@ def l1_penalty(mean: Tensor, W_dec: Tensor) -> Tensor:
     return mean @ W_dec.norm(dim=1)
 
 # %% ../nbs/05_sae.ipynb #cell-35
-def l0_penalty(l0, target=None):
+def l0_penalty(l0: Tensor, target: float | None = None) -> Tensor:
     "The count of active latents, or its squared relative distance from `target`."
     return l0 if target is None else (l0 / target - 1) ** 2
 
@@ -142,14 +143,14 @@ def auxk_loss(
 
 # %% ../nbs/05_sae.ipynb #cell-42
 @torch.no_grad()
-def project_rows_(grad, rows):
+def project_rows_(grad: Tensor, rows: Tensor) -> Tensor:
     "Remove from each row of `grad`, in place, its part along the unit row of `rows`."
     along = torch.einsum('ij,ij->i', grad, rows)
     return grad.addcmul_(rows, along[:, None], value=-1)
 
 # %% ../nbs/05_sae.ipynb #cell-46
 @torch.no_grad()
-def geometric_median(x, steps=30):
+def geometric_median(x: Tensor, steps: int = 30) -> Tensor:
     "The point with the least sum of distances to the rows of `x`, by Weiszfeld's iteration."
     m = x.mean(0)
     for _ in range(steps):
@@ -184,7 +185,7 @@ TABLE = dict(
 # %% ../nbs/05_sae.ipynb #cell-54
 class Everywhere:
     "All latents of a batch: values are (batch, d_sae)."
-    def __init__(self, batch: int): self.batch = batch   # samples
+    def __init__(self, batch: int) -> None: self.batch = batch   # samples
     def at(self, t: Tensor) -> Tensor: return t          # what a (d_sae,) or (batch, d_sae) tensor holds for each value
     def mean(self, values: Tensor) -> Tensor: return values.sum(0) / self.batch
     def decode(self, h: Tensor, W_dec: Tensor) -> Tensor: return h @ W_dec
@@ -205,7 +206,7 @@ def _starts(index, n):
 # %% ../nbs/05_sae.ipynb #cell-58
 class Entries:
     "Chosen places of a batch's latents, sample by sample: values are (n,)."
-    def __init__(self, rows: Tensor, cols: Tensor, batch: int, d_sae: int):
+    def __init__(self, rows: Tensor, cols: Tensor, batch: int, d_sae: int) -> None:
         self.rows, self.cols, self.batch, self.d_sae = rows, cols, batch, d_sae
 
     def at(self, t: Tensor) -> Tensor: return t.index_select(0, self.cols) if t.ndim == 1 else t[self.rows, self.cols]
@@ -289,13 +290,13 @@ def find_entries(
 SAELoss = namedtuple('SAELoss', 'total reconstruction penalty auxiliary z h x_hat where')
 
 def sae_loss(
-    sae,            # an SAE
-    x,              # (batch, d_in) activations
-    keep=None,      # bool (d_sae,) or (batch, d_sae): latents the mask leaves; None for all
-    sparsity=1.,    # factor of the penalty: the warm-up, times a steered coefficient
-    dead=None,      # indices of silent latents; for AuxK
-    fast=False,     # skip the zeros where that pays
-)->SAELoss:
+    sae: 'SAE',
+    x: Tensor,                     # (batch, d_in) activations
+    keep: Tensor | None = None,    # bool (d_sae,) or (batch, d_sae): latents the mask leaves; None for all
+    sparsity: float | Tensor = 1., # factor of the penalty: the warm-up, times a steered coefficient
+    dead: Tensor | None = None,    # indices of silent latents; for AuxK
+    fast: bool = False,            # skip the zeros where that pays
+) -> SAELoss:
     "Loss of a batch; `h.grad` after `backward` is the reconstruction's gradient alone."
     arch = TABLE[sae.config.architecture]
     pre = sae.pre_activations(x)
@@ -315,7 +316,9 @@ def sae_loss(
 # %% ../nbs/05_sae.ipynb #cell-69
 class SAE(nn.Module):
     "A sparse autoencoder; see `SAEConfig`. Encoder and decoder start tied, with unit rows."
-    def __init__(self, config, metadata=None):
+    threshold: Tensor   # of jumprelu and batchtopk only
+
+    def __init__(self, config: SAEConfig, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.config, self.metadata = config, dict(metadata or {})   # metadata: what it was trained on; see `saelens_config`
         rows = torch.randn(config.d_sae, config.d_in, generator=generator(config.seed, 'sae'))
@@ -329,31 +332,32 @@ class SAE(nn.Module):
         if config.architecture == 'batchtopk':
             self.register_buffer('threshold', torch.tensor(-1.))
 
-    def pre_activations(self, x, latents=None):
+    def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         "(batch, d_sae) pre-activations, or those of the latents with these indices."
         W, b = (self.W_enc, self.b_enc) if latents is None else (self.W_enc.T[latents].T, self.b_enc[latents])
         return torch.addmm(b - self.b_dec @ W, x, W)
 
-    def decode(self, z): return torch.addmm(self.b_dec, z, self.W_dec)
-    def forward(self, x): return self.decode(self.encode(x))
-    def loss(self, x, keep=None, sparsity=1., dead=None, fast=False): return sae_loss(self, x, keep, sparsity, dead, fast)
+    def decode(self, z: Tensor) -> Tensor: return torch.addmm(self.b_dec, z, self.W_dec)
+    def forward(self, x: Tensor) -> Tensor: return self.decode(self.encode(x))
+    def loss(self, x: Tensor, keep: Tensor | None = None, sparsity: float | Tensor = 1., dead: Tensor | None = None, fast: bool = False) -> SAELoss:
+        return sae_loss(self, x, keep, sparsity, dead, fast)
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         "Latents (batch, d_sae) of activations (batch, d_in), as used after training."
         check_activations(x, self.config.d_in, "the SAE's input")
         return TABLE[self.config.architecture].infer(self, self.pre_activations(x))
 
-    def init_b_dec(self, x): self.b_dec.data.copy_(geometric_median(x))
-    def normalise_decoder(self): self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
-    def clip_threshold(self):
+    def init_b_dec(self, x: Tensor) -> None: self.b_dec.data.copy_(geometric_median(x))
+    def normalise_decoder(self) -> None: self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
+    def clip_threshold(self) -> None:
         if self.config.architecture == 'jumprelu': self.threshold.data.clamp_(min=0)
-    def project_decoder_gradient(self): project_rows_(self.W_dec.grad, self.W_dec.data)
-    def update_threshold(self, z, decay=.99): return _update_threshold(self, z, decay)
-    def fold_input_scale(self, scale): return fold_input_scale(self, scale)
-    def fold_decoder_norm(self): return fold_decoder_norm(self)
-    def save(self, folder): return save_sae(self, folder)
+    def project_decoder_gradient(self) -> None: project_rows_(self.W_dec.grad, self.W_dec.data)  # type: ignore[arg-type]  # after `backward`
+    def update_threshold(self, z: Tensor, decay: float = .99) -> None: return _update_threshold(self, z, decay)
+    def fold_input_scale(self, scale: float) -> 'SAE': return fold_input_scale(self, scale)
+    def fold_decoder_norm(self) -> 'SAE': return fold_decoder_norm(self)
+    def save(self, folder: str | Path) -> Path: return save_sae(self, folder)
     @staticmethod
-    def load(folder): return load_sae(folder)
+    def load(folder: str | Path) -> 'SAE': return load_sae(folder)
 
 # %% ../nbs/05_sae.ipynb #cell-83
 @torch.no_grad()
@@ -366,7 +370,7 @@ def _update_threshold(sae, z, decay):
 
 # %% ../nbs/05_sae.ipynb #cell-87
 @torch.no_grad()
-def fold_input_scale(sae, scale):
+def fold_input_scale(sae: SAE, scale: float) -> SAE:
     "After this an SAE that was trained on `scale * x` takes `x`, and gives `x_hat` in the units of `x`."
     if not scale > 0: raise ValueError(f'the input scale must be positive, not {scale}')
     for p in (sae.b_enc, sae.b_dec, getattr(sae, 'threshold', None)):
@@ -375,7 +379,7 @@ def fold_input_scale(sae, scale):
 
 # %% ../nbs/05_sae.ipynb #cell-88
 @torch.no_grad()
-def fold_decoder_norm(sae):
+def fold_decoder_norm(sae: SAE) -> SAE:
     "Give the decoder unit rows and the latents their lengths, with the same `x_hat`."
     norm = sae.W_dec.norm(dim=1)
     if 'topk' in sae.config.architecture and not _is_unit(sae.W_dec):
@@ -389,7 +393,7 @@ def fold_decoder_norm(sae):
 def _is_unit(W_dec): return torch.allclose(W_dec.norm(dim=1), torch.ones(()), atol=1e-4)
 
 # %% ../nbs/05_sae.ipynb #cell-91
-def saelens_config(sae):
+def saelens_config(sae: SAE) -> dict[str, Any]:
     "The content of `cfg.json`, as SAELens reads it."
     c = sae.config
     arch = 'jumprelu' if c.architecture == 'batchtopk' else c.architecture
@@ -400,9 +404,9 @@ def saelens_config(sae):
 
 # %% ../nbs/05_sae.ipynb #cell-92
 def save_sae(
-    sae,     # SAE
-    folder,  # written whole or not at all
-):
+    sae: SAE,
+    folder: str | Path,  # written whole or not at all
+) -> Path:
     "Write `cfg.json` and `sae_weights.safetensors`; returns the folder."
     weights = {n: t.detach().cpu().contiguous() for n, t in sae.state_dict().items()}
     if 'threshold' in weights: weights['threshold'] = weights['threshold'].expand(sae.config.d_sae).contiguous()
@@ -428,7 +432,7 @@ def _read_config(folder):
     return SAEConfig(**{k: v for k, v in own.items() if k in known}), metadata
 
 # %% ../nbs/05_sae.ipynb #cell-95
-def load_sae(folder):
+def load_sae(folder: str | Path) -> SAE:
     "Read an SAE written by `save_sae`; ValueError for weights of another shape or that are not finite."
     sae = SAE(*_read_config(folder))
     path = Path(folder) / 'sae_weights.safetensors'
@@ -444,7 +448,7 @@ def load_sae(folder):
     return sae
 
 # %% ../nbs/05_sae.ipynb #cell-98
-def random_sae(config):
+def random_sae(config: SAEConfig) -> SAE:
     "An untrained JumpReLU SAE of the same size, frozen; give it an L0 with `calibrate_l0`."
     sae = SAE(replace(config, architecture='jumprelu', k=None, l1=None))
     return sae.requires_grad_(False)
@@ -452,10 +456,10 @@ def random_sae(config):
 # %% ../nbs/05_sae.ipynb #cell-99
 @torch.no_grad()
 def calibrate_l0(
-    sae,  # jumprelu SAE; its thresholds are changed
-    x,    # (n, d_in) activations
-    l0,   # wanted mean number of active latents
-):
+    sae: SAE,   # a jumprelu SAE; its thresholds are changed
+    x: Tensor,  # (n, d_in) activations
+    l0: float,  # wanted mean number of active latents
+) -> SAE:
     "Set one threshold for all latents so that `l0` of them fire on average on `x`."
     pre = sae.pre_activations(check_activations(x, sae.config.d_in)).flatten()
     n = round(l0 * len(x))

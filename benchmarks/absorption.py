@@ -216,10 +216,10 @@ def run(
         '**A wide SAE on many words**', step_table([big], 'words', 'd_sae', 'l0', 'task_seconds')])
     return verdicts, report.replace('\n\n\n', '\n\n')
 
-def write_readme(report):
-    "Put the report between the two markers of README.md."
-    before, rest = README.read_text(encoding='utf-8').split(BEGIN)
-    with atomic_write(README) as part: part.write_text(f'{before}{BEGIN}\n\n{report}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+def write_readme(report, begin=BEGIN, end=END):
+    "Put the report between two markers of README.md."
+    before, rest = README.read_text(encoding='utf-8').split(begin)
+    with atomic_write(README) as part: part.write_text(f'{before}{begin}\n\n{report}\n{end}{rest.split(end)[1]}', encoding='utf-8')
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)

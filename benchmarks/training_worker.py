@@ -2,7 +2,7 @@
 
     python training_worker.py atm-sae topk TASK_FOLDER RESULT.json --threads 2
 
-TASK_FOLDER holds `task.json` (sizes and recipe), `batches.safetensors` (n, batch, d_in) and `start.safetensors` (the first weights).
+TASK_FOLDER holds `task.json` (sizes and recipes), `batches.safetensors` (steps, batch, d_in) and `start.safetensors` (the first weights).
 Every library starts from the same weights, sees the same batches in the same order, and uses the same learning rate without a
 schedule; times are those between two requests for a batch, so that they hold everything a step does, and nothing else.
 """
@@ -61,10 +61,14 @@ def dictionary_learning(method, task, start, batches):
     if method == 'jumprelu': own = dict(W_enc=ae.W_enc, W_dec=ae.W_dec, b_enc=ae.b_enc, b_dec=ae.b_dec, threshold=ae.threshold)
     else: own = dict(W_enc=ae.encoder.weight.T, W_dec=ae.decoder.weight.T, b_enc=ae.encoder.bias, b_dec=ae.bias if method == 'standard' else ae.b_dec)
     for n, p in own.items(): p.data.copy_(start[n])
+    shift = start['b_dec'] @ start['W_enc'] if method == 'jumprelu' else 0  # its encoder does not subtract b_dec
+    own['b_enc'].data.sub_(shift)
     for i in range(task['steps']): trainer.update(i, next(batches))
     seconds = batches.seconds()
     if method == 'topk': own['b_dec'] = ae.b_dec
-    return seconds, {n: p.detach().clone() for n, p in own.items()}
+    weights = {n: p.detach().clone() for n, p in own.items()}
+    if method == 'jumprelu': weights['b_enc'] += weights['b_dec'] @ weights['W_enc']
+    return seconds, weights
 
 
 def sae_lens(method, task, start, batches, sparse=False):
@@ -80,7 +84,8 @@ def sae_lens(method, task, start, batches, sparse=False):
         sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(l0_coefficient=task['l0_coef'], jumprelu_bandwidth=task['bandwidth'], **common))
     with torch.no_grad():
         for n, p in sae.named_parameters(): p.copy_(start[n])
-    config = SAETrainerConfig(total_training_samples=task['steps'] * task['batch_size'], train_batch_size_samples=task['batch_size'], lr=task["lr"], lr_end=task["lr"])
+    config = SAETrainerConfig(total_training_samples=task['steps'] * task['batch_size'], train_batch_size_samples=task['batch_size'], lr=task['lr'],
+                              lr_end=task['lr'])
     trainer = SAETrainer(config, sae, batches)
     trainer.fit()
     seconds = batches.seconds()
@@ -98,12 +103,11 @@ def main():
     parser.add_argument('task', type=Path)
     parser.add_argument('result', type=Path)
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--steps', type=int)
+    parser.add_argument('--recipe-of', help="a rival whose recipe differs, see task.json; default: the library's own")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     task = json.loads((a.task / 'task.json').read_text())
-    task |= task['recipes'].get(f'{a.method} of {task["rival"].get(a.library, a.library)}', {})
-    if a.steps: task['steps'] = a.steps
+    task |= task['recipes'].get(f'{a.method} of {a.recipe_of or a.library}', {})
     batches = Batches(load_file(a.task / 'batches.safetensors')['x'])
     seconds, weights = LIBRARIES[a.library](a.method, task, load_file(a.task / 'start.safetensors'), batches)
     save_file({n: w.contiguous() for n, w in weights.items()}, a.result.with_suffix('.safetensors'))

@@ -1,0 +1,133 @@
+"Skipping the zeros gives what the dense loss gives: loss, gradients, ATM's statistics and whole trainings."
+import pytest
+import torch
+
+from atm_sae import sae as sae_module
+from atm_sae.atm import ATMConfig, contribution, make_masker
+from atm_sae.sae import ARCHITECTURES, SAE, Entries, Everywhere, SAEConfig, find_entries
+from atm_sae.train import TrainConfig, keep_freed_memory, train
+
+D, F, B = 24, 300, 50
+SIZES = dict(standard=dict(l1=.1), topk=dict(k=4), batchtopk=dict(k=4), jumprelu=dict(target_l0=5., init_threshold=.5))
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+def sparse_sae(architecture):
+    "An SAE of which some 2% of the latents fire on `samples()`, with biases that are not zero."
+    sae = SAE(SAEConfig(D, F, architecture, seed=2, **SIZES[architecture]))
+    sae.b_dec.data = .05 * torch.randn(D, generator=gen(1))
+    sae.b_enc.data = .02 * torch.randn(F, generator=gen(2)) - (.4 if architecture == 'standard' else 0)
+    return sae
+
+def samples(seed=0): return .2 * torch.randn(B, D, generator=gen(seed))
+
+def mask(per):
+    if per is None: return None
+    return torch.rand((F,) if per == 'batch' else (B, F), generator=gen(3)) < .6
+
+def both(architecture, per):
+    "(loss, gradients) dense and fast."
+    out = []
+    for fast in (False, True):
+        sae = sparse_sae(architecture)
+        loss = sae.loss(samples(), mask(per), .7, torch.tensor([3, 5, 299]), fast)
+        loss.total.backward()
+        out.append((loss, {n: p.grad for n, p in sae.named_parameters()}))
+    return out
+
+
+@pytest.mark.parametrize('per', [None, 'batch', 'sample'])
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
+    (dense, d), (fast, f) = both(architecture, per)
+    assert isinstance(dense.where, Everywhere) and isinstance(fast.where, Entries)
+    for part in ('total', 'reconstruction', 'penalty', 'auxiliary'):
+        assert getattr(fast, part).item() == pytest.approx(getattr(dense, part).item(), rel=1e-5), part
+    assert torch.allclose(fast.x_hat, dense.x_hat, atol=1e-5)
+    for n in d:
+        assert d[n].abs().max() > 0, n
+        assert torch.allclose(f[n], d[n], rtol=0, atol=1e-5 * d[n].abs().max().item()), n
+    rows, cols = fast.where.rows, fast.where.cols
+    assert torch.allclose(dense.z[rows, cols], fast.z, atol=1e-6) and dense.z.count_nonzero() == fast.z.count_nonzero() > 0
+    fires = fast.h != 0
+    assert torch.allclose(dense.h.grad[rows, cols][fires], fast.h.grad[fires], atol=1e-6)
+
+@pytest.mark.parametrize('per', [None, 'batch', 'sample'])
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_the_masker_sees_the_same(architecture, per):
+    maskers = []
+    for loss, _ in both(architecture, per):
+        maskers.append(make_masker(ATMConfig(per=per or 'batch'), F, 10))
+        W_dec = sparse_sae(architecture).W_dec
+        maskers[-1].observe(loss.z, contribution(loss.h, loss.h.grad, W_dec, loss.where), mask(per), loss.where)
+    for n, dense in maskers[0].state_dict().items():
+        assert torch.allclose(torch.as_tensor(dense), torch.as_tensor(maskers[1].state_dict()[n]), atol=1e-6), n
+    assert maskers[0].contribution.abs().max() > 0
+
+def test_places_by_hand():
+    sae = SAE(SAEConfig(2, 40, 'topk', k=2))
+    pre = torch.zeros(2, 40)
+    pre[0, [3, 7]], pre[1, [0, 39]] = torch.tensor([2., 1.]), torch.tensor([1., 5.])
+    found = find_entries(sae, pre)
+    assert found.rows.tolist() == [0, 0, 1, 1] and sorted(found.cols[:2].tolist()) == [3, 7] and sorted(found.cols[2:].tolist()) == [0, 39]
+    assert found.at(torch.arange(40)).tolist() == found.cols.tolist()
+    assert found.mean(torch.tensor([1., 1., 1., 3.]))[found.cols[3]] == 1.5    # 3 over two samples
+    assert find_entries(SAE(SAEConfig(2, 40, 'batchtopk', k=1)), pre).cols.tolist() == [3, 39]
+
+def test_dense_where_skipping_does_not_pay():
+    x = samples()
+    crowded = SAE(SAEConfig(D, F, 'standard', l1=.1))                    # about half of all places fire
+    assert isinstance(crowded.loss(x, fast=True).where, Everywhere)
+    assert isinstance(SAE(SAEConfig(D, F, 'topk', k=F // 4)).loss(x, fast=True).where, Everywhere)
+    with torch.autocast('cpu', torch.bfloat16): assert isinstance(sparse_sae('topk').loss(x, fast=True).where, Everywhere)
+
+def test_nothing_fires():
+    sae = sparse_sae('standard')
+    sae.b_enc.data.fill_(-9.)
+    loss = sae.loss(samples(), fast=True)
+    loss.total.backward()
+    assert len(loss.z) == 0 and loss.penalty == 0 and sae.W_enc.grad.abs().max() == 0
+    assert torch.allclose(loss.x_hat, sae.b_dec.expand(B, D))
+
+class Same:
+    "Batches that repeat every five steps."
+    def __init__(self): self.i = 0
+    def __next__(self): self.i += 1; return samples(self.i % 5)
+
+def trained(architecture, **settings):
+    sae = sparse_sae(architecture)
+    masker = make_masker(ATMConfig(warmup=.2), F, 40)
+    history = train(sae, Same(), TrainConfig(40, B, lr=1e-3, log_every=10, dead_after=.2, **settings), masker, progress=False)
+    return sae, history
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_a_training_ends_alike(architecture, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(sae_module, 'find_entries', lambda *a: chosen.append(find_entries(*a)) or chosen[-1])
+    dense, slow = trained(architecture, fast=False)
+    assert not chosen
+    fast, quick = trained(architecture)
+    assert any(chosen)
+    assert torch.allclose(fast.W_dec, dense.W_dec, atol=1e-3) and torch.allclose(fast.W_enc, dense.W_enc, atol=1e-3)
+    assert slow.table.loss.values == pytest.approx(quick.table.loss.values, rel=1e-3)
+    assert slow.table.mask_rate.values == pytest.approx(quick.table.mask_rate.values, abs=.02)
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_bf16_trains_and_keeps_its_weights_in_fp32(architecture):
+    sae, history = trained(architecture, precision='bf16')
+    assert {p.dtype for p in sae.parameters()} == {torch.float32}
+    assert history.table.loss.iloc[-1] < history.table.loss.iloc[0] * 1.05
+    exact = trained(architecture)[1].table
+    assert history.table.reconstruction.values == pytest.approx(exact.reconstruction.values, rel=.05)
+
+def test_precision_is_one_of_three():
+    with pytest.raises(ValueError, match="precision must be 'auto', 'fp32' or 'bf16', not 'half'"): TrainConfig(1, precision='half')
+
+def test_the_encoder_lies_in_memory_as_its_gradient_does():
+    sae = sparse_sae('topk')
+    sae.loss(samples(), fast=True).total.backward()
+    assert sae.W_enc.stride() == sae.W_enc.grad.stride() == (1, D)
+
+def test_freed_memory_is_kept_or_not_with_an_answer():
+    assert keep_freed_memory() in (True, False)
