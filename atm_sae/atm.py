@@ -40,8 +40,8 @@ def contribution(
     where: Everywhere | Entries, # which latents h holds, and of how many samples
 ) -> Tensor:
     "How much |e|^2 of each sample would grow without each latent, shaped like h."
-    e_dot_d = grad_h * (-where.batch / 2)
-    return h * (h * where.at(W_dec.square().sum(1))).add_(e_dot_d, alpha=2)
+    square = where.at(W_dec.norm(dim=1).square())
+    return (h * square).add_(grad_h, alpha=-where.batch).mul_(h)
 
 # %% ../nbs/06_atm.ipynb #cell-22
 COMBINE = ('geometric', 'product', 'sum', 'magnitude', 'frequency', 'contribution')
