@@ -39,7 +39,8 @@ def atm_sae(method, task, start, batches):
     sae = SAE(SAEConfig(task['d_in'], task['d_sae'], base, **size))
     sae.load_state_dict({n: start[n] for n in sae.state_dict()})
     steps = task['steps']
-    config = TrainConfig(steps, task['batch_size'], task['lr'], lr_warmup=0, lr_decay=0, sparsity_warmup=0, dead_after=2)
+    config = TrainConfig(steps, task['batch_size'], task['lr'], lr_warmup=0, lr_decay=0, sparsity_warmup=0, dead_after=2,
+                         grad_clip=task.get('grad_clip', 1.))
     masker = make_masker(ATMConfig(), task['d_sae'], steps) if method.endswith('+atm') else None
     train(sae, batches, config, masker, progress=False)
     seconds = batches.seconds()

@@ -65,3 +65,44 @@ def test_quick_run_prints_its_tables(tmp_path):
     assert len(written['verdicts']) == 7 and [r['part'] for r in written['records']] == parts
     for r in written['records']:
         for s in r['seconds']: assert sum(s.values()) == pytest.approx(2 * s['total']) and min(s.values()) >= 0, r
+
+
+# ---- training steps
+
+@pytest.fixture(scope='module')
+def training(bench):
+    sys.modules['absorption'] = bench                       # beside it in the folder; the script's own import
+    spec = importlib.util.spec_from_file_location('benchmark_training', FOLDER/'training.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    del sys.modules['absorption']
+    return module
+
+
+def runs(seconds, loss=1.): return [dict(seconds=[9., *[s] * 5], loss=loss, l0=4., torch='2') for s in seconds]
+
+
+def test_training_verdicts_by_hand(training):
+    seconds = {who: (1., 2.) for who in training.contestants()} | {('atm-sae', 'topk', 'sae-lens'): (.25, .5), ('dictionary-learning', 'topk', 'dictionary-learning'): (.5, 1.)}
+    records = {who: runs(s) for who, s in seconds.items()}
+    records['sae-lens', 'standard', 'sae-lens'] = runs((1., 2.), loss=1.1)
+    found = training.verdicts(records).set_index('what')
+    line = found.loc['topk: times as fast as dictionary-learning, the faster of the two']
+    assert (line.measured, line.goal, line.verdict) == ('2.00 [2.00, 2.00]', 'at least 3', 'NOT met')
+    assert found.loc['ATM: time of a step over standard'].verdict == 'met'
+    assert found.loc['standard: loss over that of sae-lens'].to_dict() == dict(measured='0.91 [0.91, 0.91]', goal='within 2%', verdict='NOT met')
+    assert found.loc['jumprelu: loss over that of sae-lens'].verdict == 'met' and len(found) == 10
+    assert training.phases([9., 1, 2, 3, 4, 5, 6, 7, 9]) == (1.5, 7)
+    assert len(training.table(records)) == len(records)
+
+
+def test_training_worker_trains_what_it_was_given(training, tmp_path):
+    task = training.TASK | training.QUICK
+    unseen = training.write_task(tmp_path, task)
+    who = ('atm-sae', 'topk', 'sae-lens')
+    run = training.race(who, tmp_path, 1)
+    assert len(run['seconds']) == task['steps'] and min(run['seconds']) > 0
+    start = training.load_file(tmp_path/'start.safetensors')
+    (before, _), (after, l0) = training.final_loss(start, who, task, unseen), training.final_loss(run['weights'], who, task, unseen)
+    assert after < before and l0 <= task['k']
+    assert not training.torch.equal(run['weights']['W_enc'], start['W_enc'])
