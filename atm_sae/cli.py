@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -115,6 +116,11 @@ def _read_value(text: str) -> Any:
     except ValueError: return text
 
 # %% ../nbs/20_cli.ipynb #cell-28
+def _plain(kind: Any) -> type:
+    "int of `int | None`, tuple of `tuple[int, ...]`, and any other type as it is."
+    if isinstance(kind, UnionType): kind = next(k for k in get_args(kind) if k is not type(None))
+    return get_origin(kind) or kind
+
 def _fits(value: Any, kind: type) -> bool:
     "True if a field of this type takes the value."
     if value is None: return True
@@ -143,7 +149,7 @@ def _field_types() -> dict:
     from atm_sae.sae import SAEConfig
     from atm_sae.synthetic import WorldConfig
     from atm_sae.train import TrainConfig
-    return {f.name: f.type for kind in (WorldConfig, ActivationSpec, SAEConfig, TrainConfig, ATMConfig) for f in fields(kind)}
+    return {f.name: _plain(f.type) for kind in (WorldConfig, ActivationSpec, SAEConfig, TrainConfig, ATMConfig) for f in fields(kind)}
 
 # %% ../nbs/20_cli.ipynb #cell-33
 def _data(name: str, layer: int, settings: dict) -> Any:
