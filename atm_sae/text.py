@@ -390,6 +390,10 @@ def _document_rows(stream: np.ndarray, n_rows: int, context: int, bos: int, rng:
     return np.concatenate(out)
 
 # %% ../nbs/02_text.ipynb #cell-86
+def _interleave(sizes, gen):
+    "A random order of rows in which each kind, so many of each, is spread evenly."
+    return torch.cat([(torch.randperm(n, generator=gen) + torch.rand(n, generator=gen)) / n for n in sizes]).argsort()
+
 def mixed_tokens(
     tokenizer: 'PreTrainedTokenizerBase',  # any transformers tokenizer; with lines it needs word tokens
     n_tokens: int,                         # tokens in all, BOS included; rounded up to whole rows
@@ -410,4 +414,4 @@ def mixed_tokens(
     if n_lines:
         counts = np.bincount(stream, minlength=len(tokenizer))
         rows = torch.cat([rows, letter_lines(tokenizer, word_vocabulary(tokenizer), counts, n_lines, context, lines, seed)])
-    return rows[torch.randperm(n_rows, generator=generator(seed, 'mixture'))]
+    return rows[_interleave([n_rows - n_lines, n_lines], generator(seed, 'mixture'))]

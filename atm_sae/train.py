@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'METHODS', 'TrainConfig', 'lr_factor', 'sparsity_factor', 'L0Control', 'History', 'save_checkpoint',
            'load_checkpoint', 'keep_freed_memory', 'train', 'RunSpec', 'method_parts', 'default_lr', 'recipe', 'grid',
-           'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run', 'run_grid']
+           'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run', 'executor_pool', 'run_grid']
 
 # %% ../nbs/07_train.ipynb #cell-3
+import contextlib
 import ctypes
+import functools
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import get_context, parent_process
@@ -30,10 +33,10 @@ from tqdm import tqdm
 # %% ../nbs/07_train.ipynb #cell-4
 from .activations import ActivationSpec, CacheBatches, activation_key, get_activations
 from .atm import ATMConfig, ATMMasker, contribution, frequency, make_masker
-from .core import (atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
+from .core import (atomic_folder, atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
                           read_json, stable_hash, to_plain, write_json)
 from .lm import hook_point
-from .sae import SAE, SAEConfig, calibrate_l0, random_sae
+from .sae import SAE, SAEConfig, calibrate_l0, nested_share, random_sae
 from .synthetic import PlantedWorld, WorldBatches, WorldConfig
 
 # %% ../nbs/07_train.ipynb #cell-7
@@ -121,6 +124,7 @@ class _Trainer:
         self.control = L0Control(c.target_l0, device=device) if steered else None
         self.silent = torch.zeros(c.d_sae, device=device)                    # samples since each latent fired
         self.dead = torch.zeros(0, dtype=torch.long, device=device)          # latents silent for too long
+        self.share = nested_share(c).to(device) if len(c.ends) > 1 else None # of the nested dictionaries, those with each latent
         self.patience = config.dead_after * config.steps * config.batch_size # how long is too long
         self.broken = torch.full((2,), -1., device=device)                   # first step with bad x, with a bad loss
 
@@ -153,8 +157,9 @@ def _train_step(t, x):
     c, i = t.config, t.i
     x = x.to(t.sae.W_enc.device) * t.history.scale
     keep = None if t.masker is None else t.masker.sample(t.generator, len(x))
+    factor = keep if t.masker is None else t.masker.factor(keep)
     sparsity = sparsity_factor(i, c) * (1 if t.control is None else t.control.coefficient)
-    with _precision(c.precision, x.device): loss = t.sae.loss(x, keep, sparsity, t.dead, c.fast)
+    with _precision(c.precision, x.device): loss = t.sae.loss(x, factor, sparsity, t.dead, c.fast)
     loss.total.backward()
     _update(t, lr_factor(i, c))
     l0 = _watch(t, x, loss, keep)
@@ -179,7 +184,7 @@ def _watch(t, x, loss, keep):
     z, h, where = loss.z, loss.h, loss.where
     often = frequency(z, where)
     l0 = often.sum()
-    if t.masker is not None: t.masker.observe(z, contribution(h, h.grad, t.sae.W_dec, where), keep, where)
+    if t.masker is not None: t.masker.observe(z, contribution(h, h.grad, t.sae.W_dec, where, t.share, t.masker.effect), keep, where)
     if t.control is not None: t.control.observe(l0)
     t.sae.update_threshold(z)
     t.silent = torch.where(often > 0, 0, t.silent + len(x))
@@ -193,8 +198,8 @@ def _watch(t, x, loss, keep):
 def _row(t, x, loss, keep, sparsity, l0):
     "One row of COLUMNS as plain numbers."
     nan = x.new_tensor(torch.nan)
-    fvu = loss.reconstruction / ((x - x.mean(0)).square().sum() / len(x))
-    coefficient = nan if 'topk' in t.sae.config.architecture else torch.as_tensor(sparsity, device=x.device)
+    fvu = (x - loss.x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    coefficient = nan if t.sae.config.counts else torch.as_tensor(sparsity, device=x.device)
     theta = nan if t.masker is None else t.masker.threshold()
     mask_rate = nan if keep is None else 1 - keep.float().mean()
     values = [loss.total, loss.reconstruction, loss.penalty, fvu, l0, (t.silent > t.patience).sum(), coefficient, theta, mask_rate]
@@ -301,6 +306,7 @@ def train(
     masker: ATMMasker | None = None,  # or a BlindMasker
     folder: str | Path | None = None, # where checkpoints are written and looked for; None: nowhere
     progress: bool = True,            # show a progress bar
+    watch: Callable[[int, SAE, History], object] | None = None,  # called after each step; the SAE still takes x times `history.scale`
 ) -> History:
     "Train `sae`; afterwards it takes raw activations. Continues if `folder` holds a checkpoint."
     t = _Trainer(sae, batches, config, masker)
@@ -314,6 +320,7 @@ def train(
                 t.history.rows.append(row)
                 bar.set_postfix_str(f'fvu {row[5]:.3f} L0 {row[6]:.1f}', refresh=False)
             if t.i in config.snapshot_steps: t.history.snapshots[t.i] = _snapshot(masker)
+            if watch: watch(t.i, sae, t.history)
             due = path and t.i % config.checkpoint_every == 0 and t.i < config.steps
             if row or due: _stop_if_broken(t)
             if due: save_checkpoint(path, _trainer_state(t), _state_name(t))  # type: ignore[arg-type]  # due: there is a path
@@ -324,11 +331,14 @@ def train(
 # %% ../nbs/07_train.ipynb #cell-62
 _MODULES = ('core', 'synthetic', 'text', 'lm', 'activations', 'sae', 'atm', 'train')  # what a training run depends on
 
+@functools.cache
+def _code(): return code_hash(*_MODULES)
+
 # %% ../nbs/07_train.ipynb #cell-63
 @dataclass(frozen=True)
 class RunSpec:
     "Everything that determines a trained SAE."
-    method: str                   # one of METHODS
+    method: str                   # one of METHODS, or a variant
     data: WorldConfig | ActivationSpec
     sae: SAEConfig
     train: TrainConfig
@@ -344,17 +354,18 @@ class RunSpec:
     def key(self) -> str:
         "16 hex digits; the same for two specs that train the same SAE with the same code."
         data = activation_key(self.data) if isinstance(self.data, ActivationSpec) else self.data
-        return stable_hash(dict(code=code_hash(*_MODULES), data=data, sae=self.sae, train=self.train, atm=self.atm, untrained=self.method == 'random'))
+        return stable_hash(dict(code=_code(), data=data, sae=self.sae, train=self.train, atm=self.atm, untrained=self.method == 'random'))
 
     @property
     def name(self) -> str: return f'{self.method}, L0 {self.sae.k or self.sae.target_l0 or "free"}, seed {self.seed}'
 
 # %% ../nbs/07_train.ipynb #cell-65
-_BASES = ('standard', 'topk', 'batchtopk', 'jumprelu')
+_BASES = ('standard', 'topk', 'batchtopk', 'matryoshka', 'jumprelu')
 METHODS = ('atm', *_BASES, 'dropout', 'random', *(f'{b}+{m}' for b in _BASES[1:] for m in ('atm', 'dropout')))
 
 def method_parts(method: str) -> tuple[str, str]:
-    "Architecture and mask ('atm', 'dropout' or '') of a method's name."
+    "Architecture and mask ('atm', 'dropout' or '') of a method's name, with or without a variant."
+    method = method.partition(' ')[0]
     if method not in METHODS: raise ValueError(f'unknown method {method!r}: choose one of {", ".join(METHODS)}')
     if method in ('atm', 'dropout'): return 'standard', method
     base, _, mask = method.partition('+')
@@ -367,7 +378,7 @@ def default_lr(d_sae: int, architecture: str = 'topk') -> float:
 
 # %% ../nbs/07_train.ipynb #cell-70
 def recipe(
-    method: str,                        # one of METHODS
+    method: str,                        # one of METHODS, or a variant
     data: WorldConfig | ActivationSpec,
     d_in: int,                          # width of the activations
     d_sae: int,                         # number of latents
@@ -375,14 +386,15 @@ def recipe(
     steps: int,                         # optimiser steps
     seed: int = 0,                      # of weights, masks and the order of the data
     batch_size: int = 1024,             # samples a step
+    lr_scale: float = 1.,               # learning rate, in units of `default_lr`
     **overrides: Any,                   # any field of SAEConfig, TrainConfig or ATMConfig
 ) -> RunSpec:
     "The run that trains `method` to `l0`."
     base, mask = method_parts(method)
-    size = dict(k=round(l0)) if 'topk' in base else dict(target_l0=float(l0))
+    size = dict(target_l0=float(l0)) if base in ('standard', 'jumprelu') else dict(k=round(l0))
     sae = SAEConfig(d_in, d_sae, base, seed=seed, **size)
-    moments = tuple(round(share * steps) for share in (.1, .25, .5, .75, 1))
-    config = TrainConfig(steps, batch_size, lr=default_lr(d_sae, base), snapshot_steps=moments, seed=seed)
+    moments = tuple(round(share * steps) for share in (.1, .25, .5, .75, .9, 1))
+    config = TrainConfig(steps, batch_size, lr=lr_scale * default_lr(d_sae, base), snapshot_steps=moments, seed=seed)
     atm = {'atm': ATMConfig(), 'dropout': ATMConfig(blind=True)}.get(mask)
     sae, config, atm = (_override(c, overrides) for c in (sae, config, atm))
     if overrides: raise TypeError(f'{", ".join(sorted(overrides))}: no field of SAEConfig or TrainConfig, nor of ATMConfig if {method} has a mask')
@@ -396,17 +408,21 @@ def _override(config, overrides):
 
 # %% ../nbs/07_train.ipynb #cell-75
 def grid(
-    methods: Iterable[str],             # names in METHODS
+    methods: Sequence[str],             # names in METHODS, or variants of them
     data: WorldConfig | ActivationSpec, # activations that are not there yet are made
     targets: Sequence[float],           # wanted L0s
     seeds: Sequence[int],               # one run each
     d_sae: int,                         # number of latents
     steps: int,                         # optimiser steps
+    tuned: dict[str, dict[str, Any]] | None = None,  # {method: its own arguments}; variants need them, a blind control takes its twin's
     **settings: Any,                    # further arguments of `recipe`
 ) -> list[RunSpec]:
     "The recipes of every method at every L0 with every seed."
     d_in = data.d_in if isinstance(data, WorldConfig) else get_activations(data).d_in
-    return [recipe(m, data, d_in, d_sae, l0, steps, seed, **settings) for m in methods for l0 in targets for seed in seeds]
+    tuned = tuned or {}
+    if unknown := [m for m in methods if ' ' in m and m not in tuned]: raise ValueError(f'the variant {unknown[0]!r} needs an entry in `tuned`')
+    own = {m: settings | tuned.get(m.replace('dropout', 'atm'), {}) for m in methods}
+    return [recipe(m, data, d_in, d_sae, l0, steps, seed, **own[m]) for m in own for l0 in targets for seed in seeds]
 
 # %% ../nbs/07_train.ipynb #cell-78
 def data_batches(data: WorldConfig | ActivationSpec, batch_size: int, seed: int) -> WorldBatches | CacheBatches:
@@ -448,6 +464,7 @@ def _twin_rates(spec):
 
 def _make_run(spec, folder, progress, device):
     "Train, and write a run's folder; `run.json` comes last and makes it complete."
+    start = time.monotonic()
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     if batches.d_in != spec.sae.d_in: raise ValueError(f'the data are {batches.d_in} wide, but the SAE has d_in = {spec.sae.d_in}')
     if spec.method == 'random': sae, history = _control(spec, batches), History()
@@ -458,7 +475,8 @@ def _make_run(spec, folder, progress, device):
     if isinstance(spec.data, ActivationSpec): sae.metadata = hook_point(spec.data.model, spec.data.layer)
     sae.save(folder / 'sae')
     _save_history(history, folder)
-    write_json(folder / 'run.json', dict(name=spec.name, key=spec.key, spec=to_plain(spec), scale=history.scale, provenance=provenance([spec.seed])))
+    write_json(folder / 'run.json', dict(name=spec.name, key=spec.key, spec=to_plain(spec), scale=history.scale,
+                                      seconds=round(time.monotonic() - start, 2), provenance=provenance([spec.seed])))
     (folder / 'checkpoint.safetensors').unlink(missing_ok=True)
 
 # %% ../nbs/07_train.ipynb #cell-82
@@ -506,34 +524,83 @@ def _in_turn(specs):
         except Exception as e: yield spec, e
         else: yield spec, None
 
-def _side_by_side(specs, workers):
-    "Make runs in processes; yields each spec with its error or None."
+@contextlib.contextmanager
+def _processes(workers, _):
+    "A pool of processes on this machine, which end with the block."
     pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_end_with_parent)
-    try:
-        jobs = {pool.submit(_train_quietly, s): s for s in specs}
-        for job in as_completed(jobs): yield jobs[job], job.exception()
+    try: yield pool
     finally:
         for p in (getattr(pool, '_processes', None) or {}).values(): p.terminate()
         pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/07_train.ipynb #e7aaa94f
+@contextlib.contextmanager
+def _dask(workers, address):
+    "The pool of a Dask cluster: the one at `address`, or one of this machine's, which ends with the block."
+    try: from distributed import Client, LocalCluster
+    except ImportError: raise ImportError('the executor dask needs Dask distributed: pip install "atm-sae[cluster]"') from None
+    with contextlib.ExitStack() as stack:
+        try: client = Client(address or stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)), timeout=20)
+        except OSError as e: raise ConnectionError(f'no Dask scheduler answers at {address} ({e}): start one (dask scheduler), or check the address') from None
+        with stack.enter_context(client).get_executor(pure=False) as pool: yield pool
+
+_POOLS = dict(processes=_processes, dask=_dask)
+
+def executor_pool(
+    executor: str,  # 'processes', 'dask' or 'dask:ADDRESS'
+) -> tuple[Callable, str]:
+    "What opens the pool that an executor names, and its address; ValueError for an unknown one."
+    kind, _, address = executor.partition(':')
+    if kind not in _POOLS or (address and kind != 'dask'):
+        raise ValueError(f"unknown executor {executor!r}: use 'processes', 'dask' or 'dask:ADDRESS', such as 'dask:tcp://10.0.0.1:8786'")
+    return _POOLS[kind], address
+
+# %% ../nbs/07_train.ipynb #891255ef
+def _train_and_send(spec):
+    "Make a run in a worker; returns the folder's files, {path: bytes}."
+    _train_quietly(spec)
+    folder = run_folder(spec)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+def _receive(spec, files):
+    "Put the files of a run that was made elsewhere in its folder, wholly or not at all."
+    if is_complete(spec): return
+    with atomic_folder(run_folder(spec)) as part:
+        for name, data in files.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).write_bytes(data)
+
+# %% ../nbs/07_train.ipynb #ed3f419c
+def _side_by_side(specs, workers, executor):
+    "Make runs in a pool; yields each spec with its error or None."
+    (open_pool, address), far = executor_pool(executor), executor != 'processes'
+    with open_pool(workers, address) as pool:
+        jobs = {pool.submit(_train_and_send if far else _train_quietly, s): s for s in specs}
+        for job in as_completed(jobs):
+            if far and not job.exception(): _receive(jobs[job], job.result())
+            yield jobs[job], job.exception()
+
 # %% ../nbs/07_train.ipynb #cell-87
-def _make_all(todo, workers):
+def _make_all(todo, workers, executor):
     "Make runs, the blind controls last; yields each spec with its error or None."
     for blind in (False, True):
         part = [s for s in todo if (_twin(s) is not None) == blind]
-        yield from _side_by_side(part, min(workers, len(part))) if min(workers, len(part)) > 1 else _in_turn(part)
+        alone = executor == 'processes' and min(workers, len(part)) < 2
+        yield from _in_turn(part) if alone or not part else _side_by_side(part, min(workers, len(part)), executor)
 
 # %% ../nbs/07_train.ipynb #cell-88
 def run_grid(
     specs: Iterable[RunSpec],
     workers: int = 2,         # processes, each with one thread; 1: in this one
     progress: bool = True,    # a bar over the runs
+    executor: str | None = None,  # 'processes', 'dask' or 'dask:ADDRESS'; None: what ATM_SAE_EXECUTOR says, else processes
 ) -> list[Run]:
     "The runs of `specs`, in their order: loaded, or made first. RuntimeError names the run that failed."
-    specs = list(specs)
+    specs, executor = list(specs), executor or os.environ.get('ATM_SAE_EXECUTOR') or 'processes'
+    executor_pool(executor)   # raises for what it does not know
     todo = list({s.key: s for s in [*filter(None, map(_twin, specs)), *specs] if not is_complete(s)}.values())
     for data in {s.data for s in todo if isinstance(s.data, ActivationSpec)}: get_activations(data)
-    made = _make_all(todo, workers)
+    made = _make_all(todo, workers, executor)
     with tqdm(total=len(todo), desc='runs', disable=not (progress and todo)) as bar:
         for spec, error in made:
             if error: made.close(); raise RuntimeError(f'run "{spec.name}" ({spec.key}) failed: {type(error).__name__}: {error}') from error

@@ -6,7 +6,7 @@ import torch
 
 from atm_sae.atm import (COMBINE, ATMConfig, ATMMasker, BlindMasker, contribution, ema_, frequency, importance, importance_threshold,
                          magnitude, make_masker, masking_probability, seen_contribution)
-from atm_sae.sae import ARCHITECTURES, SAE, Everywhere, SAEConfig
+from atm_sae.sae import ARCHITECTURES, SAE, Everywhere, SAEConfig, nested_share, nested_x_hat
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -31,17 +31,18 @@ def test_contribution_by_hand():
 @pytest.mark.parametrize('per', ['none', 'batch', 'sample'])
 def test_contribution_is_leave_one_out(architecture, per):
     "For every architecture and mask, against really removing each latent."
-    sae = SAE(SAEConfig(8, 24, architecture, k=4 if 'topk' in architecture else None, seed=3)).double()
+    sae = SAE(SAEConfig(8, 24, architecture, k=4 if architecture in ('topk', 'batchtopk', 'matryoshka') else None, seed=3)).double()
     x = torch.randn(32, 8, generator=gen()).double()
     shape = dict(none=None, batch=(24,), sample=(32, 24))[per]
     loss = sae.loss(x, None if shape is None else torch.rand(shape, generator=gen(1)) < .7, sparsity=.5)
     loss.total.backward()
-    free = contribution(loss.h, loss.h.grad, sae.W_dec, loss.where)
+    free = contribution(loss.h, loss.h.grad, sae.W_dec, loss.where, nested_share(sae.config))
+    nested_error = lambda h: torch.stack([(x - part).square().sum(1) for part in nested_x_hat(sae, h, loss.where)]).mean(0)
     with torch.no_grad():
         for i in range(24):
             h = loss.h.clone()
             h[:, i] = 0
-            direct = (x - sae.decode(h)).square().sum(1) - (x - loss.x_hat).square().sum(1)
+            direct = nested_error(h) - nested_error(loss.h)
             assert torch.allclose(free[:, i], direct, atol=1e-5)
 
 def test_importance_by_hand():

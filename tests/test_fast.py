@@ -4,11 +4,11 @@ import torch
 
 from atm_sae import sae as sae_module
 from atm_sae.atm import ATMConfig, contribution, make_masker
-from atm_sae.sae import ARCHITECTURES, SAE, Entries, Everywhere, SAEConfig, find_entries
+from atm_sae.sae import ARCHITECTURES, SAE, Entries, Everywhere, SAEConfig, find_entries, nested_share
 from atm_sae.train import TrainConfig, keep_freed_memory, train
 
 D, F, B = 24, 300, 50
-SIZES = dict(standard=dict(l1=.1), topk=dict(k=4), batchtopk=dict(k=4), jumprelu=dict(target_l0=5., init_threshold=.5))
+SIZES = dict(standard=dict(l1=.1), topk=dict(k=4), batchtopk=dict(k=4), matryoshka=dict(k=4), jumprelu=dict(target_l0=5., init_threshold=.5))
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def test_the_masker_sees_the_same(architecture, per):
     for loss, _ in both(architecture, per):
         maskers.append(make_masker(ATMConfig(per=per or 'batch'), F, 10))
         W_dec = sparse_sae(architecture).W_dec
-        maskers[-1].observe(loss.z, contribution(loss.h, loss.h.grad, W_dec, loss.where), mask(per), loss.where)
+        maskers[-1].observe(loss.z, contribution(loss.h, loss.h.grad, W_dec, loss.where, nested_share(sparse_sae(architecture).config)), mask(per), loss.where)
     for n, dense in maskers[0].state_dict().items():
         assert torch.allclose(torch.as_tensor(dense), torch.as_tensor(maskers[1].state_dict()[n]), atol=1e-6), n
     assert maskers[0].contribution.abs().max() > 0

@@ -12,7 +12,7 @@ from atm_sae.sae import (ARCHITECTURES, SAE, SAEConfig, auxk_loss, batch_topk, c
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 def config(architecture, **more):
-    size = dict(k=2) if 'topk' in architecture else {}
+    size = dict(k=2) if architecture in ('topk', 'batchtopk', 'matryoshka') else {}
     return SAEConfig(6, 12, architecture, seed=1, **size | more)
 
 def identity(architecture='standard', **more):
@@ -25,7 +25,7 @@ def identity(architecture='standard', **more):
 # ---- configuration
 
 @pytest.mark.parametrize('settings, text', [
-    (dict(architecture='tpok'), "unknown architecture 'tpok': choose one of standard, topk, batchtopk, jumprelu"),
+    (dict(architecture='tpok'), "unknown architecture 'tpok': choose one of standard, topk, batchtopk, matryoshka, jumprelu"),
     (dict(architecture='topk'), 'topk needs k'), (dict(architecture='batchtopk', k=99), '1 <= k <= 12, not 99'),
     (dict(target_l0=0), 'target_l0 must lie between 0 and d_sae = 12'), (dict(target_l0=12.), 'target_l0')])
 def test_config_refuses(settings, text):
@@ -203,7 +203,7 @@ def trained(architecture):
     "An SAE with all its numbers moved a little, as training does."
     sae = SAE(config(architecture))
     sae.b_dec.data, sae.b_enc.data = torch.randn(6, generator=gen(1)), .1 * torch.randn(12, generator=gen(2))
-    if architecture == 'batchtopk': sae.threshold.fill_(.3)
+    if sae.config.pools: sae.threshold.fill_(.3)
     return sae
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
