@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'METHOD_COLOURS', 'SUMMARY_COLUMNS', 'SMOKE', 'method_name', 'method_style', 'set_style', 'Interval',
            'mean_interval', 'format_number', 'format_interval', 'score_runs', 'summarise', 'summary_table', 'pretty',
-           'at_l0', 'paired_difference', 'claim_verdict', 'difference_table', 'compare_published', 'label_ends',
-           'plot_curves', 'plot_intervals', 'stamp', 'save_figure', 'to_markdown', 'to_latex', 'save_table',
-           'save_summary', 'read_summary', 'reports_folder']
+           'read_at', 'at_l0', 'paired_difference', 'claim_verdict', 'difference_table', 'compare_published',
+           'label_ends', 'plot_curves', 'plot_intervals', 'stamp', 'save_figure', 'to_markdown', 'to_latex',
+           'save_table', 'save_summary', 'read_summary', 'reports_folder']
 
 # %% ../nbs/13_report.ipynb #cell-3
 import contextlib, itertools, math
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from atm_sae.train import Run
 
 # %% ../nbs/13_report.ipynb #cell-6
-METHOD_NAMES = {'atm': 'ATM', 'topk': 'TopK', 'batchtopk': 'BatchTopK', 'jumprelu': 'JumpReLU', 'standard': 'ReLU + L1',
+METHOD_NAMES = {'atm': 'ATM', 'topk': 'TopK', 'batchtopk': 'BatchTopK', 'matryoshka': 'Matryoshka', 'jumprelu': 'JumpReLU', 'standard': 'ReLU + L1',
                 'dropout': 'ReLU + dropout', 'random': 'random', 'pretrained': 'pretrained'}
 
-METHOD_COLOURS = {'atm': '#D55E00', 'topk': '#0072B2', 'batchtopk': '#56B4E9', 'jumprelu': '#009E73', 'standard': '#303030',
+METHOD_COLOURS = {'atm': '#D55E00', 'topk': '#0072B2', 'batchtopk': '#56B4E9', 'matryoshka': '#A020F0', 'jumprelu': '#009E73', 'standard': '#303030',
                   'dropout': '#E69F00', 'random': '#BBBBBB', 'pretrained': '#4B0082'}
 
 # %% ../nbs/13_report.ipynb #cell-8
@@ -51,10 +51,12 @@ def method_name(method: str) -> str:
 # %% ../nbs/13_report.ipynb #cell-9
 def method_style(method: str) -> dict[str, str]:
     "Keyword arguments for `ax.plot`: colour of the base, marker and line of the mask."
-    base, mask = _parts(method.partition(' ')[0])
+    name, _, variant = method.partition(' ')
+    base, mask = _parts(name)
     _, marker, line = _MASKS[mask]
+    if variant: marker, line = '^', '-.'
     colour = METHOD_COLOURS[base]
-    return dict(color=colour, marker=marker, linestyle=line, markerfacecolor='white' if mask else colour)
+    return dict(color=colour, marker=marker, linestyle=line, markerfacecolor='white' if mask or variant else colour)
 
 # %% ../nbs/13_report.ipynb #cell-16
 _STYLE = {
@@ -191,21 +193,25 @@ def pretty(
     return pd.DataFrame(lines).assign(**({'method': lambda d: d.method.map(method_name)} if 'method' in index else {}))
 
 # %% ../nbs/13_report.ipynb #cell-46
-def at_l0(
-    rows: pd.DataFrame,                               # DataFrame with l0 and the metrics, several sparsities for each group
-    l0: float,                                        # where to read the curves
+def read_at(
+    rows: pd.DataFrame,                               # DataFrame with `axis` and the metrics, several rows for each group
+    axis: str, at: float,                             # the column along which curves run, and where to read them
     values: str | Iterable[str],                      # metrics to read
     by: Iterable[str] = ('world', 'method', 'seed'),  # what names one curve
 ) -> pd.DataFrame:
-    "Each curve's metrics at the same `l0`, by linear interpolation in log L0; NaN outside its range."
+    "Each curve's metrics at one place, by linear interpolation (along log L0 if that is the axis); NaN outside its range."
     by, values = list(by), [values] if isinstance(values, str) else list(values)
-    _need(rows, by + ['l0'] + values, 'at_l0')
-    out = []
+    _need(rows, by + [axis] + values, 'read_at')
+    scale, out = np.log if axis == 'l0' else np.asarray, []
     for key, curve in rows.groupby(by, sort=False, dropna=False):
-        curve = curve.sort_values('l0')
-        read = {v: float(np.interp(math.log(l0), np.log(curve.l0), curve[v], left=math.nan, right=math.nan)) for v in values}
-        out.append(dict(zip(by, key)) | {'sparsity': l0, 'l0': float(l0)} | read)
-    return pd.DataFrame(out)
+        curve = curve.sort_values(axis)
+        read = {v: float(np.interp(scale(at), scale(curve[axis]), curve[v], left=math.nan, right=math.nan)) for v in values}
+        out.append(dict(zip(by, key)) | {axis: float(at)} | read)
+    return pd.DataFrame(out, columns=[*by, axis, *values])
+
+def at_l0(rows: pd.DataFrame, l0: float, values: str | Iterable[str], by: Iterable[str] = ('world', 'method', 'seed')) -> pd.DataFrame:
+    "Each curve's metrics at the same `l0`, which stands as its sparsity, too."
+    return read_at(rows, 'l0', l0, values, by).assign(sparsity=l0)
 
 # %% ../nbs/13_report.ipynb #cell-50
 def paired_difference(
