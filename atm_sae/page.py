@@ -12,6 +12,7 @@ import pandas as pd
 from .core import atomic_write
 from .manifest import Experiment, Manifest, claim_verdicts, published_verdicts, read_record, stale_reason
 from .report import SMOKE, format_interval, format_number, method_name, to_markdown
+from .verdict import verdict_sentences
 
 # %% ../nbs/17_page.ipynb #cell-6
 def _comparison(table):
@@ -91,7 +92,8 @@ def landing_page(
 ) -> str:
     "The landing page as Markdown."
     about = manifest.profiles[profile]["description"].rstrip('.') + '.'
-    parts = [f'# Results, profile {profile}', f'**{SMOKE}**' if profile == 'smoke' else '', about, _RULE, _overview(manifest, profile, out)]
+    verdict = '\n'.join(f'{i}. {s}' for i, s in enumerate(verdict_sentences(out), 1))
+    parts = [f'# Results, profile {profile}', f'**{SMOKE}**' if profile == 'smoke' else '', verdict, about, _RULE, _overview(manifest, profile, out)]
     group = ''
     for e in manifest.of(profile):
         if e.group != group: parts.append(f'## {e.group}')
@@ -169,6 +171,14 @@ def _card(manifest, experiment, profile, folder, prefix):
                    'links': [f for p, words in made for f in _files([p], folder, prefix, lambda _: words)] + tables, 'runtime': clock(record['seconds'])}
 
 # %% ../nbs/17_page.ipynb #cell-27
+def _verdict(folders):
+    "The sentences of the verdict, each with its subject, of the largest profile that has one: [(subject, sentence)]."
+    for profile in sorted(folders, key=lambda p: (p == 'smoke', p != 'full')):
+        if said := verdict_sentences(folders[profile]):
+            found = [re.fullmatch(r'\*\*(.+?)\*\*[:,]? *(.*)', s) for s in said]
+            return [(f'{m[1]} ({profile})', m[2]) for m in found if m]
+    return []
+
 def _headline(cards):
     "Three sentences that sum up the cards, each with its subject: [(subject, sentence)]."
     counted = [c for c in cards if not c['smoke']]
@@ -451,7 +461,7 @@ def html_page(
     template = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.ChainableUndefined).from_string(
         _TEMPLATE_TABLES + _TEMPLATE_CARD + _TEMPLATE_HEAD + _TEMPLATE_MAIN)
     return template.render(style=_style(), script=_SCRIPT_SORT + _SCRIPT_FILTER + _SCRIPT_THEME, rule=_RULE.replace('*', ''), formulas=_formulas(),
-                           headline=_headline(cards), profiles=list(folders), cards=cards, **rows, published_columns=_PUBLISHED, claim_columns=_CLAIMS,
+                           headline=[*_verdict(folders), *_headline(cards)], profiles=list(folders), cards=cards, **rows, published_columns=_PUBLISHED, claim_columns=_CLAIMS,
                            verdicts=sorted({v for c in cards for v in c['verdicts']}),
                            descriptions=[(p, manifest.profiles[p]['description'].rstrip('.') + '.') for p in folders]).lstrip() + '\n'
 

@@ -7,7 +7,7 @@ __all__ = ['METHOD_NAMES', 'METHOD_COLOURS', 'SUMMARY_COLUMNS', 'SMOKE', 'method
            'mean_interval', 'format_number', 'format_interval', 'score_runs', 'summarise', 'summary_table', 'pretty',
            'read_at', 'at_l0', 'paired_difference', 'claim_verdict', 'difference_table', 'compare_published',
            'label_ends', 'plot_curves', 'plot_intervals', 'stamp', 'save_figure', 'to_markdown', 'to_latex',
-           'save_table', 'save_summary', 'read_summary', 'reports_folder']
+           'save_table', 'save_summary', 'read_summary', 'save_runs', 'reports_folder']
 
 # %% ../nbs/13_report.ipynb #cell-3
 import contextlib, itertools, math
@@ -526,6 +526,13 @@ def read_summary(path: Path | str) -> pd.DataFrame:
     table = pd.read_csv(path, keep_default_na=True)
     _need(table, SUMMARY_COLUMNS, f'read_summary({Path(path).name})')
     return table
+
+def save_runs(rows: pd.DataFrame, folder: Path | str, name: str) -> Path:
+    "Write the rows behind a summary, one for each SAE, to tables/name-runs.csv in the reports folder; returns the path."
+    _need(rows, [*_BY, 'seed', 'l0'], 'save_runs')
+    path = Path(folder)/'tables'/f'{name}-runs.csv'
+    with atomic_write(path) as part: _to_csv(rows, part)
+    return path
 
 # %% ../nbs/13_report.ipynb #cell-104
 def reports_folder(

@@ -254,6 +254,16 @@ def _run_all(manifest, chosen, profile, out, force, dry_run, say):
         say(f'{label}: {_describe(s, read_record(out, e.name))}')
     return done
 
+# %% ../nbs/18_reproduce.ipynb #00638254
+def _estimate(manifest, chosen, profile, out, force):
+    "How long the objects that would run took last time, in words."
+    todo = [e for e in manifest.of(profile) if e.name in chosen and (force or stale_reason(manifest, e, profile, out))]
+    known = [r for e in todo if (r := read_record(out, e.name))]
+    if not todo: return 'estimate: nothing to do'
+    if not known: return f'estimate: unknown, no record of {len(todo)} object{"s" * (len(todo) > 1)}; see the budget'
+    rest = f'; {len(todo) - len(known)} more were never run' if len(known) < len(todo) else ''
+    return f'estimate: {sum(r["seconds"] for r in known) / 60:.0f} minutes for {len(known)} objects on {known[0]["cores"]} cores of {known[0]["cpu"]}, where nothing is in the cache{rest}'
+
 # %% ../nbs/18_reproduce.ipynb #cell-40
 def _describe(s, record):
     "One line about a status; for a failure also the last lines of its error, for a plan the time it took last."
@@ -323,6 +333,7 @@ def reproduce(
     chosen = {e.name for e in picked}
     out = Path(out or default_out(profile)).resolve()
     say(f'profile {profile}: {about["description"]}; budget: {about["budget"]}' + (f'; needs: {about["needs"]}' if about.get('needs') else ''))
+    say(_estimate(plan, chosen, profile, out, force))
     if dry_run: return _run_all(plan, chosen, profile, out, force, True, say)
     if executor: executor_pool(executor)   # raises for what it does not know
     _check_writable(out)
