@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from atm_sae.atm import (COMBINE, ATMConfig, ATMMasker, BlindMasker, contribution, ema_, frequency, importance, importance_threshold,
+from atm_sae.atm import (COMBINE, EFFECTS, ATMConfig, ATMMasker, BlindMasker, contribution, ema_, frequency, importance, importance_threshold,
                          magnitude, make_masker, masking_probability, seen_contribution)
 from atm_sae.sae import ARCHITECTURES, SAE, Everywhere, SAEConfig, nested_share, nested_x_hat
 
@@ -26,6 +26,14 @@ def test_contribution_by_hand():
     h = torch.tensor([[2., 1.]], requires_grad=True)
     (torch.tensor([[3., 1.]]) - h @ torch.eye(2)).square().sum().backward()
     assert contribution(h.detach(), h.grad, torch.eye(2), Everywhere(1)).tolist() == [[8, 1]]
+
+def test_effects_by_hand():
+    "The sample above: residual (1, 0), so the first-order gain is 2 * 2 * 1 and 0, and the squares are 4 and 1; the second latent in half of two nested ones."
+    h, grad, share = torch.tensor([[2., 1.]]), torch.tensor([[-2., 0.]]), torch.tensor([1., .5])
+    found = {e: contribution(h, grad, torch.eye(2), Everywhere(1), effect=e).tolist() for e in EFFECTS}
+    assert found == {'exact': [[8, 1]], 'first-order': [[4, 0]], 'norm': [[4, 1]]}
+    shared = {e: contribution(h, grad, torch.eye(2), Everywhere(1), share, e).tolist() for e in EFFECTS}
+    assert shared == {'exact': [[8, .5]], 'first-order': [[4, 0]], 'norm': [[4, .5]]}
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
 @pytest.mark.parametrize('per', ['none', 'batch', 'sample'])
@@ -132,6 +140,66 @@ def test_sampling_rate_warmup_and_shape():
     assert masker.sample(g, 7).shape == (7, 3)
     with pytest.raises(ValueError, match='needs their number'): masker.sample(g)
 
+def at(p, **options):
+    "A masker whose probabilities are `p`, whatever it sees."
+    masker = ATMMasker(len(p), **options)
+    masker.mask_probability = lambda: torch.tensor(p)
+    return masker
+
+P, DRAWS = [0., .1, .4, .4, .9], 20_000
+TOLERANCE = 5 * (torch.tensor(P) * (1 - torch.tensor(P)) / DRAWS).sqrt()   # five standard errors of a share
+
+@pytest.mark.parametrize('draw', ['independent', 'nested'])
+def test_either_draw_hides_the_same_share_on_average(draw):
+    hidden = ~at(P, draw=draw, per='sample').sample(gen(), DRAWS)
+    assert ((hidden.float().mean(0) - torch.tensor(P)).abs() <= TOLERANCE).all()
+    assert hidden.sum(1).unique().tolist() == ([0, 1, 3, 4] if draw == 'nested' else [0, 1, 2, 3, 4])
+
+def test_one_number_decides_over_a_nested_mask():
+    "u below .1, .4, .9, or above: there are four masks."
+    masks = {tuple(at(P, draw='nested').sample(gen(s)).int().tolist()) for s in range(60)}
+    assert masks == {(1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 1, 0), (1, 1, 1, 1, 1)}
+
+def test_a_nested_draw_hides_the_least_important():
+    masker, z = ATMMasker(20, draw='nested', per='sample'), torch.rand(64, 20, generator=gen()) * torch.rand(20, generator=gen(1))
+    masker.observe(z, z.square())
+    kept = masker.sample(gen(), 200)[:, masker.importance().argsort()]
+    assert (kept[:, 1:] >= kept[:, :-1]).all() and len(kept.sum(1).unique()) > 5
+
+@pytest.mark.parametrize('draw', ['independent', 'nested'])
+def test_rescaled_latents_keep_their_mean(draw):
+    "Dropout's factor, keep / (1 - p), has mean 1 and variance p / (1 - p)."
+    masker = at(P, draw=draw, per='sample', rescale=True)
+    sae, x = SAE(SAEConfig(4, 5, seed=1)), torch.randn(1, 4, generator=gen()).expand(DRAWS, 4)
+    loss = sae.loss(x, masker.factor(masker.sample(gen(1), DRAWS)))
+    p = torch.tensor(P)
+    assert (loss.z[0] * p > 0).sum() > 1             # some of those that fire are hidden at times
+    assert ((loss.h.mean(0) - loss.z[0]).abs() <= 5 * loss.z[0] * (p / (1 - p) / DRAWS).sqrt() + 1e-5).all()
+
+def test_factor_by_hand():
+    keep = torch.tensor([True, True, True, False, False])
+    assert torch.allclose(at(P, rescale=True).factor(keep), torch.tensor([1, 1 / .9, 1 / .6, 0, 0]))
+    assert at(P).factor(keep) is keep
+    assert at(P, rescale=True, warmup=1).factor(keep[:3].repeat(2)[:5]).tolist() == [1] * 5    # nothing is hidden yet, and nothing enlarged
+
+def test_the_mask_fades_to_nothing():
+    "Over the last 10 of 30 steps, after a warm-up of 5."
+    masker, z = ATMMasker(3, warmup=5, anneal=10, end=30), torch.tensor([[3., 1., 0.]])
+    masker.observe(z, z.square())
+    full = masking_probability(masker.importance(), masker.threshold())
+    assert full.max() > 0
+    for steps, share in {4: 0, 5: 1, 20: 1, 21: .9, 25: .5, 29: .1}.items():
+        masker.steps = steps
+        assert torch.allclose(masker.current_probability(), share * full), steps
+    for steps in (30, 31):
+        masker.steps = steps
+        assert masker.current_probability().tolist() == [0] * 3 and masker.sample(gen()).all()
+
+def test_without_annealing_the_mask_stays():
+    masker, z = make_masker(ATMConfig(), 3, 2), torch.tensor([[3., 1., 0.]])
+    for _ in range(5): masker.observe(z, z.square())
+    assert masker.current_probability().max() > 0
+
 def test_sampling_is_reproducible():
     masker = ATMMasker(50)
     masker.observe(z := torch.rand(8, 50, generator=gen(0)), z)
@@ -145,6 +213,12 @@ def test_blind_masker_hides_at_the_rate_of_the_step_and_does_not_look():
         seen.append(blind.mask_probability().tolist())
     assert seen == [[0.] * 4, [.5] * 4, [.25] * 4, [.25] * 4] and torch.equal(blind.importance(), atm.importance())
 
+def test_a_blind_mask_does_not_fade_twice():
+    "The rates are those of a twin that fades itself."
+    blind = BlindMasker(4, rates=[.5, .25], anneal=2, end=2)
+    blind.steps = 1
+    assert blind.current_probability().tolist() == [.25] * 4
+
 def test_state_round_trip():
     a, b = ATMMasker(6), ATMMasker(6)
     for s in range(5):
@@ -156,10 +230,14 @@ def test_state_round_trip():
 def test_make_masker():
     assert make_masker(None, 4, 100) is None
     assert make_masker(ATMConfig(warmup=.3, per='sample'), 4, 100).warmup == 30
+    masker = make_masker(ATMConfig(effect='norm', draw='nested', rescale=True, anneal=.25), 4, 100)
+    assert (masker.effect, masker.draw, masker.rescale, masker.anneal, masker.end) == ('norm', 'nested', True, 25, 100)
     assert make_masker(ATMConfig(blind=True), 4, 100, rates=[.3]).rates == [.3] and type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
 
 @pytest.mark.parametrize('settings, text', [
     (dict(combine='mean'), "unknown combine 'mean': choose one of geometric"), (dict(per='token'), "'batch' or 'sample'"),
+    (dict(effect='second-order'), "unknown effect 'second-order': choose one of exact, first-order, norm"),
+    (dict(draw='sorted'), "draw must be 'independent' or 'nested', not 'sorted'"), (dict(anneal=1.5), 'anneal is a share of the steps, 0 to 1, not 1.5'),
     (dict(decay=1.), 'decay must lie in'), (dict(r=-1.), 'r must not be negative'), (dict(warmup=2.), 'warmup is a share')])
 def test_config_refuses(settings, text):
     with pytest.raises(ValueError, match=text): ATMConfig(**settings)

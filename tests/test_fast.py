@@ -8,22 +8,23 @@ from atm_sae.sae import ARCHITECTURES, SAE, Entries, Everywhere, SAEConfig, find
 from atm_sae.train import TrainConfig, keep_freed_memory, train
 
 D, F, B = 24, 300, 50
-SIZES = dict(standard=dict(l1=.1), topk=dict(k=4), batchtopk=dict(k=4), matryoshka=dict(k=4), jumprelu=dict(target_l0=5., init_threshold=.5))
+SIZES = dict(standard=dict(l1=.1), tanh=dict(l1=.1, penalty='tanh'), topk=dict(k=4), batchtopk=dict(k=4), matryoshka=dict(k=4), jumprelu=dict(target_l0=5., init_threshold=.5))
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 def sparse_sae(architecture):
     "An SAE of which some 2% of the latents fire on `samples()`, with biases that are not zero."
-    sae = SAE(SAEConfig(D, F, architecture, seed=2, **SIZES[architecture]))
+    sae = SAE(SAEConfig(D, F, 'standard' if architecture == 'tanh' else architecture, seed=2, **SIZES[architecture]))
     sae.b_dec.data = .05 * torch.randn(D, generator=gen(1))
-    sae.b_enc.data = .02 * torch.randn(F, generator=gen(2)) - (.4 if architecture == 'standard' else 0)
+    sae.b_enc.data = .02 * torch.randn(F, generator=gen(2)) - (.4 if architecture in ('standard', 'tanh') else 0)
     return sae
 
 def samples(seed=0): return .2 * torch.randn(B, D, generator=gen(seed))
 
 def mask(per):
     if per is None: return None
+    if per == 'rescaled': return mask('sample') / torch.linspace(.4, .8, F)
     return torch.rand((F,) if per == 'batch' else (B, F), generator=gen(3)) < .6
 
 def both(architecture, per):
@@ -37,8 +38,8 @@ def both(architecture, per):
     return out
 
 
-@pytest.mark.parametrize('per', [None, 'batch', 'sample'])
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize('per', [None, 'batch', 'sample', 'rescaled'])
+@pytest.mark.parametrize('architecture', [*ARCHITECTURES, 'tanh'])
 def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
     (dense, d), (fast, f) = both(architecture, per)
     assert isinstance(dense.where, Everywhere) and isinstance(fast.where, Entries)
@@ -74,6 +75,17 @@ def test_places_by_hand():
     assert found.at(torch.arange(40)).tolist() == found.cols.tolist()
     assert found.mean(torch.tensor([1., 1., 1., 3.]))[found.cols[3]] == 1.5    # 3 over two samples
     assert find_entries(SAE(SAEConfig(2, 40, 'batchtopk', k=1)), pre).cols.tolist() == [3, 39]
+
+def test_pieces_of_a_dictionary_by_hand():
+    "Latents 0, 2 and 3 of two samples; the second sample has none before 2, and no sample any from 4 on."
+    where, W = Entries(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3]), 2, 5), torch.tensor([[1.], [10.], [100.], [1000.], [9.]])
+    h = torch.tensor([1., 2., 3.], requires_grad=True)
+    pieces = {(a, b): where.decode(h, W, a, b) for a, b in [(0, 2), (2, 3), (2, 5), (3, 3), (4, 5)]}
+    assert {k: p.flatten().tolist() for k, p in pieces.items()} == {(0, 2): [1, 0], (2, 3): [200, 0], (2, 5): [200, 3000], (3, 3): [0, 0], (4, 5): [0, 0]}
+    sum(p.sum() for p in pieces.values()).backward()
+    assert h.grad.tolist() == [1, 2 * 100, 1000]     # the piece from 2 to 3 lies in the one from 2 to 5
+    full = torch.tensor([[1., 0, 2, 0, 0], [0, 0, 0, 3, 0]])
+    for (a, b), p in pieces.items(): assert torch.equal(Everywhere(2).decode(full, W, a, b), p)
 
 def test_dense_where_skipping_does_not_pay():
     x = samples()

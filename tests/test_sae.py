@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atm_sae.sae import (ARCHITECTURES, SAE, SAEConfig, auxk_loss, batch_topk, calibrate_l0, geometric_median, jump_relu, l0_penalty,
-                         l1_penalty, project_rows_, random_sae, squared_error, step, topk)
+from atm_sae.sae import (ARCHITECTURES, SAE, Entries, Everywhere, SAEConfig, auxk_loss, batch_topk, calibrate_l0, gate_latents, geometric_median,
+                         jump_relu, l0_penalty, l1_penalty, nested_share, nested_x_hat, project_rows_, random_sae, squared_error, step,
+                         tanh_penalty, topk)
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -27,12 +28,24 @@ def identity(architecture='standard', **more):
 @pytest.mark.parametrize('settings, text', [
     (dict(architecture='tpok'), "unknown architecture 'tpok': choose one of standard, topk, batchtopk, matryoshka, jumprelu"),
     (dict(architecture='topk'), 'topk needs k'), (dict(architecture='batchtopk', k=99), '1 <= k <= 12, not 99'),
-    (dict(target_l0=0), 'target_l0 must lie between 0 and d_sae = 12'), (dict(target_l0=12.), 'target_l0')])
+    (dict(target_l0=0), 'target_l0 must lie between 0 and d_sae = 12'), (dict(target_l0=12.), 'target_l0'),
+    (dict(architecture='matryoshka'), 'matryoshka needs k'), (dict(penalty='l2'), "penalty must be 'l1' or 'tanh', not 'l2'"),
+    *((dict(prefixes=bad), 'growing shares of the dictionary and end with 1') for bad in [(.5,), (0, 1), (.5, .25, 1), (.5, .5, 1), (.5, 1, 2)])])
 def test_config_refuses(settings, text):
     with pytest.raises(ValueError, match=text.replace('(', r'\(')): SAEConfig(6, 12, **settings)
 
 def test_config_refuses_sizes():
     with pytest.raises(ValueError, match='must be positive'): SAEConfig(0, 12)
+
+def test_ends_by_hand():
+    assert SAEConfig(6, 40, 'matryoshka', k=1).ends == (2, 5, 10, 20, 40)             # 2.5 is rounded to the even 2
+    assert SAEConfig(6, 8, 'matryoshka', k=1).ends == (1, 1, 2, 4, 8)                 # none is empty
+    assert SAEConfig(6, 8, 'matryoshka', k=1, prefixes=[.7, 1]).ends == (6, 8)
+    assert {SAEConfig(6, 8, a, k=1).ends for a in ARCHITECTURES if a != 'matryoshka'} == {(8,)}
+
+def test_prefixes_of_a_list_are_the_same_config():
+    "JSON has no tuples."
+    assert hash(SAEConfig(6, 8, prefixes=[.5, 1])) == hash(SAEConfig(6, 8, prefixes=(.5, 1))) and SAEConfig(6, 8, prefixes=[.5, 1]).prefixes == (.5, 1)
 
 def test_same_seed_same_weights():
     a, b, c = SAE(config('standard')), SAE(config('topk')), SAE(SAEConfig(6, 12, seed=2))
@@ -89,6 +102,16 @@ def test_squared_error_by_hand():
 def test_l1_by_hand():
     assert l1_penalty(torch.tensor([1., 2.]), torch.tensor([[1., 0.], [3., 4.]])) == 1 + 10
 
+def test_tanh_by_hand():
+    h, W_dec = torch.tensor([[.5, 0.], [1., .25]], requires_grad=True), torch.tensor([[1., 0.], [0., 2.]])
+    price = tanh_penalty(h, W_dec, Everywhere(2))               # (tanh 2 + tanh 4 + tanh 2) / 2
+    price.backward()
+    assert price.item() == pytest.approx((.96403 + .99933 + .96403) / 2, abs=1e-5)
+    # slope 4 |d| (1 - tanh^2) / 2
+    assert h.grad.flatten().tolist() == pytest.approx([2 * (1 - .96403**2), 4, 2 * (1 - .99933**2), 4 * (1 - .96403**2)], abs=1e-4)
+    entries = Entries(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2)
+    assert tanh_penalty(torch.tensor([.5, 1., .25]), W_dec, entries).item() == pytest.approx(price.item())
+
 def test_l0_by_hand():
     assert l0_penalty(torch.tensor(6.)) == 6 and l0_penalty(torch.tensor(6.), 4) == .25
 
@@ -136,6 +159,51 @@ def test_masked_loss_by_hand(keep):
     assert loss.z.tolist() == [[2, 0]] and loss.h.tolist() == [[0, 0]]
     assert loss.reconstruction == 5 and loss.penalty == 0
 
+def test_tanh_loss_by_hand():
+    sae, x = identity(l1=.5, penalty='tanh'), torch.tensor([[1.5, -1.]])               # z = (.5, 0)
+    loss = sae.loss(x, sparsity=torch.tensor(3.))
+    loss.total.backward()
+    assert loss.penalty.item() == pytest.approx(3 * .5 * .96403, abs=1e-5) and loss.h.grad.tolist() == [[0, 2]]
+    assert sae.loss(x, keep=torch.tensor([False, True])).penalty == 0                  # the hidden pay nothing
+
+def nested():
+    "`identity` as a matryoshka of one latent in two, which shrinks what it reads."
+    sae = identity('matryoshka', k=2, prefixes=(.5, 1))
+    sae.b_enc.data = torch.tensor([-1., -.5])
+    return sae
+
+def test_matryoshka_loss_by_hand():
+    loss = nested().loss(torch.tensor([[4., 1.]]))       # z = (2, .5); errors (1, 1) of the first latent alone, (1, .5) of both
+    loss.total.backward()
+    assert loss.z.tolist() == [[2, .5]] and loss.x_hat.tolist() == [[3, .5]]
+    assert loss.reconstruction == (2 + 1.25) / 2 == loss.total and loss.h.grad.tolist() == [[-2, -.5]]
+
+def test_masked_matryoshka_loss_by_hand():
+    loss = nested().loss(torch.tensor([[4., 1.]]), keep=torch.tensor([False, True]))   # (3, 1) without any, (3, .5) with the second
+    assert loss.x_hat.tolist() == [[1, .5]] and loss.reconstruction == (10 + 9.25) / 2
+
+def test_nested_share_by_hand():
+    assert nested_share(SAEConfig(6, 4, 'matryoshka', k=1, prefixes=(.25, .5, 1))).tolist() == pytest.approx([1, 2/3, 1/3, 1/3])
+    assert nested_share(SAEConfig(6, 8, 'matryoshka', k=1)).tolist() == pytest.approx([1, .6, .4, .4, .2, .2, .2, .2])   # ends 1, 1, 2, 4, 8
+    assert nested_share(config('topk')).tolist() == [1] * 12
+
+def test_each_nested_dictionary_decodes_its_own_latents_alone():
+    sae, x = SAE(config('matryoshka', prefixes=(.25, .5, 1))), torch.randn(8, 6, generator=gen())
+    sae.b_dec.data = torch.randn(6, generator=gen(1))
+    h = torch.rand(8, 12, generator=gen(2))
+    for end, x_hat in zip((3, 6, 12), nested_x_hat(sae, h, Everywhere(8)), strict=True):
+        assert torch.allclose(x_hat, sae.decode(h * (torch.arange(12) < end)), atol=1e-6)
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_a_matryoshka_of_one_dictionary_is_batchtopk(fast):
+    x, grads = torch.randn(8, 6, generator=gen()), []
+    for sae in (SAE(SAEConfig(6, 100, 'matryoshka', k=2, prefixes=(1,))), SAE(SAEConfig(6, 100, 'batchtopk', k=2))):
+        loss = sae.loss(x, dead=torch.tensor([1, 5]), fast=fast)
+        loss.total.backward()
+        assert isinstance(loss.where, Entries if fast else Everywhere)
+        grads.append([loss.total, *(p.grad for p in sae.parameters())])
+    for a, b in zip(*grads): assert torch.equal(a, b)
+
 def test_jumprelu_loss_by_hand():
     sae = identity('jumprelu', target_l0=1.5, l0_coef=2., init_threshold=.5)
     loss = sae.loss(torch.tensor([[2., 1.], [1.4, 1.], [3., 2.], [1., 0.]]))      # pre: (1,1), (.4,1), (2,2), (0,0): L0 = 5/4
@@ -182,8 +250,9 @@ def test_geometric_median_ignores_an_outlier():
     assert geometric_median(x, 200).max() < 1.1
     assert torch.allclose(geometric_median(torch.ones(5, 3)), torch.ones(3))
 
-def test_threshold_average_by_hand():
-    sae = SAE(SAEConfig(3, 3, 'batchtopk', k=1))
+@pytest.mark.parametrize('architecture', ['batchtopk', 'matryoshka'])
+def test_threshold_average_by_hand(architecture):
+    sae = SAE(SAEConfig(3, 3, architecture, k=1))
     sae.update_threshold(torch.tensor([[0., 2., 3.]]))
     sae.update_threshold(torch.tensor([[1., 0., 3.]]))
     assert sae.threshold.item() == pytest.approx(1.99)
@@ -236,12 +305,20 @@ def test_save_and_load(architecture, tmp_path):
     assert again.config == sae.config and torch.equal(again(x), sae(x))
     assert sorted(p.name for p in (tmp_path / 'sae').iterdir()) == ['cfg.json', 'sae_weights.safetensors']
 
-def test_saelens_layout(tmp_path):
-    trained('batchtopk').save(tmp_path / 'b')
+@pytest.mark.parametrize('architecture', ['batchtopk', 'matryoshka'])
+def test_saelens_layout(architecture, tmp_path):
+    trained(architecture).save(tmp_path / 'b')
     cfg = json.loads((tmp_path / 'b/cfg.json').read_text())
     assert cfg['architecture'] == 'jumprelu' and cfg['normalize_activations'] == 'none' and cfg['apply_b_dec_to_input'] is True
     w = load_file(tmp_path / 'b/sae_weights.safetensors')
     assert {n: tuple(t.shape) for n, t in w.items()} == dict(W_enc=(6, 12), W_dec=(12, 6), b_enc=(12,), b_dec=(6,), threshold=(12,))
+
+def test_fields_that_came_later_have_their_defaults(tmp_path):
+    path = trained('topk').save(tmp_path / 's') / 'cfg.json'
+    cfg = json.loads(path.read_text())
+    assert cfg['metadata']['atm_sae'].pop('prefixes') and cfg['metadata']['atm_sae'].pop('penalty')
+    path.write_text(json.dumps(cfg))
+    assert SAE.load(tmp_path / 's').config == config('topk')
 
 def test_a_folder_of_another_library_is_named(tmp_path):
     "What SAELens alone wrote may subtract, scale or normalise in ways that only from_pretrained reads."
@@ -276,10 +353,30 @@ def test_encode_refuses(x, text):
     with pytest.raises(ValueError, match=text): SAE(config('standard')).encode(x)
 
 
+# ---- gate
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_gated_latents_never_fire(architecture):
+    sae, x, keep = trained(architecture), 3 * torch.randn(200, 6, generator=gen()), torch.arange(12) % 3 > 0
+    gated = gate_latents(sae, keep)
+    before, after = sae.encode(x), gated.encode(x)
+    assert (before[:, ~keep] > 0).any(0).all() and after[:, ~keep].abs().max() == 0
+    if architecture == 'topk': assert (after[:, keep] > 0).sum() > (before[:, keep] > 0).sum()   # others take the free places
+    else: assert torch.equal(after[:, keep], before[:, keep])
+    assert torch.equal(sae.encode(x), before)                                                    # the SAE itself is as it was
+
+def test_gate_with_all_open_changes_nothing():
+    sae, x = trained('topk'), torch.randn(32, 6, generator=gen())
+    assert torch.equal(gate_latents(sae, torch.ones(12, dtype=torch.bool))(x), sae(x))
+
+def test_gate_refuses_another_width():
+    with pytest.raises(ValueError, match='the SAE has 12 latents, not 5'): gate_latents(trained('standard'), torch.ones(5, dtype=torch.bool))
+
+
 # ---- control
 
 def test_calibrate_l0():
     x = torch.randn(1000, 6, generator=gen())
-    sae = calibrate_l0(random_sae(config('topk')), x, 2.5)
+    sae = calibrate_l0(random_sae(config('matryoshka')), x, 2.5)
     assert (sae.encode(x) > 0).sum() == 2500 and not any(p.requires_grad for p in sae.parameters())
     with pytest.raises(ValueError, match='l0 must lie between'): calibrate_l0(sae, x, 12)

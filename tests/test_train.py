@@ -4,16 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from atm_sae.atm import ATMConfig, ATMMasker, make_masker
-from atm_sae.core import OutputError, one_thread
-from atm_sae.sae import SAE, SAEConfig
+from atm_sae.core import OutputError, one_thread, read_json
+from atm_sae.sae import SAE, SAEConfig, nested_share
 from atm_sae.synthetic import PlantedWorld, WorldBatches, WorldConfig
-from atm_sae.train import (METHODS, L0Control, TrainConfig, default_lr, get_run, is_complete, load_checkpoint, lr_factor, method_parts, recipe,
+from atm_sae.train import (METHODS, L0Control, TrainConfig, default_lr, get_run, grid, is_complete, load_checkpoint, lr_factor, method_parts, recipe,
                            run_folder, run_grid, save_checkpoint, sparsity_factor, train)
 
 training = sys.modules['atm_sae.train']   # the module; the package's `train` is the function
@@ -141,6 +142,76 @@ def test_snapshots():
     assert set(history.snapshots) == {10, 30} and history.snapshots[30]['importance'].shape == (16,)
 
 
+@pytest.mark.parametrize('mask', [{}, dict(draw='nested'), dict(per='sample', rescale=True)])
+@pytest.mark.parametrize('method', ['atm', 'topk+atm', 'batchtopk+atm', 'matryoshka+atm', 'jumprelu+atm'])
+def test_a_mask_that_never_hides_learns_the_unmasked_dictionary(method, mask):
+    masked, history = make(small(method, r=0., warmup=0., **mask))
+    bare, _ = make(small('standard' if method == 'atm' else method.removesuffix('+atm')))
+    assert weights(masked) == weights(bare) and history.table.mask_rate.max() == 0
+    assert weights(make(small(method, warmup=0., **mask))[0]) != weights(bare)          # as r = 1 does not
+
+def test_an_annealed_mask_ends_at_nothing():
+    "Of 40 steps the first 4 wait and the last 20 fade; half of the fading is over after 30."
+    _, history = make(small('atm', anneal=.5, snapshot_steps=(20, 30, 40)))
+    hidden = {step: s['probability'].sum().item() for step, s in history.snapshots.items()}
+    assert hidden[20] > hidden[30] > 0 == hidden[40]
+    _, steady = make(small('atm', snapshot_steps=(20, 40)))
+    assert steady.snapshots[20]['probability'].sum() == hidden[20] and steady.snapshots[40]['probability'].sum() > 0
+
+class Spy(ATMMasker):
+    "Notes what each step's training tells it."
+    def observe(self, z, contribution, keep=None, where=None):
+        self.seen = [*getattr(self, 'seen', []), (z, contribution, keep, where)]
+        super().observe(z, contribution, keep, where)
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_the_masker_is_told_of_the_effect_that_was_asked_for(fast):
+    "Rows of the dictionary have unit length, so the norm's part of the contribution is z^2, times the share of nested dictionaries."
+    sae, masker = SAE(SAEConfig(8, 60, 'matryoshka', k=2)), Spy(60, effect='norm', warmup=9)
+    train(sae, batches(small('matryoshka')), TrainConfig(3, 32, fast=fast), masker, progress=False)
+    for z, contribution, keep, where in masker.seen:
+        assert (z.ndim == 1) == fast and keep.all() and torch.allclose(contribution, z.square() * where.at(nested_share(sae.config)), atol=1e-6)
+        assert contribution.max() > 0
+
+def test_the_masker_is_told_what_was_hidden_and_not_what_was_enlarged():
+    sae, masker = SAE(small('atm').sae), Spy(16, rescale=True, r=3.)
+    history = train(sae, batches(small('atm')), TrainConfig(10, 32, log_every=1), masker, progress=False)
+    assert {keep.dtype for *_, keep, _ in masker.seen} == {torch.bool}
+    assert history.table.mask_rate.tolist() == pytest.approx([1 - keep.float().mean().item() for *_, keep, _ in masker.seen]) and history.table.mask_rate.max() > 0
+
+def test_the_beginning_of_a_matryoshka_does_better_alone():
+    "The first quarter of its dictionary against that of a BatchTopK SAE, trained on the same batches."
+    x, _ = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))
+    def alone(method):
+        sae, _ = make(small(method, steps=400))
+        z = sae.encode(x) * (torch.arange(16) < 4)
+        return ((x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum()).item()
+    assert alone('matryoshka') < .8 * alone('batchtopk')
+
+def test_watch_sees_every_step_and_changes_nothing():
+    spec, seen = small('atm', steps=12), []
+    bare, _ = make(spec)
+    def watch(step, sae, history): seen.append((step, len(history.rows), sae, sae.W_dec.detach().clone(), history.scale))
+    sae = SAE(spec.sae)
+    history = train(sae, batches(spec), spec.train, make_masker(spec.atm, 16, 12), progress=False, watch=watch)
+    steps, rows, saes, dictionaries, scales = zip(*seen)
+    assert steps == (*range(1, 13),) and rows == (0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3) and {*map(id, saes)} == {id(sae)} and {*scales} == {history.scale}
+    assert len({d.numpy().tobytes() for d in dictionaries}) == 12 and torch.equal(dictionaries[-1], sae.W_dec)
+    assert weights(sae) == weights(bare)
+
+def test_watch_sees_an_sae_that_takes_scaled_activations():
+    spec, seen, x = small('topk'), [], next(batches(small('topk')))
+    sae = SAE(spec.sae)
+    train(sae, batches(spec), spec.train, progress=False, watch=lambda step, sae, history: seen.append(sae(x * history.scale).detach() / history.scale))
+    assert torch.allclose(seen[-1], sae(x), atol=1e-5) and not torch.allclose(seen[0], sae(x), atol=1e-2)
+
+def test_watch_goes_on_where_a_checkpoint_was(tmp_path):
+    spec, seen = small('topk'), []
+    with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
+    train(SAE(spec.sae), batches(spec), spec.train, None, tmp_path, progress=False, watch=lambda step, *_: seen.append(step))
+    assert seen == [*range(21, 41)]
+
+
 # ---- stop and resume
 
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'random'])
@@ -154,8 +225,9 @@ def test_resume_is_bit_exact(method, tmp_path):
     for step, s in whole.snapshots.items():
         for n, t in s.items(): assert torch.equal(t, rest.snapshots[step][n])
 
-def test_resume_with_a_mask_for_each_sample(tmp_path):
-    spec = small('atm', per='sample')
+@pytest.mark.parametrize('settings', [dict(per='sample'), dict(draw='nested'), dict(rescale=True), dict(anneal=.5), dict(effect='norm'), dict(penalty='tanh')])
+def test_resume_with_other_settings(settings, tmp_path):
+    spec = small('atm', **settings)
     straight, whole = make(spec)
     with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
     resumed, rest = make(spec, tmp_path)
@@ -187,7 +259,8 @@ def test_resume_after_a_kill(cache):
 def test_checkpoint_of_another_configuration(tmp_path):
     spec = small('atm')
     with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
-    for other in (small('atm', lr=.5), small('atm', r=2.), small('standard'), small('topk')):
+    masks = [dict(r=2.), dict(effect='norm'), dict(draw='nested'), dict(rescale=True), dict(anneal=.1)]
+    for other in (small('atm', lr=.5), small('atm', penalty='tanh'), small('standard'), small('topk'), *(small('atm', **m) for m in masks)):
         with pytest.raises(ValueError, match='checkpoint of another configuration'): make(other, tmp_path)
 
 def test_damaged_checkpoint(tmp_path):
@@ -230,19 +303,49 @@ def test_wrong_width():
 # ---- runs
 
 def test_methods_and_recipes():
+    assert method_parts('matryoshka+dropout r=2 v2') == ('matryoshka', 'dropout') and method_parts('atm trial 1') == ('standard', 'atm')
+    assert small('matryoshka').sae.k == 3 and small('matryoshka').atm is None and small('matryoshka+atm').sae.architecture == 'matryoshka'
     assert method_parts('atm') == ('standard', 'atm') and method_parts('jumprelu+atm') == ('jumprelu', 'atm') and method_parts('random') == ('jumprelu', '')
     assert small('topk').sae.k == 3 and small('atm').sae.target_l0 == 3 and small('dropout').atm.blind and not small('atm').atm.blind and small('standard').atm is None
     spec = small('atm', r=.5, lr=.25, bandwidth=.7)
     assert (spec.atm.r, spec.train.lr, spec.sae.bandwidth) == (.5, .25, .7)
 
+def test_lr_scale_is_in_units_of_the_default():
+    assert [small(m, lr_scale=.5).train.lr / small(m).train.lr for m in ('atm', 'topk')] == [.5, .5] and small('topk').train.lr == default_lr(16)
+
 def test_recipe_refuses():
     with pytest.raises(ValueError, match="unknown method 'atn': choose one of atm, standard"): small('atn')
+    with pytest.raises(ValueError, match="unknown method 'atn'"): small('atn r=2')
     with pytest.raises(TypeError, match='rr: no field'): small('atm', rr=2)
     with pytest.raises(TypeError, match='topk has a mask'): small('topk', combine='sum')
 
 def test_keys_tell_specs_apart():
     specs = [small(m) for m in METHODS] + [small('atm', seed=1), small('atm', steps=41), small('atm', r=2.)]
+    specs += [small('atm', **s) for s in (dict(effect='norm'), dict(draw='nested'), dict(rescale=True), dict(anneal=.1), dict(penalty='tanh'), dict(lr_scale=2.))]
+    specs += [small('matryoshka', prefixes=(.5, 1))]
     assert len({s.key for s in specs}) == len(specs) and small('atm').key == small('atm').key
+
+def test_a_variants_name_is_only_a_name():
+    assert small('atm r=2', r=2.).key == small('atm', r=2.).key and small('atm r=2', r=2.).name == 'atm r=2, L0 3.0, seed 0'
+
+def tuned_grid(methods, tuned, **settings): return grid(methods, WORLD, targets=[3, 4], seeds=[0, 1], d_sae=16, steps=5, tuned=tuned, batch_size=32, **settings)
+
+def test_grid_gives_each_method_its_own_settings():
+    specs = tuned_grid(['topk', 'atm', 'atm r=2'], {'atm': dict(r=.5), 'atm r=2': dict(r=2., lr_scale=4.)}, lr_scale=2.)
+    assert [(s.method, s.l0, s.seed) for s in specs] == [(m, l0, seed) for m in ('topk', 'atm', 'atm r=2') for l0 in (3, 4) for seed in (0, 1)]
+    assert [s.train.lr / default_lr(16, s.sae.architecture) for s in specs[::4]] == [2, 2, 4] and [s.atm.r for s in specs[4::4]] == [.5, 2]
+    assert {s.train.batch_size for s in specs} == {32}
+
+@pytest.mark.parametrize('blind, twin', [('dropout', 'atm'), ('matryoshka+dropout', 'matryoshka+atm')])
+def test_a_blind_control_takes_the_settings_of_its_twin(blind, twin):
+    specs = tuned_grid([blind, twin], {twin: dict(r=2., lr_scale=.5, anneal=.3), 'topk': dict(lr_scale=3.)})
+    assert specs[0].atm.blind and [training._twin(s) for s in specs[:4]] == specs[4:]
+    assert specs[0].atm.r == 2 and specs[0].train.lr == .5 * default_lr(16, specs[0].sae.architecture)
+
+def test_a_variant_needs_its_settings():
+    with pytest.raises(ValueError, match="the variant 'atm r=2' needs an entry in `tuned`"): tuned_grid(['atm', 'atm r=2'], {'atm': {}})
+    with pytest.raises(ValueError, match="'atm r=2' needs"): tuned_grid(['atm r=2'], None)
+    with pytest.raises(TypeError, match='rr: no field'): tuned_grid(['atm'], dict(atm=dict(rr=2)))
 
 def test_get_run_makes_once(monkeypatch):
     spec = small('atm')
@@ -252,6 +355,10 @@ def test_get_run_makes_once(monkeypatch):
     again = get_run(spec)
     assert weights(again.sae) == weights(made.sae) and again.history.table.equals(made.history.table)
     assert again.history.scale == made.history.scale and set(again.history.snapshots) == {10, 30}
+
+def test_a_run_says_how_long_it_took(monkeypatch):
+    monkeypatch.setattr(training, 'time', SimpleNamespace(monotonic=iter([10., 12.3456]).__next__))
+    assert read_json(get_run(small('topk')).folder / 'run.json')['seconds'] == 2.35
 
 def test_a_folder_without_run_json_is_not_complete():
     spec = small('topk')
