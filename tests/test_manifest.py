@@ -1,9 +1,14 @@
 "The manifest: what is wrong with one, and whose results are out of date."
+from pathlib import Path
 import nbformat
+import pandas as pd
 import pytest
 from atm_sae import manifest as M
 from atm_sae.manifest import ManifestError, load_manifest, read_parameters, run_order
+from atm_sae.report import method_name
 from toy import DECLARED, DOUBLE, notebook, real, toy  # real and toy are fixtures
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize('old, new, message', [
@@ -88,4 +93,36 @@ def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
     assert values['jumprelu', 'mean_full_absorption_score', 2665.9] == .011419 and values['atm', 'mse_saebench', None] == .5508
     assert all(p.get('source') and p.get('confidence') for e in experiments for p in e.published)
     order = [e.name for e in run_order(experiments)]
-    assert order.index('summary') > max(map(order.index, ('absorption', 'planted', 'probing', 'reconstruction')))
+    assert order.index('verdict') > max(map(order.index, ('absorption', 'planted', 'probing')))
+
+
+CHOOSING = ('tuning', 'attempts', 'ablations')   # objects that choose settings, or could
+
+@pytest.mark.parametrize('profile', ['smoke', 'default', 'full', 'gemma'])
+def test_no_seed_serves_both_tuning_and_verdict(profile):
+    used = {True: set(), False: set()}
+    for e in load_manifest().of(profile):
+        if 'seeds' not in (given := e.resolved(profile)): continue
+        used[e.name in CHOOSING] |= {*given['seeds'], *given.get('choice_seeds', [])}
+    assert used[False] and not used[True] & used[False]
+    if profile in ('smoke', 'full'): assert used[True]
+
+def test_every_object_of_the_verdict_uses_the_frozen_settings():
+    manifest = load_manifest()
+    tuned = manifest.pick('tuning').resolved('full')['tuned']
+    for name in ('absorption', 'reconstruction', 'probing', 'planted', 'masking', 'dynamics', 'letters', 'noise', 'stability', 'case_study'):
+        for profile in ('default', 'full'):
+            e = manifest.pick(name)
+            if not e.profiles or profile in e.profiles: assert e.resolved(profile)['tuned'] == tuned, (name, profile)
+
+def test_the_frozen_settings_are_what_the_committed_search_chose():
+    manifest = load_manifest()
+    tuned, best = (manifest.pick(n).resolved('full')[k] for n, k in (('tuning', 'tuned'), ('attempts', 'best')))
+    table = pd.read_csv(ROOT/'reports/full/tables/tuning.csv', keep_default_na=False)
+    chosen = table[table.chosen == 'yes']
+    read = {r.method: {} if r.settings == 'default' else {k: float(v) for k, v in (pair.split(' = ') for pair in r.settings.split(', '))} for r in chosen.itertuples()}
+    assert read == {method_name(m): s for m, s in tuned.items() if ' ' not in m} and len(read) == 10
+    assert set(table.groupby('method').size()) == {8}   # the same budget for every method
+    runs = pd.read_csv(ROOT/'reports/full/tables/attempts-runs.csv')
+    cost = runs[runs.method.str.contains('atm')].groupby('method').cost.mean()
+    assert cost.idxmin() == best and tuned[best] == tuned['jumprelu+atm'] | manifest.pick('attempts').resolved('full')['attempts'][best]
