@@ -10,7 +10,7 @@ from atm_sae import activations as module, core
 from atm_sae.activations import ActivationCache, ActivationSpec, CacheBatches, activation_key, build_cache, get_activations, held_out
 from atm_sae.core import OutputError, stable_hash, to_plain
 from atm_sae.lm import residual_stream, save_lm, tiny_lm
-from atm_sae.text import LineConfig
+from atm_sae.text import LineConfig, python_docs
 
 
 @pytest.fixture(scope='module')
@@ -86,6 +86,21 @@ def test_rebuilding_replaces(fresh, lm, tokens, tmp_path):
 def test_pickling_maps_the_file_anew(cache):
     again = pickle.loads(pickle.dumps(cache))
     assert len(pickle.dumps(cache)) < 2000 and torch.equal(again.rows(slice(None)), cache.rows(slice(None)))
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_held_out_activations_have_the_letter_lines_of_the_rest(lm, tmp_path, monkeypatch, seed):
+    """Rows of 8 tokens leave 7 activations each, of which the last 400 rows are held out, with less than one letter line too many or too few
+    (see the order of rows in test_text); of the others, then, as well. Rows in random order would be 9 off."""
+    texts = [' '.join(python_docs()[:400]).replace('\n', ' ')]                         # one text, so that no row loses an EOS
+    newline, = lm.tokenizer('\n')['input_ids']
+    letters = lambda lm, rows, layer: (rows[:, 1] == newline).float()[:, None, None].expand(*rows.shape, lm.d_model)
+    monkeypatch.setattr(module, 'residual_stream', letters)
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
+    cache = get_activations(ActivationSpec(n_tokens=32_000, context=8, line_share=.7, seed=seed), texts, lm, batch_size=1000)
+    assert len(cache) == 4000 * 7
+    for rows, x in ((400, held_out(cache, 10**9)), (3600, cache.rows(slice(0, 3600 * 7)))):
+        assert len(x) == 7 * rows and x[:, 0].mean().item() == pytest.approx(.7, abs=1 / rows)
 
 
 # ---- damage

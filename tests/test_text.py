@@ -222,6 +222,23 @@ def test_letters_must_be_tokens(docs):
 
 # ---- mixture
 
+@pytest.mark.parametrize('sizes', [(300, 700), (1, 999), (50, 50), (0, 5), (5, 0)])
+@pytest.mark.parametrize('seed', range(3))
+def test_any_end_of_the_order_holds_each_kind_in_its_share(sizes, seed):
+    """Each kind has one row in each of its own equal steps from 0 to 1, so from any point on it has its share, give or take less than one row.
+    In the last m rows of both, with shares s and 1 - s and errors a and b, that leaves s m + (1 - s) a - s b: again less than one row off."""
+    order = text._interleave(sizes, torch.Generator().manual_seed(seed))
+    assert order.sort().values.tolist() == [*range(sum(sizes))]
+    last = (order.flip(0) >= sizes[0]).cumsum(0) - torch.arange(1, sum(sizes) + 1) * (sizes[1] / sum(sizes))
+    assert last.abs().max() < 1
+
+
+def test_rows_of_one_kind_are_shuffled():
+    order = text._interleave((500, 500), torch.Generator().manual_seed(0))
+    for kind in (order[order < 500], order[order >= 500] - 500):
+        assert len({*kind.tolist()}) == 500 and abs(np.corrcoef(kind, np.arange(500))[0, 1]) < .2   # 4.5 standard deviations
+
+
 def test_mixture_shape_share_and_seed(tok, docs):
     make = lambda **k: mixed_tokens(tok, 4000, 32, texts=docs[:300], **k)
     rows = make()
@@ -229,6 +246,8 @@ def test_mixture_shape_share_and_seed(tok, docs):
     assert torch.equal(rows, make()) and not torch.equal(rows, make(seed=1))
     newline = tok('\n')['input_ids'][0]
     assert (make(line_share=1.)[:, 1] == newline).all()
+    lines = mixed_tokens(tok, 4000, 32, line_share=.4, texts=[t.replace('\n', ' ') for t in docs[:300]])[:, 1] == newline   # no document begins so
+    assert lines.sum() == 50 and all(abs(lines[i:].sum().item() - .4 * len(lines[i:])) < 1 for i in range(125))
     assert (make(line_share=0.)[:, 1] == newline).float().mean() < .3
 
 
