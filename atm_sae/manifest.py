@@ -304,7 +304,7 @@ def fingerprint_parts(
     notebook, parameters = manifest.folder/experiment.notebook, effective_parameters(manifest, experiment, profile)
     read = {o: Path(out)/o for o in manifest.inputs(experiment, profile)}
     inputs = model_files(parameters) | {o: file_sha256(p) if p.is_file() else None for o, p in read.items()}
-    if 'load_manifest' in notebook.read_text(encoding='utf-8'): inputs['published'] = stable_hash([e.published for e in manifest.experiments])
+    if 'load_manifest' in notebook.read_text(encoding='utf-8'): inputs['published'] = stable_hash({e.name: e.published for e in manifest.experiments if e.published})
     return {'notebook': _code_hash(notebook), 'parameters': stable_hash(parameters | {'profile': profile}),
             'library': _library_hash(), 'inputs': stable_hash(inputs)}
 

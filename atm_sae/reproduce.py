@@ -262,7 +262,7 @@ def _estimate(manifest, chosen, profile, out, force):
     if not todo: return 'estimate: nothing to do'
     if not known: return f'estimate: unknown, no record of {len(todo)} object{"s" * (len(todo) > 1)}; see the budget'
     rest = f'; {len(todo) - len(known)} more were never run' if len(known) < len(todo) else ''
-    return f'estimate: {sum(r["seconds"] for r in known) / 60:.0f} minutes for {len(known)} objects on {known[0]["cores"]} cores of {known[0]["cpu"]}, where nothing is in the cache{rest}'
+    return f'estimate: {sum(r["seconds"] for r in known) / 60:.0f} minutes for {len(known)} object{"s" * (len(known) > 1)} on {known[0]["cores"]} cores of {known[0]["cpu"]}, where nothing is in the cache{rest}'
 
 # %% ../nbs/18_reproduce.ipynb #cell-40
 def _describe(s, record):

@@ -191,6 +191,14 @@ def test_quiet_json_and_settings():
     assert [r['key'] for r in json.loads(out)] == [wanted.key]
 
 
+def test_settings_of_masks_and_nested_dictionaries():
+    new = dict(draw='nested', effect='norm', rescale=True, anneal=.25, prefixes=[.25, 1])
+    pairs = [a for n, v in new.items() for a in ('--set', f'{n}={v if isinstance(v, str) else json.dumps(v)}')]
+    row, = json.loads(done('train', 'matryoshka+atm', *SMALL, *pairs, '--json', '-q'))
+    assert row['key'] == recipe('matryoshka+atm', WORLD, 8, 16, 3., 40, batch_size=32, log_every=5, checkpoint_every=20, **new).key
+    assert "draw must be 'independent' or 'nested', not 'sideways'" in fails('train', 'atm', *SMALL, '--set', 'draw=sideways')
+
+
 def test_a_grid_over_processes():
     rows = json.loads(done('train', 'topk', *SMALL, '--seed', 0, '--seed', 1, '--workers', 2, '--json', '-q'))
     assert [r['key'] for r in rows] == [spec(seed=s).key for s in (0, 1)]

@@ -258,3 +258,22 @@ def until(condition, seconds=150):
     while not condition():
         assert time.monotonic() < end, 'waited too long'
         time.sleep(.1)
+
+
+# ---- where runs are trained
+
+def test_notebooks_are_told_where_to_train(toy, monkeypatch):
+    said = 'import os; Path(out, "tables/double.md").write_text(str(os.environ.get("ATM_SAE_EXECUTOR")))'
+    notebook(toy.path.parent/'20_double.ipynb', 'from pathlib import Path', said)
+    monkeypatch.delenv('ATM_SAE_EXECUTOR', raising=False)
+    for before in (None, 'dask:before'):
+        if before: monkeypatch.setenv('ATM_SAE_EXECUTOR', before)
+        assert toy.cli('--force', '--executor', 'dask:tcp://10.0.0.1:8786')[0] == 0
+        assert (toy.out/'tables/double.md').read_text() == 'dask:tcp://10.0.0.1:8786' and os.environ.get('ATM_SAE_EXECUTOR') == before
+    assert toy.cli('--force')[0] == 0 and (toy.out/'tables/double.md').read_text() == 'dask:before'
+
+
+def test_an_unknown_executor_is_refused_before_anything_is_written(toy):
+    with pytest.raises(ValueError, match="unknown executor 'slurm'"): toy.run(executor='slurm')
+    code, _, err = toy.cli('--executor', 'slurm')
+    assert code == 2 and "atm-sae: unknown executor 'slurm'" in err and not toy.out.exists()
