@@ -31,6 +31,7 @@ def test_curves_are_read_at_the_same_l0_and_never_beyond_their_ends():
 
 def test_a_method_that_one_seed_misses_is_not_averaged_over_fewer_seeds():
     table = rows(atm=[(4, .1), (8, .1)], topk=[(4, .3), (8, .5)])
+    table['l0'] = table.l0.astype(float)
     table.loc[(table.method == 'topk') & (table.seed == 1) & (table.l0 == 8), 'l0'] = 7.5   # seed 1 of TopK ends before 8
     read = equal_l0_rows(table, ['absorption'], [4, 8])
     line = mean_difference(read, 'atm', 'topk', 'absorption')
