@@ -3,6 +3,7 @@ import ast
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -211,7 +212,7 @@ def test_train_on_a_model(model, tmp_path):
     assert row['metrics'] == reconstruction_metrics(SAE.load(tmp_path/'mine'), held_out(get_activations(data), 20_000))
     again, = json.loads(done('evaluate', tmp_path/'mine', '--metrics', 'core', '--json', '-q'))
     assert again['model'] == str(Path(model).resolve()) and again['layer'] == 1
-    assert {k: again['core'][k] for k in row['metrics']} == row['metrics'] and 0 < again['core']['ce_loss_score'] < 2
+    assert {k: again['core'][k] for k in row['metrics']} == row['metrics'] and math.isfinite(again['core']['ce_loss_score'])   # of an untrained model, so of any size
 
 
 @pytest.mark.parametrize('args, message', [
