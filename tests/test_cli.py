@@ -3,7 +3,6 @@ import ast
 import contextlib
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -212,7 +211,11 @@ def test_train_on_a_model(model, tmp_path):
     assert row['metrics'] == reconstruction_metrics(SAE.load(tmp_path/'mine'), held_out(get_activations(data), 20_000))
     again, = json.loads(done('evaluate', tmp_path/'mine', '--metrics', 'core', '--json', '-q'))
     assert again['model'] == str(Path(model).resolve()) and again['layer'] == 1
-    assert {k: again['core'][k] for k in row['metrics']} == row['metrics'] and math.isfinite(again['core']['ce_loss_score'])   # of an untrained model, so of any size
+    core = again['core']
+    assert {k: core[k] for k in row['metrics']} == row['metrics']
+    # of an untrained model the score may have any size, so it is held against the losses that it is made of
+    zero, sae, orig = (core[f'ce_{k}'] for k in ('zero', 'sae', 'orig'))
+    assert core['ce_loss_score'] == pytest.approx((zero - sae) / (zero - orig)) and min(zero, sae, orig) > 0 and zero != orig
 
 
 @pytest.mark.parametrize('args, message', [
