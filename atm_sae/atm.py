@@ -118,6 +118,7 @@ class ATMMasker:
                  per: str = 'batch', device: str | torch.device = 'cpu', effect: str = 'exact', draw: str = 'independent',
                  rescale: bool = False, anneal: int = 0, end: int = 0) -> None:
         ATMConfig(decay, c, r, 0., combine, per, effect=effect, draw=draw)  # raises for what it does not know
+        if anneal and not end: raise ValueError('a mask that fades needs the step at which it is gone: end')
         self.d_sae, self.decay, self.c, self.r = d_sae, decay, c, r
         self.warmup, self.anneal, self.end, self.steps = warmup, anneal, end, 0  # all in steps; the mask fades over the last `anneal` before `end`
         self.combine, self.per, self.effect, self.draw, self.rescale = combine, per, effect, draw, rescale
@@ -154,7 +155,7 @@ class ATMMasker:
 
     def factor(self, keep: Tensor) -> Tensor:
         "What latents are multiplied by under the mask `keep`."
-        return keep / (1 - self.current_probability()) if self.rescale else keep
+        return keep / (1 - self.current_probability()).clamp(min=1e-6) if self.rescale else keep   # where p is 1, keep is 0
 
     def sample(self, generator: torch.Generator, batch: int | None = None) -> Tensor: return sample_mask(self, generator, batch)
     def state_dict(self) -> dict[str, Any]: return dict(steps=self.steps, **{n: getattr(self, n) for n in _AVERAGES})
@@ -182,7 +183,7 @@ def sample_mask(
 class BlindMasker(ATMMasker):
     "Dropout on latents: the interface and the averages of ATM, at given rates, one for each step."
     def __init__(self, d_sae: int, rates: Sequence[float], **options: Any) -> None:
-        super().__init__(d_sae, **options)
+        super().__init__(d_sae, **options | dict(draw='independent'))   # without importances there is no order to nest by
         self.rates = rates
 
     def mask_probability(self) -> Tensor: return torch.full_like(self.magnitude, self.rates[min(self.steps, len(self.rates) - 1)])

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'METHOD_COLOURS', 'SUMMARY_COLUMNS', 'SMOKE', 'method_name', 'method_style', 'set_style', 'Interval',
            'mean_interval', 'format_number', 'format_interval', 'score_runs', 'summarise', 'summary_table', 'pretty',
-           'read_at', 'at_l0', 'paired_difference', 'claim_verdict', 'difference_table', 'compare_published',
-           'label_ends', 'plot_curves', 'plot_intervals', 'stamp', 'save_figure', 'to_markdown', 'to_latex',
-           'save_table', 'save_summary', 'read_summary', 'save_runs', 'reports_folder']
+           'read_at', 'at_l0', 'paired_difference', 'claim_verdict', 'difference_table', 'difference_sentence',
+           'compare_published', 'label_ends', 'plot_curves', 'plot_intervals', 'stamp', 'save_figure', 'to_markdown',
+           'to_latex', 'save_table', 'save_summary', 'read_summary', 'save_runs', 'reports_folder']
 
 # %% ../nbs/13_report.ipynb #cell-3
 import contextlib, itertools, math
@@ -269,6 +269,16 @@ def difference_table(
         l0 = _t_interval(read.groupby('seed').l0.mean(), level)
         out += [(world, f'{a} - {b}', target, m, *paired_difference(read, a, b, m, level=level), *l0[:3]) for m in metrics]
     return pd.DataFrame(out, columns=SUMMARY_COLUMNS)
+
+# %% ../nbs/13_report.ipynb #15299cf8
+def difference_sentence(
+    line: pd.Series,  # a line of `difference_table`
+    lower: str,       # what to say if the difference lies below zero
+    higher: str,      # what to say if it lies above
+) -> str:
+    "Where, who, how much, and on which side of zero the interval lies."
+    said = dict(holds=lower, fails=higher, undecided='the seeds do not decide')[claim_verdict(line[['mean', 'low', 'high']])]
+    return f"target L0 {line.sparsity:g} (reached {line.l0:.3g}), {method_name(line.method)}: {format_interval(line['mean'], line.low, line.high, line.n)}: {said}."
 
 # %% ../nbs/13_report.ipynb #cell-62
 def _ours(entry, summary):

@@ -56,7 +56,7 @@ class SAEConfig:
             raise ValueError(f'target_l0 must lie between 0 and d_sae = {self.d_sae}, not {self.target_l0}')
         if self.penalty not in ('l1', 'tanh'): raise ValueError(f"penalty must be 'l1' or 'tanh', not {self.penalty!r}")
         object.__setattr__(self, 'prefixes', tuple(self.prefixes))
-        if list(self.prefixes) != sorted({*self.prefixes}) or not 0 < self.prefixes[0] or self.prefixes[-1] != 1:
+        if not self.prefixes or list(self.prefixes) != sorted({*self.prefixes}) or not 0 < self.prefixes[0] or self.prefixes[-1] != 1:
             raise ValueError(f'prefixes are growing shares of the dictionary and end with 1, not {self.prefixes}')
 
     @property

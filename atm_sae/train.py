@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'METHODS', 'TrainConfig', 'lr_factor', 'sparsity_factor', 'L0Control', 'History', 'save_checkpoint',
            'load_checkpoint', 'keep_freed_memory', 'train', 'RunSpec', 'method_parts', 'default_lr', 'recipe', 'grid',
-           'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run', 'executor_pool', 'run_grid']
+           'world_grid', 'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run', 'executor_pool', 'run_grid']
 
 # %% ../nbs/07_train.ipynb #cell-3
 import contextlib
@@ -333,6 +333,7 @@ _MODULES = ('core', 'synthetic', 'text', 'lm', 'activations', 'sae', 'atm', 'tra
 
 @functools.cache
 def _code(): return code_hash(*_MODULES)
+def _untrained(spec): return spec.method.partition(' ')[0] == 'random'
 
 # %% ../nbs/07_train.ipynb #cell-63
 @dataclass(frozen=True)
@@ -354,7 +355,7 @@ class RunSpec:
     def key(self) -> str:
         "16 hex digits; the same for two specs that train the same SAE with the same code."
         data = activation_key(self.data) if isinstance(self.data, ActivationSpec) else self.data
-        return stable_hash(dict(code=_code(), data=data, sae=self.sae, train=self.train, atm=self.atm, untrained=self.method == 'random'))
+        return stable_hash(dict(code=_code(), data=data, sae=self.sae, train=self.train, atm=self.atm, untrained=_untrained(self)))
 
     @property
     def name(self) -> str: return f'{self.method}, L0 {self.sae.k or self.sae.target_l0 or "free"}, seed {self.seed}'
@@ -391,6 +392,7 @@ def recipe(
 ) -> RunSpec:
     "The run that trains `method` to `l0`."
     base, mask = method_parts(method)
+    if 'lr' in overrides and lr_scale != 1: raise TypeError('lr and lr_scale both set the learning rate: give one of them')
     size = dict(target_l0=float(l0)) if base in ('standard', 'jumprelu') else dict(k=round(l0))
     sae = SAEConfig(d_in, d_sae, base, seed=seed, **size)
     moments = tuple(round(share * steps) for share in (.1, .25, .5, .75, .9, 1))
@@ -420,9 +422,20 @@ def grid(
     "The recipes of every method at every L0 with every seed."
     d_in = data.d_in if isinstance(data, WorldConfig) else get_activations(data).d_in
     tuned = tuned or {}
-    if unknown := [m for m in methods if ' ' in m and m not in tuned]: raise ValueError(f'the variant {unknown[0]!r} needs an entry in `tuned`')
-    own = {m: settings | tuned.get(m.replace('dropout', 'atm'), {}) for m in methods}
+    twin = {m: m.replace('dropout', 'atm') for m in methods}
+    if blind := [m for m in tuned if 'dropout' in m]: raise ValueError(f'{blind[0]!r} takes the settings of its twin: give them to {blind[0].replace("dropout", "atm")!r}')
+    if unknown := [m for m in methods if ' ' in m and twin[m] not in tuned]: raise ValueError(f'the variant {unknown[0]!r} needs an entry in `tuned`')
+    own = {m: settings | tuned.get(twin[m], {}) for m in methods}
     return [recipe(m, data, d_in, d_sae, l0, steps, seed, **own[m]) for m in own for l0 in targets for seed in seeds]
+
+# %% ../nbs/07_train.ipynb #f488dec6
+def world_grid(
+    methods: Sequence[str],  # names in METHODS, or variants of them
+    seeds: Sequence[int],    # one planted world and one run each
+    **settings: Any,         # further arguments of `grid`
+) -> list[RunSpec]:
+    "The recipes of a `grid` in planted worlds, one world for each seed."
+    return [spec for seed in seeds for spec in grid(methods, WorldConfig(seed=seed), seeds=[seed], **settings)]
 
 # %% ../nbs/07_train.ipynb #cell-78
 def data_batches(data: WorldConfig | ActivationSpec, batch_size: int, seed: int) -> WorldBatches | CacheBatches:
@@ -464,13 +477,13 @@ def _twin_rates(spec):
 
 def _make_run(spec, folder, progress, device):
     "Train, and write a run's folder; `run.json` comes last and makes it complete."
-    start = time.monotonic()
+    rates, start = _twin_rates(spec), time.monotonic()
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     if batches.d_in != spec.sae.d_in: raise ValueError(f'the data are {batches.d_in} wide, but the SAE has d_in = {spec.sae.d_in}')
-    if spec.method == 'random': sae, history = _control(spec, batches), History()
+    if _untrained(spec): sae, history = _control(spec, batches), History()
     else:
         sae = SAE(spec.sae).to(device)
-        masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, _twin_rates(spec))
+        masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates)
         history = train(sae, batches, spec.train, masker, folder, progress)
     if isinstance(spec.data, ActivationSpec): sae.metadata = hook_point(spec.data.model, spec.data.layer)
     sae.save(folder / 'sae')
@@ -540,9 +553,11 @@ def _dask(workers, address):
     try: from distributed import Client, LocalCluster
     except ImportError: raise ImportError('the executor dask needs Dask distributed: pip install "atm-sae[cluster]"') from None
     with contextlib.ExitStack() as stack:
-        try: client = Client(address or stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)), timeout=20)
+        try: client = Client(address or stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=':0')), timeout=20)
         except OSError as e: raise ConnectionError(f'no Dask scheduler answers at {address} ({e}): start one (dask scheduler), or check the address') from None
-        with stack.enter_context(client).get_executor(pure=False) as pool: yield pool
+        pool = stack.enter_context(client).get_executor(pure=False)
+        stack.callback(pool.shutdown, wait=False)   # the end of the block waits for nobody
+        yield pool
 
 _POOLS = dict(processes=_processes, dask=_dask)
 
@@ -565,6 +580,8 @@ def _train_and_send(spec):
 def _receive(spec, files):
     "Put the files of a run that was made elsewhere in its folder, wholly or not at all."
     if is_complete(spec): return
+    if (key := json.loads(files['run.json'])['key']) != spec.key:
+        raise RuntimeError(f'a worker trained "{spec.name}" with other code (key {key}, here {spec.key}): install the same atm-sae on all machines')
     with atomic_folder(run_folder(spec)) as part:
         for name, data in files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -576,9 +593,11 @@ def _side_by_side(specs, workers, executor):
     (open_pool, address), far = executor_pool(executor), executor != 'processes'
     with open_pool(workers, address) as pool:
         jobs = {pool.submit(_train_and_send if far else _train_quietly, s): s for s in specs}
-        for job in as_completed(jobs):
-            if far and not job.exception(): _receive(jobs[job], job.result())
-            yield jobs[job], job.exception()
+        for job in as_completed([*jobs]):
+            spec = jobs.pop(job)   # nothing holds on to the files that came with it
+            if job.cancelled(): raise ConnectionError(f'the Dask scheduler was lost: {len(jobs) + 1} runs are to be made, those that came back are kept')
+            if far and not job.exception(): _receive(spec, job.result())
+            yield spec, job.exception()
 
 # %% ../nbs/07_train.ipynb #cell-87
 def _make_all(todo, workers, executor):

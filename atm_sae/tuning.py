@@ -38,6 +38,7 @@ def trials(
     seed: int = 0,  # of the sequence
 ) -> list[dict[str, float]]:
     "Settings to try: the default ({}), then points spread evenly over the method's space."
+    if budget < 1: raise ValueError(f'the budget counts the default: at least 1, not {budget}')
     space = search_space(method)
     points = qmc.Sobol(len(space), scramble=True, seed=seed).random_base2(max(1, math.ceil(math.log2(budget))))[:budget - 1]
     return [{}, *({n: _stretch(u, *space[n]) for n, u in zip(space, point)} for point in points)]
@@ -61,7 +62,7 @@ def choose(
     table = rows.groupby('method', sort=False)[['l0', 'absorption', 'fvu']].mean().reset_index().rename(columns=dict(method='trial'))
     table.insert(0, 'method', table.trial.str.partition(' ')[0])
     table['cost'], off = table.absorption + table.fvu, (table.l0 / target - 1).abs()
-    table['in_reach'] = off <= slack
+    table['in_reach'] = off <= slack + 1e-9   # 6.6 is a tenth from 6
     rank = table.cost.where(table.in_reach, 1e3 + off)   # out of reach: behind all others, the nearest first
     table['chosen'] = table.index.isin(rank.groupby(table.method).idxmin())
     return table

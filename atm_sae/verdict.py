@@ -71,7 +71,7 @@ class Subject(NamedTuple):
 
 SUBJECTS = (
     Subject('mean_full_absorption_score', False, '**On a language model**, at equal L0, {name} absorbs', ('less than', 'more than')),
-    Subject('absorption', True, '**Where the truth is known** (planted world), at equal L0, {name} absorbs', ('less than', 'more than')),
+    Subject('excess_absorption', True, '**Where the truth is known** (planted world), at equal L0, beyond plain misses, {name} absorbs', ('less than', 'more than')),
     Subject('fvu', False, '**The price**: at equal L0 on the language model {name} leaves unexplained', ('less variance than', 'more variance than')))
 
 def _phrase(lines, word):
@@ -91,12 +91,10 @@ def verdict_sentence(
     words = dict(holds=subject.words[0], fails=subject.words[1], undecided='undecided against')
     said = [_phrase(lines[side == v], w) for v, w in words.items() if (side == v).any()]
     n, low, high = (lines[c] for c in ('n', 'l0_low', 'l0_high'))
+    seeds = '–'.join(f'{v:g}' for v in sorted({n.min(), n.max()}))
+    common = '' if low.nunique() == high.nunique() == 1 else ' as far as both reach'
     return (f'{subject.head.format(name=method_name(method))} {"; ".join(said)} '
-            f'(difference, 95% interval; n = {_range(n)} seeds, mean over L0 {_range(low)} to {_range(high)}).')
-
-def _range(values):
-    "The value, or the smallest and the largest."
-    return f'{values.min():g}' if values.min() == values.max() else f'{values.min():g}–{values.max():g}'
+            f'(difference, 95% interval; n = {seeds} seeds, mean over L0 {low.min():g} to {high.max():g}{common}).')
 
 # %% ../nbs/15_verdict.ipynb #ff5095eb
 def verdict_sentences(

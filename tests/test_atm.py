@@ -182,6 +182,16 @@ def test_factor_by_hand():
     assert at(P).factor(keep) is keep
     assert at(P, rescale=True, warmup=1).factor(keep[:3].repeat(2)[:5]).tolist() == [1] * 5    # nothing is hidden yet, and nothing enlarged
 
+def test_a_rescaled_mask_is_finite_where_all_is_hidden():
+    "At r = 40 the probability of a latent that never fires is 1 in fp32."
+    masker = ATMMasker(3, r=40, rescale=True)
+    masker.observe(z := torch.tensor([[3., 1., 0.]]), z.square())
+    p, keep = masker.current_probability(), masker.sample(gen())
+    assert p[2] == 1 and not keep[2] and masker.factor(keep)[2] == 0 and masker.factor(keep).isfinite().all()
+
+def test_a_mask_that_fades_needs_its_end():
+    with pytest.raises(ValueError, match='a mask that fades needs the step at which it is gone: end'): ATMMasker(3, anneal=10)
+
 def test_the_mask_fades_to_nothing():
     "Over the last 10 of 30 steps, after a warm-up of 5."
     masker, z = ATMMasker(3, warmup=5, anneal=10, end=30), torch.tensor([[3., 1., 0.]])
@@ -212,6 +222,13 @@ def test_blind_masker_hides_at_the_rate_of_the_step_and_does_not_look():
         for masker in (atm, blind): masker.observe(z, z)
         seen.append(blind.mask_probability().tolist())
     assert seen == [[0.] * 4, [.5] * 4, [.25] * 4, [.25] * 4] and torch.equal(blind.importance(), atm.importance())
+
+@pytest.mark.parametrize('per', ['batch', 'sample'])
+def test_a_blind_mask_has_no_order_to_nest_by(per):
+    "The control of a nested mask hides latents one by one: all or nothing would be another experiment."
+    masker = make_masker(ATMConfig(blind=True, draw='nested', per=per, warmup=0), 400, 10, rates=[.5])
+    kept = masker.sample(gen(), 50 if per == 'sample' else None).float().mean(-1)
+    assert ((.35 < kept) & (kept < .65)).all()
 
 def test_a_blind_mask_does_not_fade_twice():
     "The rates are those of a twin that fades itself."

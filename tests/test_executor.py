@@ -1,6 +1,10 @@
 "Grids of runs on a real Dask cluster of two workers: the same SAEs, sent back from caches elsewhere; what is made only once; errors."
+import json
 import os
+import subprocess
 import sys
+import threading
+import time
 
 import distributed
 import pytest
@@ -97,8 +101,21 @@ def test_what_comes_back_takes_the_place_of_a_run_that_was_stopped(far, dask, mo
     assert sorted(p.name for p in run.folder.iterdir()) == ['history.csv', 'run.json', 'sae', 'snapshots.safetensors']
 
 def test_a_run_is_received_wholly_or_not_at_all(cache):
-    with pytest.raises(TypeError): training._receive(small('topk'), {'run.json': b'{}', 'sae/cfg.json': 'not bytes'})
+    spec = small('topk')
+    with pytest.raises(TypeError): training._receive(spec, {'run.json': json.dumps(dict(key=spec.key)).encode(), 'sae/cfg.json': 'not bytes'})
     assert list(cache.rglob('*')) == [cache / 'runs']
+
+def test_a_run_that_other_code_made_is_not_received(far, dask, client, cache):
+    "A worker whose package is another version hashes to another key."
+    def other_code(version):
+        import atm_sae.train, sys   # noqa: E401
+        sys.modules['atm_sae.train']._code = lambda: version
+    client.run(other_code, 'older')
+    try:
+        with pytest.raises(RuntimeError, match=r'a worker trained "topk, L0 3, seed 0" with other code \(key [0-9a-f]{16}, here [0-9a-f]{16}\): install the same atm-sae'):
+            run_grid([small('topk')], progress=False, executor=dask)
+    finally: client.run(other_code, training._code())
+    assert not is_complete(small('topk'))
 
 
 # ---- which executor
@@ -130,6 +147,20 @@ def test_the_run_that_failed_is_named(far, dask):
     bad = [recipe('topk', WORLD, d_in=9, d_sae=16, l0=3, steps=5, seed=s) for s in (3, 4)]
     with pytest.raises(RuntimeError, match=r'run "topk, L0 3, seed [34]" \([0-9a-f]{16}\) failed: ValueError: the data are 8 wide, but the SAE has d_in = 9'):
         run_grid(bad, progress=False, executor=dask)
+
+def test_a_failure_does_not_wait_for_the_others(cache):
+    "The long run would take hours on the second worker of a cluster that ends with the grid."
+    bad, long = recipe('topk', WORLD, d_in=9, d_sae=16, l0=3, steps=5), small('topk', steps=10**7)
+    with pytest.raises(RuntimeError, match='the data are 8 wide'): run_grid([long, bad], progress=False, executor='dask')
+
+def test_the_scheduler_is_lost(tmp_path, cache):
+    where = tmp_path / 'scheduler.json'
+    command = [sys.executable, '-m', 'distributed.cli.dask_scheduler', '--port', '0', '--no-dashboard', '--scheduler-file', str(where)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as scheduler:
+        while not where.exists() or not where.read_text(): time.sleep(.1)
+        threading.Timer(3, scheduler.kill).start()    # no worker ever comes, so the run waits
+        with pytest.raises(ConnectionError, match='the Dask scheduler was lost: 1 runs are to be made'):
+            run_grid([small('topk')], progress=False, executor=f'dask:{json.loads(where.read_text())["address"]}')
 
 def test_no_scheduler_answers(quick, cache):
     with pytest.raises(ConnectionError, match=r'no Dask scheduler answers at tcp://127.0.0.1:1 \(.*\): start one \(dask scheduler\), or check the address'):

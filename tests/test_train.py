@@ -1,6 +1,7 @@
 "Schedules and control by hand; resume bit for bit; runs, grids and their errors."
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from atm_sae.core import OutputError, one_thread, read_json
 from atm_sae.sae import SAE, SAEConfig, nested_share
 from atm_sae.synthetic import PlantedWorld, WorldBatches, WorldConfig
 from atm_sae.train import (METHODS, L0Control, TrainConfig, default_lr, get_run, grid, is_complete, load_checkpoint, lr_factor, method_parts, recipe,
-                           run_folder, run_grid, save_checkpoint, sparsity_factor, train)
+                           run_folder, run_grid, save_checkpoint, sparsity_factor, train, world_grid)
 
 training = sys.modules['atm_sae.train']   # the module; the package's `train` is the function
 
@@ -341,6 +342,24 @@ def test_a_blind_control_takes_the_settings_of_its_twin(blind, twin):
     specs = tuned_grid([blind, twin], {twin: dict(r=2., lr_scale=.5, anneal=.3), 'topk': dict(lr_scale=3.)})
     assert specs[0].atm.blind and [training._twin(s) for s in specs[:4]] == specs[4:]
     assert specs[0].atm.r == 2 and specs[0].train.lr == .5 * default_lr(16, specs[0].sae.architecture)
+
+@pytest.mark.parametrize('blind', ['dropout', 'topk+dropout', 'dropout r=2'])
+def test_a_blind_control_has_no_settings_of_its_own(blind):
+    with pytest.raises(ValueError, match=re.escape(f"{blind!r} takes the settings of its twin: give them to {blind.replace('dropout', 'atm')!r}")):
+        tuned_grid([blind], {blind: dict(r=2.)})
+
+def test_a_variant_of_the_untrained_control_is_untrained():
+    plain, variant = tuned_grid(['random', 'random v2'], {'random v2': {}})[::4]
+    assert plain.key == variant.key and plain.method != variant.method
+
+def test_one_learning_rate():
+    with pytest.raises(TypeError, match='lr and lr_scale both set the learning rate: give one of them'): tuned_grid(['atm'], dict(atm=dict(lr=.1, lr_scale=2.)))
+    assert tuned_grid(['atm'], dict(atm=dict(lr=.1)))[0].train.lr == .1
+
+def test_a_world_for_each_seed():
+    specs = world_grid(['topk', 'atm'], [3, 5], targets=[3, 4], d_sae=160, steps=5, tuned=dict(atm=dict(r=2.)))
+    assert [(s.data.seed, s.seed, s.method, s.l0) for s in specs] == [(s, s, m, l) for s in (3, 5) for m in ('topk', 'atm') for l in (3, 4)]
+    assert {s.atm.r for s in specs if s.atm} == {2.}
 
 def test_a_variant_needs_its_settings():
     with pytest.raises(ValueError, match="the variant 'atm r=2' needs an entry in `tuned`"): tuned_grid(['atm', 'atm r=2'], {'atm': {}})

@@ -31,6 +31,9 @@ def test_first_the_default_and_then_as_many_as_were_asked_for():
         assert first == {} and len(rest) == budget - 1
         for t in rest: assert all(low <= t[n] <= high for n, (low, high) in search_space('atm').items())
 
+def test_a_budget_counts_the_default():
+    with pytest.raises(ValueError, match='the budget counts the default: at least 1, not 0'): trials('atm', 0)
+
 def test_trials_fill_every_dimension_evenly():
     "Of 8 points one lies in each eighth of each range, logarithmic where the range is positive; 8 random ones would in 1 of 400 draws a dimension."
     for seed in range(3):

@@ -19,7 +19,7 @@ def rows(**curves):
     return pd.DataFrame([dict(world='planted', method=m, seed=s, sparsity=l0, l0=l0, absorption=a + .1 * s)
                          for m, points in curves.items() for l0, a in points for s in (0, 1)])
 
-def lines(*found, metric='absorption', world='planted'):
+def lines(*found, metric='excess_absorption', world='planted'):
     "A summary of (rival, mean, low, high)."
     return pd.DataFrame([(world, f'atm - {m}', math.nan, metric, mean, low, high, 5, 20., 4., 64.) for m, mean, low, high in found], columns=SUMMARY_COLUMNS)
 
@@ -59,6 +59,13 @@ def test_rivals_are_grouped_and_none_is_left_out():
     said = verdict_sentence(lines(('topk', -.2, -.3, -.1), ('matryoshka', .2, .1, .3), ('jumprelu', -.1, -.2, -.05), ('batchtopk', 0., -.1, .1)), SUBJECTS[1])
     assert said.index('less than TopK') < said.index('JumpReLU') < said.index('more than Matryoshka') < said.index('undecided against BatchTopK')
 
+def test_a_sentence_says_which_l0s_its_mean_covers():
+    "To 64 where both reach it; with one rival that ends at 16 the range is that of all, and says so."
+    table = lines(('topk', -.2, -.3, -.1), ('jumprelu', -.2, -.3, -.1))
+    assert 'mean over L0 4 to 64).' in verdict_sentence(table, SUBJECTS[1])
+    table.loc[0, 'l0_high'] = 16
+    assert 'mean over L0 4 to 64 as far as both reach).' in verdict_sentence(table, SUBJECTS[1])
+
 def test_a_sentence_needs_its_own_metric_world_and_method():
     table = lines(('topk', -.2, -.3, -.1))
     assert verdict_sentence(table, SUBJECTS[0]) == verdict_sentence(table, SUBJECTS[2]) == verdict_sentence(table, SUBJECTS[1], 'topk+atm') == ''
@@ -79,7 +86,7 @@ def test_breaking_a_result_changes_the_sentence_and_the_page(committed):
     assert len(before) == 3 and all(s in landing_page(manifest, 'full', committed) for s in before)
     path = committed/'tables'/'verdict-summary.csv'
     table = read_summary(path)
-    hit = (table.method == 'atm - topk') & table.sparsity.isna() & (table.metric == 'absorption')
+    hit = (table.method == 'atm - topk') & table.sparsity.isna() & (table.metric == 'excess_absorption')
     assert hit.sum() == 1
     table.loc[hit, ['mean', 'low', 'high']] = [.3, .2, .4]
     table.to_csv(path, index=False)
