@@ -9,6 +9,7 @@ __all__ = ['app', 'train', 'evaluate', 'export', 'push', 'reproduce', 'main']
 import contextlib
 import functools
 import json
+import os
 import re
 import shutil
 import signal
@@ -184,7 +185,8 @@ def _copy_run(run: Any, folder: Path) -> Path:
 def _train_all(specs: list, workers: int, progress: bool, executor: str | None) -> list:
     "The runs of the specs: loaded, or trained with a progress bar."
     from atm_sae.train import get_run, run_grid
-    return [get_run(specs[0], progress)] if len(specs) == 1 and not executor else run_grid(specs, workers, progress, executor)
+    alone = len(specs) == 1 and not (executor or os.environ.get('ATM_SAE_EXECUTOR'))
+    return [get_run(specs[0], progress)] if alone else run_grid(specs, workers, progress, executor)
 
 # %% ../nbs/22_cli.ipynb #cell-40
 def _out_folders(specs: list, out: Path | None) -> list:
@@ -548,7 +550,7 @@ def reproduce(
 
 # %% ../nbs/22_cli.ipynb #cell-91
 _UsageError: Any = typer.BadParameter.__base__   # of click, which newer typers carry inside
-_EXPECTED = (ValueError, OSError, RuntimeError, ArithmeticError)
+_EXPECTED = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
 
 # %% ../nbs/22_cli.ipynb #cell-92
 @contextlib.contextmanager

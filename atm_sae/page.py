@@ -6,9 +6,10 @@
 __all__ = ['clock', 'tally', 'landing_page', 'result_folders', 'html_page', 'write_index']
 
 # %% ../nbs/17_page.ipynb #cell-3
-import base64, html, math, re
+import base64, html, io, math, re
 from pathlib import Path, PurePosixPath
 import pandas as pd
+from PIL import Image
 from .core import atomic_write
 from .manifest import Experiment, Manifest, claim_verdicts, published_verdicts, read_record, stale_reason
 from .report import SMOKE, format_interval, format_number, method_name, to_markdown
@@ -133,10 +134,12 @@ def _claim_row(c, title, profile):
 
 # %% ../nbs/17_page.ipynb #cell-24
 def _picture(base):
-    "The smaller of `base.svg` and `base.png` as a data URI."
-    kinds = {base.with_suffix(s): t for s, t in (('.png', 'image/png'), ('.svg', 'image/svg+xml')) if base.with_suffix(s).is_file()}
-    path = min(kinds, key=lambda p: p.stat().st_size)
-    return f'data:{kinds[path]};base64,{base64.b64encode(path.read_bytes()).decode()}'
+    "`base.png` in 128 colours, or `base.svg` if that is smaller, as a data URI."
+    picture = Image.open(base.with_suffix('.png')).convert('RGB').quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture.save(png := io.BytesIO(), 'png', optimize=True)
+    kinds = {'image/png': png.getvalue()} | {'image/svg+xml': p.read_bytes() for p in [base.with_suffix('.svg')] if p.is_file()}
+    kind = min(kinds, key=lambda k: len(kinds[k]))
+    return f'data:{kind};base64,{base64.b64encode(kinds[kind]).decode()}'
 
 def _files(paths, folder, prefix, label):
     "Links to those of the paths below a reports folder that exist: [(label, link)]."

@@ -6,7 +6,7 @@
 __all__ = ['RunError', 'tidy_notebook', 'run_experiment', 'Status', 'reproduce']
 
 # %% ../nbs/18_reproduce.ipynb #cell-3
-import contextlib, functools, importlib.resources, importlib.util, json, os, re, shutil, signal, sys, time
+import contextlib, functools, importlib.resources, importlib.util, json, logging, os, re, shutil, signal, sys, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,7 +262,7 @@ def _estimate(manifest, chosen, profile, out, force):
     if not todo: return 'estimate: nothing to do'
     if not known: return f'estimate: unknown, no record of {len(todo)} object{"s" * (len(todo) > 1)}; see the budget'
     rest = f'; {len(todo) - len(known)} more were never run' if len(known) < len(todo) else ''
-    return f'estimate: {sum(r["seconds"] for r in known) / 60:.0f} minutes for {len(known)} object{"s" * (len(known) > 1)} on {known[0]["cores"]} cores of {known[0]["cpu"]}, where nothing is in the cache{rest}'
+    return f'estimate: {sum(r["seconds"] for r in known) / 60:.0f} minutes for {len(known)} object{"s" * (len(known) > 1)} on {known[0]["cores"]} cores of {known[0]["cpu"]}, less where SAEs are in the cache{rest}'
 
 # %% ../nbs/18_reproduce.ipynb #cell-40
 def _describe(s, record):
@@ -297,7 +297,9 @@ def _check_writable(out):
 @contextlib.contextmanager
 def _stoppable():
     "Turn a polite kill into SystemExit, so that kernels and scratch folders are cleared away."
-    def stop(number, frame): raise SystemExit(128 + number)
+    def stop(number, frame):
+        logging.getLogger('asyncio').disabled = True   # it would print the traceback of the cell that was interrupted
+        raise SystemExit(128 + number)
     try: old = signal.signal(signal.SIGTERM, stop)
     except ValueError: old = None  # not in the main thread
     try: yield
@@ -334,8 +336,8 @@ def reproduce(
     out = Path(out or default_out(profile)).resolve()
     say(f'profile {profile}: {about["description"]}; budget: {about["budget"]}' + (f'; needs: {about["needs"]}' if about.get('needs') else ''))
     say(_estimate(plan, chosen, profile, out, force))
-    if dry_run: return _run_all(plan, chosen, profile, out, force, True, say)
     if executor: executor_pool(executor)   # raises for what it does not know
+    if dry_run: return _run_all(plan, chosen, profile, out, force, True, say)
     _check_writable(out)
     with _alone(out, profile), _stoppable(), _environment(ATM_SAE_EXECUTOR=executor):
         try: return _run_all(plan, chosen, profile, out, force, False, say)

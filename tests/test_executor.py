@@ -189,3 +189,14 @@ def test_train_a_single_run_on_a_given_cluster(far, dask):
 def test_wrong_executors(quick):
     assert "unknown executor 'slurm': use 'processes', 'dask' or 'dask:ADDRESS'" in fails('train', 'topk', *SMALL, '--executor', 'slurm')
     assert 'no Dask scheduler answers at tcp://127.0.0.1:1' in fails('train', 'topk', *SMALL, '-q', '--executor', NOBODY)
+    assert "unknown executor 'slurm'" in fails('reproduce', '--dry-run', '--executor', 'slurm')
+
+def test_a_missing_distributed_is_no_surprise(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'distributed', None)
+    said = fails('train', 'topk', *SMALL, '-q', '--executor', 'dask')
+    assert 'pip install "atm-sae[cluster]"' in said and 'unexpected' not in said
+
+def test_a_single_run_obeys_the_environment(far, dask, monkeypatch):
+    monkeypatch.setenv('ATM_SAE_EXECUTOR', dask)
+    done('train', 'topk', *SMALL, '-q')
+    assert made_by(far[0]) | made_by(far[1]) == {cli_spec().key}
