@@ -328,6 +328,7 @@ def reproduce(
     executor: str | None = None,          # where grids of runs are made, see `run_grid`; None: ATM_SAE_EXECUTOR, else processes
 ) -> dict[str, Status]:
     "Run what is not up to date and write the landing page; returns {name: Status}."
+    if executor: executor_pool(executor)   # raises for what it does not know
     plan = load_manifest(manifest)
     about = plan.profile(profile)
     picked = [plan.pick(n) for n in only] or plan.of(profile)
@@ -336,7 +337,6 @@ def reproduce(
     out = Path(out or default_out(profile)).resolve()
     say(f'profile {profile}: {about["description"]}; budget: {about["budget"]}' + (f'; needs: {about["needs"]}' if about.get('needs') else ''))
     say(_estimate(plan, chosen, profile, out, force))
-    if executor: executor_pool(executor)   # raises for what it does not know
     if dry_run: return _run_all(plan, chosen, profile, out, force, True, say)
     _check_writable(out)
     with _alone(out, profile), _stoppable(), _environment(ATM_SAE_EXECUTOR=executor):
