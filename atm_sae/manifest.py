@@ -8,7 +8,7 @@ __all__ = ['ManifestError', 'Parameter', 'read_parameters', 'Experiment', 'Manif
            'stale_reason', 'default_out', 'published_verdicts', 'claim_verdicts']
 
 # %% ../nbs/16_manifest.ipynb #cell-3
-import ast, contextlib, itertools, re, uuid
+import ast, contextlib, functools, importlib.resources, itertools, re, uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -270,9 +270,15 @@ def _code_hash(path):
     cells = read_json(path)['cells']
     return stable_hash([''.join(c['source']) for c in cells if c['cell_type'] == 'code'])
 
+@functools.lru_cache(maxsize=2)
+def _hash_of(sources):
+    "Hash of the code in (name, size, time of change) ... of files; the last two only make the cache forget changed files."
+    return code_hash(without=('manifest', 'page', 'reproduce', 'cli'))
+
 def _library_hash():
     "Hash of the library's code, less the modules that only carry results about."
-    return code_hash(without=('manifest', 'page', 'reproduce', 'cli'))
+    files = sorted(Path(str(importlib.resources.files('atm_sae'))).glob('*.py'))
+    return _hash_of(tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 
 # %% ../nbs/16_manifest.ipynb #cell-48
 def effective_parameters(

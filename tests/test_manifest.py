@@ -126,3 +126,16 @@ def test_the_frozen_settings_are_what_the_committed_search_chose():
     runs = pd.read_csv(ROOT/'reports/full/tables/attempts-runs.csv')
     cost = runs[runs.method.str.contains('atm')].groupby('method').cost.mean()
     assert cost.idxmin() == best and tuned[best] == tuned['jumprelu+atm'] | manifest.pick('attempts').resolved('full')['attempts'][best]
+
+
+def test_the_library_is_hashed_once_as_long_as_its_files_stay(tmp_path, monkeypatch):
+    "Every object of a page asks for it."
+    (tmp_path/'a.py').write_text('x = 1')
+    asked = []
+    monkeypatch.setattr(M.importlib.resources, 'files', lambda package: tmp_path)
+    monkeypatch.setattr(M, 'code_hash', lambda without: asked.append(without) or f'hash {len(asked)}')
+    assert [M._library_hash() for _ in range(3)] == ['hash 1'] * 3
+    (tmp_path/'a.py').write_text('x = 22')
+    assert M._library_hash() == 'hash 2'
+    (tmp_path/'b.py').write_text('')
+    assert [M._library_hash() for _ in range(2)] == ['hash 3'] * 2 and len(asked) == 3
