@@ -507,7 +507,7 @@ def _show_objects(rows: list) -> None:
     "One line for each object."
     from atm_sae.page import clock
     width = max((len(r['name']) for r in rows), default=0)
-    for r in rows: print(f'{r["name"]:{width}}  {r["title"]}  [{r["state"]}{", took " + clock(r["seconds"]) if r["seconds"] else ""}]')
+    for r in rows: print(f'{r["name"]:{width}}  {r["title"]}  [{r["state"]}{", took " + clock(r["seconds"]) if r["seconds"] is not None else ""}]')
 
 # %% ../nbs/22_cli.ipynb #cell-86
 def _closing(done: dict, out: Path, say: Callable[[str], object]) -> None:
