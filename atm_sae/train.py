@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'METHODS', 'TrainConfig', 'lr_factor', 'sparsity_factor', 'L0Control', 'History', 'save_checkpoint',
-           'load_checkpoint', 'keep_freed_memory', 'train', 'RunSpec', 'method_parts', 'default_lr', 'recipe', 'grid',
-           'world_grid', 'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run', 'executor_pool', 'run_grid']
+           'load_checkpoint', 'keep_freed_memory', 'train', 'RunSpec', 'method_parts', 'twin_method', 'default_lr',
+           'recipe', 'grid', 'world_grid', 'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run',
+           'executor_pool', 'run_grid']
 
 # %% ../nbs/07_train.ipynb #cell-3
 import contextlib
 import ctypes
 import functools
+import hashlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,12 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/07_train.ipynb #cell-4
-from .activations import ActivationSpec, CacheBatches, activation_key, get_activations
+from .activations import ActivationSpec, CacheBatches, StreamBatches, activation_key, get_activations, stream_activations
 from .atm import ATMConfig, ATMMasker, contribution, frequency, make_masker
-from .core import (atomic_folder, atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
+from .core import (ALONE, Ranks, atomic_folder, atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
                           read_json, stable_hash, to_plain, write_json)
-from .lm import hook_point
-from .sae import SAE, SAEConfig, calibrate_l0, nested_share, random_sae
+from .lm import hook_point, model_width
+from .sae import SAE, AllRanks, SAEConfig, calibrate_l0, nested_share, random_sae
 from .synthetic import PlantedWorld, WorldBatches, WorldConfig
 
 # %% ../nbs/07_train.ipynb #cell-7
@@ -115,8 +118,8 @@ class History:
 # %% ../nbs/07_train.ipynb #cell-19
 class _Trainer:
     "Everything that the next step depends on."
-    def __init__(self, sae, batches, config, masker):
-        self.sae, self.batches, self.config, self.masker = sae, batches, config, masker
+    def __init__(self, sae, batches, config, masker, ranks):
+        self.sae, self.batches, self.config, self.masker, self.ranks = sae, batches, config, masker, ranks
         self.i, self.history, c, device = 0, History(), sae.config, sae.W_enc.device
         self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         self.generator = generator(config.seed, 'mask')
@@ -155,9 +158,10 @@ def _precision(precision, device):
 def _train_step(t, x):
     "One step on a batch; returns a row of the history if one is due."
     c, i = t.config, t.i
-    x = x.to(t.sae.W_enc.device) * t.history.scale
-    keep = None if t.masker is None else t.masker.sample(t.generator, len(x))
+    keep = None if t.masker is None else t.masker.sample(t.generator, len(x))   # drawn alike on all ranks
     factor = keep if t.masker is None else t.masker.factor(keep)
+    if factor is not None and factor.ndim == 2: factor = t.ranks.share(factor)
+    x = t.ranks.share(x).to(t.sae.W_enc.device) * t.history.scale
     sparsity = sparsity_factor(i, c) * (1 if t.control is None else t.control.coefficient)
     with _precision(c.precision, x.device): loss = t.sae.loss(x, factor, sparsity, t.dead, c.fast)
     loss.total.backward()
@@ -167,8 +171,15 @@ def _train_step(t, x):
     if t.i % c.log_every == 0 or t.i == c.steps: return _row(t, x, loss, keep, sparsity, l0)
 
 # %% ../nbs/07_train.ipynb #cell-25
+def _average_gradients(t):
+    "Give every rank the mean of the ranks' gradients, in one exchange."
+    grads = [p.grad for p in t.sae.parameters()]
+    whole = t.ranks.mean(torch.cat([g.flatten() for g in grads]))
+    for g, part in zip(grads, whole.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
+
 def _update(t, factor):
-    "Project, clip, step, and back to unit rows."
+    "Average over ranks, project, clip, step, and back to unit rows."
+    if t.ranks.size > 1: _average_gradients(t)
     t.sae.project_decoder_gradient()
     torch.nn.utils.clip_grad_norm_(t.sae.parameters(), t.config.grad_clip)
     for group in t.optimiser.param_groups: group['lr'] = t.config.lr * factor
@@ -181,13 +192,14 @@ def _update(t, factor):
 @torch.no_grad()
 def _watch(t, x, loss, keep):
     "Statistics of the step for masker, threshold, L0 control and dead latents; returns the L0."
-    z, h, where = loss.z, loss.h, loss.where
+    z, h = loss.z, loss.h
+    where: Any = loss.where if t.ranks.size == 1 else AllRanks(loss.where, t.ranks)
     often = frequency(z, where)
     l0 = often.sum()
     if t.masker is not None: t.masker.observe(z, contribution(h, h.grad, t.sae.W_dec, where, t.share, t.masker.effect), keep, where)
     if t.control is not None: t.control.observe(l0)
     t.sae.update_threshold(z)
-    t.silent = torch.where(often > 0, 0, t.silent + len(x))
+    t.silent = torch.where(often > 0, 0, t.silent + len(x) * t.ranks.size)
     if t.i % 10 == 0: t.dead = (t.silent > t.patience).nonzero().flatten()
     bad = ~torch.stack([x.sum(), loss.total.detach()]).isfinite()
     t.broken = torch.where((t.broken < 0) & bad, t.i + 1, t.broken)
@@ -198,19 +210,43 @@ def _watch(t, x, loss, keep):
 def _row(t, x, loss, keep, sparsity, l0):
     "One row of COLUMNS as plain numbers."
     nan = x.new_tensor(torch.nan)
-    fvu = (x - loss.x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    fvu = t.ranks.mean((x - loss.x_hat).square().sum()) / t.ranks.mean((x - t.ranks.mean(x.mean(0))).square().sum())
     coefficient = nan if t.sae.config.counts else torch.as_tensor(sparsity, device=x.device)
     theta = nan if t.masker is None else t.masker.threshold()
     mask_rate = nan if keep is None else 1 - keep.float().mean()
     values = [loss.total, loss.reconstruction, loss.penalty, fvu, l0, (t.silent > t.patience).sum(), coefficient, theta, mask_rate]
-    return (t.i, t.i * len(x), *torch.stack([v.float() for v in values]).tolist())
+    return (t.i, t.i * len(x) * t.ranks.size, *t.ranks.mean(torch.stack([v.float() for v in values])).tolist())
+
+# %% ../nbs/07_train.ipynb #8dba5b77
+def _digest(state):
+    "A hash of a state with tensors in it."
+    tensors, plain = _flatten(state)
+    return stable_hash([plain, {n: hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for n, x in tensors.items()}])
+
+def _meet(t):
+    "Start together: RuntimeError if the ranks are not about to train the same SAE from the same place."
+    if t.ranks.size == 1: return
+    if t.config.batch_size % t.ranks.size: raise ValueError(f'a batch of {t.config.batch_size} does not split over {t.ranks.size} ranks: choose a multiple')
+    t.ranks.agree('the configuration', _state_name(t))
+    t.ranks.agree('the step to begin with (do all see the same checkpoint?)', str(t.i))
+    t.ranks.agree('the data', _digest(t.batches.state_dict()))
+    _check_ranks(t)
+    t.sae.ranks = t.ranks
+
+def _check_ranks(t):
+    "RuntimeError if the ranks' weights are not the same."
+    if t.ranks.size == 1: return
+    sums = torch.stack([p.detach().double().sum() for p in t.sae.parameters()])
+    if not torch.equal(t.ranks.low(sums), t.ranks.high(sums)):
+        raise RuntimeError(f'the ranks disagree about the weights after step {t.i}: start again from the last checkpoint; if it happens again, one machine computes wrongly')
 
 # %% ../nbs/07_train.ipynb #cell-30
 def _stop_if_broken(t):
     "FloatingPointError naming the step at which numbers stopped being finite."
-    x, loss = (int(v) for v in t.broken.tolist())
+    x, loss = (int(v) for v in t.ranks.high(t.broken).tolist())
     if x >= 0: raise FloatingPointError(f'step {x}: the batch holds NaN or infinite activations: look at the model or data type that made them')
     if loss >= 0: raise FloatingPointError(f'step {loss}: the loss is not finite although the activations are: try an lr below {t.config.lr}')
+    _check_ranks(t)
 
 # %% ../nbs/07_train.ipynb #cell-32
 def _flatten(state, prefix=''):
@@ -306,15 +342,18 @@ def train(
     masker: ATMMasker | None = None,  # or a BlindMasker
     folder: str | Path | None = None, # where checkpoints are written and looked for; None: nowhere
     progress: bool = True,            # show a progress bar
+    ranks: Ranks = ALONE,             # the processes that share each batch; all call `train` with the same arguments
     watch: Callable[[int, SAE, History], object] | None = None,  # called after each step; the SAE still takes x times `history.scale`
 ) -> History:
     "Train `sae`; afterwards it takes raw activations. Continues if `folder` holds a checkpoint."
-    t = _Trainer(sae, batches, config, masker)
+    t = _Trainer(sae, batches, config, masker, ranks)
     keep_freed_memory()
     path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
+    ranks.agree('whether there is a checkpoint (ATM_SAE_CACHE must be a folder that all share)', str(bool(path and path.exists())))
     if path and path.exists(): _restore(t, load_checkpoint(path, _state_name(t)))
     else: batches = _begin(t)
-    with tqdm(total=config.steps, initial=t.i, disable=not progress, mininterval=.5) as bar:
+    _meet(t)
+    with tqdm(total=config.steps, initial=t.i, disable=not progress or ranks.rank > 0, mininterval=.5) as bar:
         while t.i < config.steps:
             if row := _train_step(t, next(batches)):
                 t.history.rows.append(row)
@@ -323,8 +362,9 @@ def train(
             if watch: watch(t.i, sae, t.history)
             due = path and t.i % config.checkpoint_every == 0 and t.i < config.steps
             if row or due: _stop_if_broken(t)
-            if due: save_checkpoint(path, _trainer_state(t), _state_name(t))  # type: ignore[arg-type]  # due: there is a path
+            if due and ranks.rank == 0: save_checkpoint(path, _trainer_state(t), _state_name(t))  # type: ignore[arg-type]  # due: there is a path
             bar.update()
+    sae.ranks = ALONE
     sae.fold_input_scale(t.history.scale)
     return t.history
 
@@ -371,6 +411,10 @@ def method_parts(method: str) -> tuple[str, str]:
     if method in ('atm', 'dropout'): return 'standard', method
     base, _, mask = method.partition('+')
     return ('jumprelu' if base == 'random' else base), mask
+
+def twin_method(method: str) -> str:
+    "The method whose settings and mask rate a blind control takes; any other method is its own twin."
+    return method.replace('dropout', 'atm')
 
 # %% ../nbs/07_train.ipynb #cell-68
 def default_lr(d_sae: int, architecture: str = 'topk') -> float:
@@ -420,10 +464,10 @@ def grid(
     **settings: Any,                    # further arguments of `recipe`
 ) -> list[RunSpec]:
     "The recipes of every method at every L0 with every seed."
-    d_in = data.d_in if isinstance(data, WorldConfig) else get_activations(data).d_in
+    d_in = data.d_in if isinstance(data, WorldConfig) else model_width(data.model)
     tuned = tuned or {}
-    twin = {m: m.replace('dropout', 'atm') for m in methods}
-    if blind := [m for m in tuned if 'dropout' in m]: raise ValueError(f'{blind[0]!r} takes the settings of its twin: give them to {blind[0].replace("dropout", "atm")!r}')
+    twin = {m: twin_method(m) for m in methods}
+    if blind := [m for m in tuned if twin_method(m) != m]: raise ValueError(f'{blind[0]!r} takes the settings of its twin: give them to {twin_method(blind[0])!r}')
     if unknown := [m for m in methods if ' ' in m and twin[m] not in tuned]: raise ValueError(f'the variant {unknown[0]!r} needs an entry in `tuned`')
     own = {m: settings | tuned.get(twin[m], {}) for m in methods}
     return [recipe(m, data, d_in, d_sae, l0, steps, seed, **own[m]) for m in own for l0 in targets for seed in seeds]
@@ -438,9 +482,10 @@ def world_grid(
     return [spec for seed in seeds for spec in grid(methods, WorldConfig(seed=seed), seeds=[seed], **settings)]
 
 # %% ../nbs/07_train.ipynb #cell-78
-def data_batches(data: WorldConfig | ActivationSpec, batch_size: int, seed: int) -> WorldBatches | CacheBatches:
-    "Batches of the data that a WorldConfig or an ActivationSpec describes."
+def data_batches(data: WorldConfig | ActivationSpec, batch_size: int, seed: int) -> WorldBatches | CacheBatches | StreamBatches:
+    "Batches of the data that a WorldConfig or an ActivationSpec describes, from disk or, with a buffer, computed meanwhile."
     if isinstance(data, WorldConfig): return WorldBatches(PlantedWorld(data), batch_size, seed)
+    if isinstance(data, ActivationSpec) and data.buffer: return stream_activations(data, batch_size, seed)
     if isinstance(data, ActivationSpec): return CacheBatches(get_activations(data), batch_size, seed)
     raise TypeError(f'data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}')
 
@@ -467,7 +512,7 @@ def _control(spec, batches):
 def _twin(spec):
     "The ATM run that a blind control follows; None for any other run."
     if not (spec.atm and spec.atm.blind): return None
-    return replace(spec, method=spec.method.replace('dropout', 'atm'), atm=replace(spec.atm, blind=False))
+    return replace(spec, method=twin_method(spec.method), atm=replace(spec.atm, blind=False))
 
 def _twin_rates(spec):
     "The share of latents that ATM hid at each step of the twin's run; None without a twin."
@@ -476,20 +521,25 @@ def _twin_rates(spec):
     return np.interp(range(spec.train.steps), log.step, log.mask_rate).tolist()
 
 def _make_run(spec, folder, progress, device):
-    "Train, and write a run's folder; `run.json` comes last and makes it complete."
-    rates, start = _twin_rates(spec), time.monotonic()
+    "Train, alone or as one of several ranks."
+    rates, start, ranks = _twin_rates(spec), time.monotonic(), Ranks.join()
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     if batches.d_in != spec.sae.d_in: raise ValueError(f'the data are {batches.d_in} wide, but the SAE has d_in = {spec.sae.d_in}')
     if _untrained(spec): sae, history = _control(spec, batches), History()
     else:
         sae = SAE(spec.sae).to(device)
         masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates)
-        history = train(sae, batches, spec.train, masker, folder, progress)
+        history = train(sae, batches, spec.train, masker, folder, progress, ranks)
+    if ranks.rank == 0: _write_run(spec, sae, history, folder, time.monotonic() - start)
+    ranks.wait()
+
+def _write_run(spec, sae, history, folder, seconds):
+    "Write a run's folder; `run.json` comes last and makes it complete."
     if isinstance(spec.data, ActivationSpec): sae.metadata = hook_point(spec.data.model, spec.data.layer)
     sae.save(folder / 'sae')
     _save_history(history, folder)
     write_json(folder / 'run.json', dict(name=spec.name, key=spec.key, spec=to_plain(spec), scale=history.scale,
-                                      seconds=round(time.monotonic() - start, 2), provenance=provenance([spec.seed])))
+                                      seconds=round(seconds, 2), provenance=provenance([spec.seed])))
     (folder / 'checkpoint.safetensors').unlink(missing_ok=True)
 
 # %% ../nbs/07_train.ipynb #cell-82
@@ -515,6 +565,9 @@ def get_run(
 ) -> Run:
     "The trained SAE of `spec`: loaded if the run is complete, else trained, with one thread."
     folder = run_folder(spec)
+    ranks = Ranks.join()
+    ranks.agree('the configuration', folder.name)
+    ranks.agree('whether the run is there (ATM_SAE_CACHE must be a folder that all share)', str(is_complete(spec)))
     if not is_complete(spec):
         with one_thread(): _make_run(spec, folder, progress, pick_device(device))
     return Run(spec, SAE.load(folder / 'sae'), _load_history(folder), folder)
@@ -530,10 +583,10 @@ def _train_quietly(spec):
     torch.set_num_threads(1)
     get_run(spec)
 
-def _in_turn(specs):
-    "Make runs here, one after another; yields each spec with its error or None."
+def _in_turn(specs, make):
+    "Make runs one after another; yields each spec with its error or None."
     for spec in specs:
-        try: get_run(spec)
+        try: make(spec)
         except Exception as e: yield spec, e
         else: yield spec, None
 
@@ -559,15 +612,45 @@ def _dask(workers, address):
         stack.callback(pool.shutdown, wait=False)   # the end of the block waits for nobody
         yield pool
 
-_POOLS = dict(processes=_processes, dask=_dask)
+# %% ../nbs/07_train.ipynb #f7b977ef
+def _torchrun(workers, ranks):
+    "What makes a run with so many ranks; without a number, one for each GPU, or else for each worker."
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    config = LaunchConfig(1, 1, int(ranks or torch.cuda.device_count() or workers), run_id='atm-sae', rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method='spawn', monitor_interval=.1, max_restarts=0)
+    return functools.partial(_launch, elastic_launch(config, _train_rank))
+
+def _launch(launcher, spec):
+    "Train a run with ranks; the error of the rank that failed first is this process's error."
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}   # the launcher sets its own
+    try: launcher(spec)
+    except ChildFailedError as e:
+        rank, failure = e.get_first_failure()
+        said = failure.error_file_data.get('message', failure.message)
+        raise RuntimeError(f'rank {rank}: {said["message"] if isinstance(said, dict) else said}') from None
+    except SignalException as e: raise KeyboardInterrupt if e.sigval == signal.SIGINT else SystemExit(128 + e.sigval) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items(): signal.signal(number, handler)
+
+def _train_rank(spec):
+    "Train a run as one of its ranks."
+    from torch.distributed import destroy_process_group, is_initialized
+    from torch.distributed.elastic.multiprocessing.errors import record
+    record(_train_quietly)(spec)
+    if is_initialized(): destroy_process_group()   # after an error the others may wait in it; the launcher ends them
+
+# %% ../nbs/07_train.ipynb #eec88298
+_POOLS = dict(processes=_processes, dask=_dask, torchrun=_torchrun)
 
 def executor_pool(
-    executor: str,  # 'processes', 'dask' or 'dask:ADDRESS'
+    executor: str,  # 'processes', 'dask', 'dask:ADDRESS', 'torchrun' or 'torchrun:RANKS'
 ) -> tuple[Callable, str]:
     "What opens the pool that an executor names, and its address; ValueError for an unknown one."
     kind, _, address = executor.partition(':')
-    if kind not in _POOLS or (address and kind != 'dask'):
-        raise ValueError(f"unknown executor {executor!r}: use 'processes', 'dask' or 'dask:ADDRESS', such as 'dask:tcp://10.0.0.1:8786'")
+    if kind not in _POOLS or (address and kind == 'processes') or (kind == 'torchrun' and address and not (address.isdecimal() and int(address))):
+        raise ValueError(f"unknown executor {executor!r}: use 'processes', 'dask' or 'dask:ADDRESS', such as 'dask:tcp://10.0.0.1:8786', 'torchrun' or 'torchrun:RANKS'")
     return _POOLS[kind], address
 
 # %% ../nbs/07_train.ipynb #891255ef
@@ -590,7 +673,7 @@ def _receive(spec, files):
 # %% ../nbs/07_train.ipynb #ed3f419c
 def _side_by_side(specs, workers, executor):
     "Make runs in a pool; yields each spec with its error or None."
-    (open_pool, address), far = executor_pool(executor), executor != 'processes'
+    (open_pool, address), far = executor_pool(executor), executor.startswith('dask')
     with open_pool(workers, address) as pool:
         jobs = {pool.submit(_train_and_send if far else _train_quietly, s): s for s in specs}
         for job in as_completed([*jobs]):
@@ -602,23 +685,27 @@ def _side_by_side(specs, workers, executor):
 # %% ../nbs/07_train.ipynb #cell-87
 def _make_all(todo, workers, executor):
     "Make runs, the blind controls last; yields each spec with its error or None."
+    open_pool, address = executor_pool(executor)
     for blind in (False, True):
         part = [s for s in todo if (_twin(s) is not None) == blind]
-        alone = executor == 'processes' and min(workers, len(part)) < 2
-        yield from _in_turn(part) if alone or not part else _side_by_side(part, min(workers, len(part)), executor)
+        n = 1 if int(os.environ.get('WORLD_SIZE', 1)) > 1 else min(workers, len(part))   # a rank starts no workers
+        if open_pool is _torchrun and part: yield from _in_turn(part, _torchrun(workers, address))
+        elif open_pool is _processes and n < 2: yield from _in_turn(part, get_run)
+        elif part: yield from _side_by_side(part, n, executor)
 
 # %% ../nbs/07_train.ipynb #cell-88
 def run_grid(
     specs: Iterable[RunSpec],
     workers: int = 2,         # processes, each with one thread; 1: in this one
     progress: bool = True,    # a bar over the runs
-    executor: str | None = None,  # 'processes', 'dask' or 'dask:ADDRESS'; None: what ATM_SAE_EXECUTOR says, else processes
+    executor: str | None = None,  # see `executor_pool`; None: what ATM_SAE_EXECUTOR says, else processes
 ) -> list[Run]:
     "The runs of `specs`, in their order: loaded, or made first. RuntimeError names the run that failed."
     specs, executor = list(specs), executor or os.environ.get('ATM_SAE_EXECUTOR') or 'processes'
     executor_pool(executor)   # raises for what it does not know
     todo = list({s.key: s for s in [*filter(None, map(_twin, specs)), *specs] if not is_complete(s)}.values())
-    for data in {s.data for s in todo if isinstance(s.data, ActivationSpec)}: get_activations(data)
+    if executor_pool(executor)[0] is not _torchrun:   # there the ranks make them together
+        for data in {s.data for s in todo if isinstance(s.data, ActivationSpec) and not s.data.buffer}: get_activations(data)
     made = _make_all(todo, workers, executor)
     with tqdm(total=len(todo), desc='runs', disable=not (progress and todo)) as bar:
         for spec, error in made:
