@@ -11,6 +11,7 @@ __all__ = ['COLUMNS', 'METHODS', 'TrainConfig', 'lr_factor', 'sparsity_factor', 
 import contextlib
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import threading
@@ -31,12 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/07_train.ipynb #cell-4
-from .activations import ActivationSpec, CacheBatches, activation_key, get_activations
+from .activations import ActivationSpec, CacheBatches, StreamBatches, activation_key, get_activations, stream_activations
 from .atm import ATMConfig, ATMMasker, contribution, frequency, make_masker
-from .core import (atomic_folder, atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
+from .core import (ALONE, Ranks, atomic_folder, atomic_write, cache_dir, check_activations, code_hash, generator, one_thread, pick_device, provenance,
                           read_json, stable_hash, to_plain, write_json)
-from .lm import hook_point
-from .sae import SAE, SAEConfig, calibrate_l0, nested_share, random_sae
+from .lm import hook_point, model_width
+from .sae import SAE, AllRanks, SAEConfig, calibrate_l0, nested_share, random_sae
 from .synthetic import PlantedWorld, WorldBatches, WorldConfig
 
 # %% ../nbs/07_train.ipynb #cell-7
@@ -115,8 +116,8 @@ class History:
 # %% ../nbs/07_train.ipynb #cell-19
 class _Trainer:
     "Everything that the next step depends on."
-    def __init__(self, sae, batches, config, masker):
-        self.sae, self.batches, self.config, self.masker = sae, batches, config, masker
+    def __init__(self, sae, batches, config, masker, ranks):
+        self.sae, self.batches, self.config, self.masker, self.ranks = sae, batches, config, masker, ranks
         self.i, self.history, c, device = 0, History(), sae.config, sae.W_enc.device
         self.optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         self.generator = generator(config.seed, 'mask')
@@ -155,9 +156,10 @@ def _precision(precision, device):
 def _train_step(t, x):
     "One step on a batch; returns a row of the history if one is due."
     c, i = t.config, t.i
-    x = x.to(t.sae.W_enc.device) * t.history.scale
-    keep = None if t.masker is None else t.masker.sample(t.generator, len(x))
+    keep = None if t.masker is None else t.masker.sample(t.generator, len(x))   # drawn alike on all ranks
     factor = keep if t.masker is None else t.masker.factor(keep)
+    if factor is not None and factor.ndim == 2: factor = t.ranks.share(factor)
+    x = t.ranks.share(x).to(t.sae.W_enc.device) * t.history.scale
     sparsity = sparsity_factor(i, c) * (1 if t.control is None else t.control.coefficient)
     with _precision(c.precision, x.device): loss = t.sae.loss(x, factor, sparsity, t.dead, c.fast)
     loss.total.backward()
@@ -167,8 +169,15 @@ def _train_step(t, x):
     if t.i % c.log_every == 0 or t.i == c.steps: return _row(t, x, loss, keep, sparsity, l0)
 
 # %% ../nbs/07_train.ipynb #cell-25
+def _average_gradients(t):
+    "Give every rank the mean of the ranks' gradients, in one exchange."
+    grads = [p.grad for p in t.sae.parameters()]
+    whole = t.ranks.mean(torch.cat([g.flatten() for g in grads]))
+    for g, part in zip(grads, whole.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
+
 def _update(t, factor):
-    "Project, clip, step, and back to unit rows."
+    "Average over ranks, project, clip, step, and back to unit rows."
+    if t.ranks.size > 1: _average_gradients(t)
     t.sae.project_decoder_gradient()
     torch.nn.utils.clip_grad_norm_(t.sae.parameters(), t.config.grad_clip)
     for group in t.optimiser.param_groups: group['lr'] = t.config.lr * factor
@@ -181,13 +190,13 @@ def _update(t, factor):
 @torch.no_grad()
 def _watch(t, x, loss, keep):
     "Statistics of the step for masker, threshold, L0 control and dead latents; returns the L0."
-    z, h, where = loss.z, loss.h, loss.where
+    z, h, where = loss.z, loss.h, loss.where if t.ranks.size == 1 else AllRanks(loss.where, t.ranks)
     often = frequency(z, where)
     l0 = often.sum()
     if t.masker is not None: t.masker.observe(z, contribution(h, h.grad, t.sae.W_dec, where, t.share, t.masker.effect), keep, where)
     if t.control is not None: t.control.observe(l0)
     t.sae.update_threshold(z)
-    t.silent = torch.where(often > 0, 0, t.silent + len(x))
+    t.silent = torch.where(often > 0, 0, t.silent + len(x) * t.ranks.size)
     if t.i % 10 == 0: t.dead = (t.silent > t.patience).nonzero().flatten()
     bad = ~torch.stack([x.sum(), loss.total.detach()]).isfinite()
     t.broken = torch.where((t.broken < 0) & bad, t.i + 1, t.broken)
@@ -198,17 +207,41 @@ def _watch(t, x, loss, keep):
 def _row(t, x, loss, keep, sparsity, l0):
     "One row of COLUMNS as plain numbers."
     nan = x.new_tensor(torch.nan)
-    fvu = (x - loss.x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    fvu = t.ranks.mean((x - loss.x_hat).square().sum()) / t.ranks.mean((x - t.ranks.mean(x.mean(0))).square().sum())
     coefficient = nan if t.sae.config.counts else torch.as_tensor(sparsity, device=x.device)
     theta = nan if t.masker is None else t.masker.threshold()
     mask_rate = nan if keep is None else 1 - keep.float().mean()
     values = [loss.total, loss.reconstruction, loss.penalty, fvu, l0, (t.silent > t.patience).sum(), coefficient, theta, mask_rate]
-    return (t.i, t.i * len(x), *torch.stack([v.float() for v in values]).tolist())
+    return (t.i, t.i * len(x) * t.ranks.size, *t.ranks.mean(torch.stack([v.float() for v in values])).tolist())
+
+# %% ../nbs/07_train.ipynb #8dba5b77
+def _digest(state):
+    "A hash of a state with tensors in it."
+    tensors, plain = _flatten(state)
+    return stable_hash([plain, {n: hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for n, x in tensors.items()}])
+
+def _meet(t):
+    "Start together: RuntimeError if the ranks are not about to train the same SAE from the same place."
+    if t.ranks.size == 1: return
+    if t.config.batch_size % t.ranks.size: raise ValueError(f'a batch of {t.config.batch_size} does not split over {t.ranks.size} ranks: choose a multiple')
+    t.ranks.agree('the configuration', _state_name(t))
+    t.ranks.agree('the step to begin with (do all see the same checkpoint?)', str(t.i))
+    t.ranks.agree('the data', _digest(t.batches.state_dict()))
+    _check_ranks(t)
+    t.sae.ranks = t.ranks
+
+def _check_ranks(t):
+    "RuntimeError if the ranks' weights are not the same."
+    if t.ranks.size == 1: return
+    sums = torch.stack([p.detach().double().sum() for p in t.sae.parameters()])
+    if not torch.equal(t.ranks.low(sums), t.ranks.high(sums)):
+        raise RuntimeError(f'the ranks disagree about the weights after step {t.i}: start again from the last checkpoint; if it happens again, one machine computes wrongly')
 
 # %% ../nbs/07_train.ipynb #cell-30
 def _stop_if_broken(t):
     "FloatingPointError naming the step at which numbers stopped being finite."
-    x, loss = (int(v) for v in t.broken.tolist())
+    _check_ranks(t)
+    x, loss = (int(v) for v in t.ranks.high(t.broken).tolist())
     if x >= 0: raise FloatingPointError(f'step {x}: the batch holds NaN or infinite activations: look at the model or data type that made them')
     if loss >= 0: raise FloatingPointError(f'step {loss}: the loss is not finite although the activations are: try an lr below {t.config.lr}')
 
@@ -306,15 +339,17 @@ def train(
     masker: ATMMasker | None = None,  # or a BlindMasker
     folder: str | Path | None = None, # where checkpoints are written and looked for; None: nowhere
     progress: bool = True,            # show a progress bar
+    ranks: Ranks = ALONE,             # the processes that share each batch; all call `train` with the same arguments
     watch: Callable[[int, SAE, History], object] | None = None,  # called after each step; the SAE still takes x times `history.scale`
 ) -> History:
     "Train `sae`; afterwards it takes raw activations. Continues if `folder` holds a checkpoint."
-    t = _Trainer(sae, batches, config, masker)
+    t = _Trainer(sae, batches, config, masker, ranks)
     keep_freed_memory()
     path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
     if path and path.exists(): _restore(t, load_checkpoint(path, _state_name(t)))
     else: batches = _begin(t)
-    with tqdm(total=config.steps, initial=t.i, disable=not progress, mininterval=.5) as bar:
+    _meet(t)
+    with tqdm(total=config.steps, initial=t.i, disable=not progress or ranks.rank > 0, mininterval=.5) as bar:
         while t.i < config.steps:
             if row := _train_step(t, next(batches)):
                 t.history.rows.append(row)
@@ -323,8 +358,9 @@ def train(
             if watch: watch(t.i, sae, t.history)
             due = path and t.i % config.checkpoint_every == 0 and t.i < config.steps
             if row or due: _stop_if_broken(t)
-            if due: save_checkpoint(path, _trainer_state(t), _state_name(t))  # type: ignore[arg-type]  # due: there is a path
+            if due and ranks.rank == 0: save_checkpoint(path, _trainer_state(t), _state_name(t))  # type: ignore[arg-type]  # due: there is a path
             bar.update()
+    sae.ranks = ALONE
     sae.fold_input_scale(t.history.scale)
     return t.history
 
@@ -420,7 +456,7 @@ def grid(
     **settings: Any,                    # further arguments of `recipe`
 ) -> list[RunSpec]:
     "The recipes of every method at every L0 with every seed."
-    d_in = data.d_in if isinstance(data, WorldConfig) else get_activations(data).d_in
+    d_in = data.d_in if isinstance(data, WorldConfig) else model_width(data.model)
     tuned = tuned or {}
     twin = {m: m.replace('dropout', 'atm') for m in methods}
     if blind := [m for m in tuned if 'dropout' in m]: raise ValueError(f'{blind[0]!r} takes the settings of its twin: give them to {blind[0].replace("dropout", "atm")!r}')
@@ -438,9 +474,10 @@ def world_grid(
     return [spec for seed in seeds for spec in grid(methods, WorldConfig(seed=seed), seeds=[seed], **settings)]
 
 # %% ../nbs/07_train.ipynb #cell-78
-def data_batches(data: WorldConfig | ActivationSpec, batch_size: int, seed: int) -> WorldBatches | CacheBatches:
-    "Batches of the data that a WorldConfig or an ActivationSpec describes."
+def data_batches(data: WorldConfig | ActivationSpec, batch_size: int, seed: int) -> WorldBatches | CacheBatches | StreamBatches:
+    "Batches of the data that a WorldConfig or an ActivationSpec describes, from disk or, with a buffer, computed meanwhile."
     if isinstance(data, WorldConfig): return WorldBatches(PlantedWorld(data), batch_size, seed)
+    if isinstance(data, ActivationSpec) and data.buffer: return stream_activations(data, batch_size, seed)
     if isinstance(data, ActivationSpec): return CacheBatches(get_activations(data), batch_size, seed)
     raise TypeError(f'data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}')
 
@@ -476,20 +513,25 @@ def _twin_rates(spec):
     return np.interp(range(spec.train.steps), log.step, log.mask_rate).tolist()
 
 def _make_run(spec, folder, progress, device):
-    "Train, and write a run's folder; `run.json` comes last and makes it complete."
-    rates, start = _twin_rates(spec), time.monotonic()
+    "Train, alone or as one of several ranks."
+    rates, start, ranks = _twin_rates(spec), time.monotonic(), Ranks.join()
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     if batches.d_in != spec.sae.d_in: raise ValueError(f'the data are {batches.d_in} wide, but the SAE has d_in = {spec.sae.d_in}')
     if _untrained(spec): sae, history = _control(spec, batches), History()
     else:
         sae = SAE(spec.sae).to(device)
         masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates)
-        history = train(sae, batches, spec.train, masker, folder, progress)
+        history = train(sae, batches, spec.train, masker, folder, progress, ranks)
+    if ranks.rank == 0: _write_run(spec, sae, history, folder, time.monotonic() - start)
+    ranks.wait()
+
+def _write_run(spec, sae, history, folder, seconds):
+    "Write a run's folder; `run.json` comes last and makes it complete."
     if isinstance(spec.data, ActivationSpec): sae.metadata = hook_point(spec.data.model, spec.data.layer)
     sae.save(folder / 'sae')
     _save_history(history, folder)
     write_json(folder / 'run.json', dict(name=spec.name, key=spec.key, spec=to_plain(spec), scale=history.scale,
-                                      seconds=round(time.monotonic() - start, 2), provenance=provenance([spec.seed])))
+                                      seconds=round(seconds, 2), provenance=provenance([spec.seed])))
     (folder / 'checkpoint.safetensors').unlink(missing_ok=True)
 
 # %% ../nbs/07_train.ipynb #cell-82
@@ -618,7 +660,7 @@ def run_grid(
     specs, executor = list(specs), executor or os.environ.get('ATM_SAE_EXECUTOR') or 'processes'
     executor_pool(executor)   # raises for what it does not know
     todo = list({s.key: s for s in [*filter(None, map(_twin, specs)), *specs] if not is_complete(s)}.values())
-    for data in {s.data for s in todo if isinstance(s.data, ActivationSpec)}: get_activations(data)
+    for data in {s.data for s in todo if isinstance(s.data, ActivationSpec) and not s.data.buffer}: get_activations(data)
     made = _make_all(todo, workers, executor)
     with tqdm(total=len(todo), desc='runs', disable=not (progress and todo)) as bar:
         for spec, error in made:

@@ -47,7 +47,8 @@ def test_rows_are_the_tokens_that_are_not_special(cache, lm, tokens):
     assert len(cache) == 20 * 15 - 2 - 6 and cache.d_in == 32
     expected = residual_stream(lm, tokens, 1)[tokens > 2]
     assert torch.allclose(cache.rows(slice(None)), expected, atol=1e-6)
-    assert isinstance(cache.x, np.memmap) and cache.x.shape == (292, 32) and not cache.x.flags.writeable
+    shard, = cache.shards
+    assert isinstance(shard, np.memmap) and shard.shape == (292, 32) and not shard.flags.writeable
 
 
 def test_batch_size_does_not_matter(cache, lm, tokens, tmp_path):
@@ -66,7 +67,7 @@ def test_meta_says_what_it_is(lm, tokens, tmp_path):
 @pytest.mark.parametrize('dtype, size, tolerance', [('bfloat16', 2, 2**-8), ('float16', 2, 2**-11), ('float32', 4, 0)])
 def test_stored_dtypes(cache, lm, tokens, tmp_path, dtype, size, tolerance):
     made = build_cache(lm, tokens, 1, tmp_path/'c', dtype=dtype, progress=False)
-    assert (tmp_path/'c'/'activations.bin').stat().st_size == 292 * 32 * size
+    assert (tmp_path/'c'/'activations-00000.bin').stat().st_size == 292 * 32 * size
     x, y = cache.rows(slice(None)), ActivationCache.open(tmp_path/'c').rows(slice(None))
     assert y.dtype == torch.float32 and ((x - y).abs() <= tolerance * x.abs() + 1e-7).all()
     assert torch.equal(made.rows(np.array([3, 1])), y[[3, 1]])
@@ -109,11 +110,11 @@ def change(path, edit): path.write_bytes(edit(path.read_bytes()))
 
 
 @pytest.mark.parametrize('name, edit, message', [
-    ('activations.bin', lambda b: b[:-4], 'activations.bin is truncated .* 37,372 bytes, expected 37,376: delete'),
-    ('activations.bin', lambda b: b + b'0', 'truncated or not its own'),
-    ('activations.bin', lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], 'activations.bin fails its checksum'),
+    ('activations-00000.bin', lambda b: b[:-4], 'activations-00000.bin is truncated .* 37,372 bytes, expected 37,376: delete'),
+    ('activations-00000.bin', lambda b: b + b'0', 'truncated or not its own'),
+    ('activations-00000.bin', lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], 'activations-00000.bin fails its checksum'),
     ('meta.json', lambda b: b[:20], 'meta.json is not valid JSON'),
-    ('meta.json', lambda b: b'{"n": 292}', 'meta.json lacks d_in, dtype, sha256'),
+    ('meta.json', lambda b: b'{"n": 292}', 'meta.json lacks d_in, dtype, sha256, shards'),
     ('meta.json', lambda b: b.replace(b'"float32"', b'"int4"'), "unknown dtype 'int4'")])
 def test_damage_is_named(fresh, name, edit, message):
     change(fresh.folder/name, edit)
@@ -121,7 +122,7 @@ def test_damage_is_named(fresh, name, edit, message):
     assert 'run again' in str(e.value) and 'delete' in str(e.value)
 
 
-@pytest.mark.parametrize('name, message', [('activations.bin', 'truncated .* 0 bytes'), ('meta.json', 'meta.json is missing')])
+@pytest.mark.parametrize('name, message', [('activations-00000.bin', 'truncated .* 0 bytes'), ('meta.json', 'meta.json is missing')])
 def test_missing_files_are_named(fresh, name, message):
     (fresh.folder/name).unlink()
     with pytest.raises(ValueError, match=message + '.*delete .* and run again'): ActivationCache.open(fresh.folder)
@@ -132,8 +133,8 @@ def test_missing_folder(tmp_path):
 
 
 def test_verify_false_skips_the_checksum_only(fresh):
-    change(fresh.folder/'activations.bin', lambda b: b[:-1] + b'\x00'); ActivationCache.open(fresh.folder, verify=False)
-    change(fresh.folder/'activations.bin', lambda b: b[:-1])
+    change(fresh.folder/'activations-00000.bin', lambda b: b[:-1] + b'\x00'); ActivationCache.open(fresh.folder, verify=False)
+    change(fresh.folder/'activations-00000.bin', lambda b: b[:-1])
     with pytest.raises(ValueError, match='truncated'): ActivationCache.open(fresh.folder, verify=False)
 
 
@@ -239,7 +240,7 @@ def test_key_follows_text_and_weights_but_not_the_place(spec, lm, tmp_path):
 
 def test_a_damaged_store_is_not_used(home, spec, monkeypatch):
     made = get_activations(spec, texts=TEXTS)
-    change(made.folder/'activations.bin', lambda b: b[:8] + bytes([b[8] ^ 1]) + b[9:])
+    change(made.folder/'activations-00000.bin', lambda b: b[:8] + bytes([b[8] ^ 1]) + b[9:])
     with pytest.raises(ValueError, match='fails its checksum.*delete .* and run again'): get_activations(spec, texts=TEXTS)
 
 
