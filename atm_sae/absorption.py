@@ -234,7 +234,7 @@ def build_task(
         raise ValueError(f'{lm.name}: only {len(tokens)} of {len(words)} words keep their token inside the prompt; '
                          'a tokenizer without word tokens has no first-letter task')
     up_to_word = tokens[:, :int(at.max()) + 1].long()       # what comes after the word cannot reach back to it
-    x = residual_stream(lm, up_to_word, layer, batch_size, at=at).cpu()
+    x = residual_stream(lm, up_to_word, layer, batch_size, at=at).float().cpu()
     origin = dict(model_name=lm.path_or_id, n_icl=n_icl, max_words=max_words)
     return task_from_activations(x, words[found.numpy()], seed, model=lm.name, layer=layer, tokens=tokens, at=at, origin=origin)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'ActivationSpec', 'ActivationCache', 'read_ahead', 'build_cache', 'activation_key', 'token_rows',
-           'get_activations', 'CacheBatches', 'StreamBatches', 'stream_activations', 'held_out']
+           'get_activations', 'CacheBatches', 'StreamBatches', 'stream_activations', 'held_out', 'held_out_activations']
 
 # %% ../nbs/04_activations.ipynb #cell-3
 import errno
@@ -13,8 +13,9 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ class ActivationSpec:
     lm_dtype: str = 'float32'           # numbers the model computes in
     text: str = ''                      # documents: files, a folder or a data set, see `open_documents`; '' for Python's own and letter lines
     buffer: int = 0                     # 0: keep them on disk; else run the model while training, and shuffle through a buffer of so many
+    held_out: bool = False              # of `text` every twentieth document, which training leaves out
 
 # %% ../nbs/04_activations.ipynb #cell-9
 _STORED = {'float32': np.float32, 'float16': np.float16, 'bfloat16': np.int16}   # dtype -> how NumPy sees it
@@ -272,10 +274,17 @@ def _open_once(folder: Path) -> ActivationCache:
     _verified.add(mark)
     return cache
 
+def _documents(spec: ActivationSpec, n: int) -> Iterator[str]:
+    "Documents of a specification from its n-th on: numbers 0, 20, 40, ... of the text are held out, training has the others."
+    if spec.held_out: return islice(open_documents(spec.text, 20 * n), 0, None, 20)
+    first = 1 + n + n // 19
+    return (d for i, d in enumerate(open_documents(spec.text, first), first) if i % 20)
+
 def token_rows(spec: ActivationSpec, lm: LM, texts: Sequence[str] | None = None) -> PackedRows | TokenRows:
     "Where the token rows of a specification come from."
-    if spec.text and texts is None: return PackedRows(lm.tokenizer, partial(open_documents, spec.text), spec.context)
-    return TokenRows(mixed_tokens(lm.tokenizer, spec.n_tokens, spec.context, spec.line_share, spec.lines, spec.seed, texts))
+    if spec.text and texts is None: return PackedRows(lm.tokenizer, partial(_documents, spec), spec.context)
+    tokens = mixed_tokens(lm.tokenizer, spec.n_tokens, spec.context, spec.line_share, spec.lines, spec.seed + spec.held_out, texts)
+    return TokenRows(tokens)
 
 def get_activations(
     spec: ActivationSpec,                # an ActivationSpec
@@ -447,3 +456,8 @@ def held_out(
     first, end = _share(cache, start, 1.)
     n = min(n, end - first)
     return cache.rows(first + np.arange(n) * (end - first) // n)
+
+def held_out_activations(spec: ActivationSpec, n: int) -> Tensor:
+    "(n, d_in) activations that no SAE of this specification was trained on: of the last tenth of its store, or of the documents that its stream leaves out."
+    if not spec.buffer: return held_out(get_activations(spec), n)
+    return held_out(get_activations(replace(spec, buffer=0, held_out=True, n_tokens=min(spec.n_tokens, 8 * n))), n, start=0.)

@@ -115,7 +115,7 @@ def token_rows(
 def _read_batch(lm, layer, rows):
     "Residual activations of the ordinary tokens of a few rows, one tensor a row."
     special, width = set(lm.tokenizer.all_special_ids), max(map(len, rows))
-    x = residual_stream(lm, torch.tensor([r + r[:1] * (width - len(r)) for r in rows]), layer).cpu()
+    x = residual_stream(lm, torch.tensor([r + r[:1] * (width - len(r)) for r in rows]), layer).float().cpu()
     return [x[i, [j for j, t in enumerate(r) if t not in special]] for i, r in enumerate(rows)]
 
 # %% ../nbs/11_probing.ipynb #cell-41

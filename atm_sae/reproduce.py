@@ -260,9 +260,19 @@ def _estimate(manifest, chosen, profile, out, force):
     todo = [e for e in manifest.of(profile) if e.name in chosen and (force or stale_reason(manifest, e, profile, out))]
     known = [r for e in todo if (r := read_record(out, e.name))]
     if not todo: return 'estimate: nothing to do'
+    if manifest.profile(profile).get('needs'): return _measured(manifest, todo, profile)
     if not known: return f'estimate: unknown, no record of {len(todo)} object{"s" * (len(todo) > 1)}; see the budget'
     rest = f'; {len(todo) - len(known)} more were never run' if len(known) < len(todo) else ''
     return f'estimate: {sum(r["seconds"] for r in known) / 60:.0f} minutes for {len(known)} object{"s" * (len(known) > 1)} on {known[0]["cores"]} cores of {known[0]["cpu"]}, less where SAEs are in the cache{rest}'
+
+def _measured(manifest, todo, profile):
+    "What the SAEs of the objects will cost on this machine, in words."
+    from atm_sae.estimate import estimate_runs, needed_runs
+    parameters = [effective_parameters(manifest, e, profile) for e in todo]
+    more = {k: v for p in parameters for k, v in (('tuned', p.get('tuned')), ('data', p.get('activations'))) if v}
+    found = [estimate_runs(size, runs, **more) for size, runs in needed_runs(parameters).items()]
+    total = sum(e.seconds for e in found)
+    return '\n'.join([f'estimate: {total / 3600:.1f} hours for the activations and SAEs, measured on this machine; measuring them (absorption, probing) comes on top', *(f'  {e}' for e in found)])
 
 # %% ../nbs/19_reproduce.ipynb #cell-40
 def _describe(s, record):

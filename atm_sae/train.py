@@ -17,10 +17,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -601,15 +602,42 @@ def _dask(workers, address):
         stack.callback(pool.shutdown, wait=False)   # the end of the block waits for nobody
         yield pool
 
-_POOLS = dict(processes=_processes, dask=_dask)
+# %% ../nbs/07_train.ipynb #f7b977ef
+@contextlib.contextmanager
+def _torchrun(workers, ranks):
+    "A pool that makes one run at a time, with so many ranks; without a number, one for each GPU, or else for each worker."
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    config = LaunchConfig(1, 1, int(ranks or torch.cuda.device_count() or workers), run_id='atm-sae', rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method='spawn', monitor_interval=.1)
+    with ThreadPoolExecutor(1) as pool:
+        yield SimpleNamespace(submit=lambda fn, spec: pool.submit(_launch, elastic_launch(config, _train_rank), spec))
+        pool.shutdown(cancel_futures=True)
+
+def _launch(launcher, spec):
+    "Train a run with ranks; the error of the rank that failed first is this process's error."
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    try: launcher(spec)
+    except ChildFailedError as e:
+        rank, failure = e.get_first_failure()
+        raise RuntimeError(f'rank {rank}: {failure.message}') from None
+
+def _train_rank(spec):
+    "Train a run as one of its ranks."
+    from torch.distributed import destroy_process_group, is_initialized
+    from torch.distributed.elastic.multiprocessing.errors import record
+    try: record(_train_quietly)(spec)
+    finally:
+        if is_initialized(): destroy_process_group()
+
+# %% ../nbs/07_train.ipynb #eec88298
+_POOLS = dict(processes=_processes, dask=_dask, torchrun=_torchrun)
 
 def executor_pool(
-    executor: str,  # 'processes', 'dask' or 'dask:ADDRESS'
+    executor: str,  # 'processes', 'dask', 'dask:ADDRESS', 'torchrun' or 'torchrun:RANKS'
 ) -> tuple[Callable, str]:
     "What opens the pool that an executor names, and its address; ValueError for an unknown one."
     kind, _, address = executor.partition(':')
-    if kind not in _POOLS or (address and kind != 'dask'):
-        raise ValueError(f"unknown executor {executor!r}: use 'processes', 'dask' or 'dask:ADDRESS', such as 'dask:tcp://10.0.0.1:8786'")
+    if kind not in _POOLS or (address and kind == 'processes') or (kind == 'torchrun' and not address.isdecimal() and address):
+        raise ValueError(f"unknown executor {executor!r}: use 'processes', 'dask' or 'dask:ADDRESS', such as 'dask:tcp://10.0.0.1:8786', 'torchrun' or 'torchrun:RANKS'")
     return _POOLS[kind], address
 
 # %% ../nbs/07_train.ipynb #891255ef
@@ -632,7 +660,7 @@ def _receive(spec, files):
 # %% ../nbs/07_train.ipynb #ed3f419c
 def _side_by_side(specs, workers, executor):
     "Make runs in a pool; yields each spec with its error or None."
-    (open_pool, address), far = executor_pool(executor), executor != 'processes'
+    (open_pool, address), far = executor_pool(executor), executor.startswith('dask')
     with open_pool(workers, address) as pool:
         jobs = {pool.submit(_train_and_send if far else _train_quietly, s): s for s in specs}
         for job in as_completed([*jobs]):
@@ -654,7 +682,7 @@ def run_grid(
     specs: Iterable[RunSpec],
     workers: int = 2,         # processes, each with one thread; 1: in this one
     progress: bool = True,    # a bar over the runs
-    executor: str | None = None,  # 'processes', 'dask' or 'dask:ADDRESS'; None: what ATM_SAE_EXECUTOR says, else processes
+    executor: str | None = None,  # see `executor_pool`; None: what ATM_SAE_EXECUTOR says, else processes
 ) -> list[Run]:
     "The runs of `specs`, in their order: loaded, or made first. RuntimeError names the run that failed."
     specs, executor = list(specs), executor or os.environ.get('ATM_SAE_EXECUTOR') or 'processes'

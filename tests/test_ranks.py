@@ -3,15 +3,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from atm_sae.activations import ActivationSpec
 from atm_sae.core import ALONE, Ranks
+from atm_sae.lm import save_lm, tiny_lm
 from atm_sae.sae import batch_topk
-from atm_sae.train import METHODS, get_run
-from test_train import cache, small   # cache is a fixture of every test  # noqa: F401
+from atm_sae.text import python_docs
+from atm_sae.train import METHODS, get_run, is_complete, recipe, run_folder, run_grid
+from test_train import cache, small, training   # cache is a fixture of every test
 
 BOUND = 1e-4   # on any weight after 40 steps: two ranks sum in another order, and Adam divides by small numbers
 
@@ -70,3 +74,82 @@ def test_two_ranks_train_what_one_trains(cache, monkeypatch, tmp_path):
         for n, w in one.sae.state_dict().items(): assert (run.sae.state_dict()[n] - w).abs().max() <= BOUND, (run.spec.name, n)
         assert (run.history.table.l0 - one.history.table.l0).abs().max() <= .05 and run.history.table.tokens.equals(one.history.table.tokens)
         assert (run.history.table.fvu - one.history.table.fvu).abs().max() <= 1e-3
+
+STREAM = '''
+import sys
+from test_ranks import stream_specs, get_run
+for spec in stream_specs(sys.argv[1]): get_run(spec)
+'''
+def stream_specs(folder):
+    data = ActivationSpec(model=f'{folder}/model', layer=1, n_tokens=1600, context=32, text=f'{folder}/text.jsonl')
+    return [recipe('batchtopk+atm', replace(data, buffer=b), 32, 48, l0=4, steps=20, batch_size=32, log_every=5) for b in (0, 400)]
+
+def test_two_ranks_share_the_work_of_the_model(cache, monkeypatch, tmp_path):
+    "The model's own numbers depend on how many rows run at once, in the last bits; so the bound is that of the weights."
+    save_lm(tiny_lm(), tmp_path/'model')
+    (tmp_path/'text.jsonl').write_text(''.join(json.dumps(dict(text=d)) + '\n' for d in python_docs()[:200]), encoding='utf-8')
+    torchrun(STREAM, tmp_path)
+    two = [get_run(s) for s in stream_specs(tmp_path)]
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'alone'))
+    for run in two:
+        one = get_run(run.spec)
+        for n, w in one.sae.state_dict().items(): assert (run.sae.state_dict()[n] - w).abs().max() <= 10 * BOUND, (run.spec.data.buffer, n)
+
+APART = '''
+import sys, torch
+from atm_sae.core import Ranks
+from test_ranks import small, training
+ranks, what = Ranks.join(), sys.argv[1]
+spec = small('topk', seed=ranks.rank if what == 'seed' else 0, steps=41 if what == 'steps' and ranks.rank else 40)
+step = training._update
+def wrong(t, factor):
+    step(t, factor)
+    if what == 'weights' and ranks.rank and t.i == 12: t.sae.W_dec.data[0, 0] += 1e-3
+training._update = wrong
+training.get_run(spec)
+'''
+
+@pytest.mark.parametrize('what, message', [('steps', 'the ranks disagree about the configuration'), ('seed', 'the ranks disagree about the configuration'),
+                                           ('weights', 'the ranks disagree about the weights after step 15: start again from the last checkpoint')])
+def test_ranks_that_disagree(what, message): assert message in torchrun(APART, what, fails=True)
+
+def test_a_batch_that_does_not_split():
+    said = torchrun("from test_ranks import small, get_run\nget_run(small('topk', batch_size=33))", fails=True)
+    assert 'a batch of 33 does not split over 2 ranks: choose a multiple' in said
+
+KILLED = '''
+import os, signal, sys
+from test_ranks import small, training
+from atm_sae.core import Ranks
+step, left, ranks = training._train_step, 27, Ranks.join()
+def step_and_die(t, x):
+    global left
+    left -= 1
+    if left < 0: os.kill(os.getpid(), signal.SIGKILL)
+    return step(t, x)
+training._train_step = step_and_die
+training.get_run(small('atm'))
+'''
+
+def test_killed_ranks_resume_to_the_bit(cache, monkeypatch, tmp_path):
+    torchrun(KILLED, fails=True)
+    assert (run_folder(small('atm'))/'checkpoint.safetensors').exists() and not is_complete(small('atm'))
+    code = "from test_ranks import small, get_run\nget_run(small('atm'))"
+    torchrun(code)
+    resumed = get_run(small('atm'))
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'straight'))
+    torchrun(code)
+    straight = get_run(small('atm'))
+    for n, w in straight.sae.state_dict().items(): assert torch.equal(w, resumed.sae.state_dict()[n]), n
+
+def test_the_executor_torchrun(cache, monkeypatch, tmp_path):
+    specs = [small('topk'), small('atm')]
+    two = run_grid(specs, progress=False, executor='torchrun:2')
+    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'alone'))
+    for run in two:
+        for n, w in get_run(run.spec).sae.state_dict().items(): assert (run.sae.state_dict()[n] - w).abs().max() <= BOUND
+    bad = recipe('topk', small('topk').data, d_in=9, d_sae=16, l0=3, steps=5)
+    with pytest.raises(RuntimeError, match=r'run "topk, L0 3, seed 0" .* failed: RuntimeError: rank [01]: ValueError: the data are 8 wide, but the SAE has d_in = 9'):
+        run_grid([bad], progress=False, executor='torchrun:2')
+    for name in ('torchrun:two', 'processes:2'):
+        with pytest.raises(ValueError, match=f"unknown executor '{name}'"): run_grid(specs, progress=False, executor=name)

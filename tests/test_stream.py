@@ -1,4 +1,5 @@
 "Text and activations that come as they are needed: the same rows as from a whole text, a place that can be saved, killed builds that go on, memory that stays."
+import itertools
 import json
 import os
 import shutil
@@ -6,19 +7,21 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
 
 from atm_sae import activations as module
-from atm_sae.activations import ActivationCache, ActivationSpec, StreamBatches, activation_key, build_cache, get_activations, read_ahead, stream_activations
+from atm_sae.activations import ActivationCache, ActivationSpec, StreamBatches, activation_key, build_cache, get_activations, held_out_activations, read_ahead, stream_activations
 from atm_sae.core import OutputError
 from atm_sae.lm import save_lm, tiny_lm
 from atm_sae.text import PackedRows, TokenRows, documents_checksum, open_documents, pack_tokens, python_docs
 from atm_sae.train import METHODS, get_run, is_complete, recipe, run_folder
 
-DOCS = [d[:400] for d in python_docs()[:120]]
+DOCS = [d[:400] for d in python_docs()[:200] if d.strip()]
+TRAINED = [d for i, d in enumerate(DOCS) if i % 20]   # the others are held out
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +70,7 @@ def test_a_text_without_documents(lm):
     with pytest.raises(ValueError, match='the text holds no documents'): packed(lm, []).take(1)
 
 def test_documents_of_files(folder):
-    assert list(open_documents(str(folder/'text.jsonl'), start=100)) == [d for d in DOCS if d.strip()][100:]
+    assert list(open_documents(str(folder/'text.jsonl'), start=100)) == DOCS[100:]
     assert documents_checksum(str(folder/'text.jsonl')) == documents_checksum(str(folder/'text.jsonl'))
 
 def test_a_changed_text_is_another(folder, spec, tmp_path):
@@ -138,7 +141,7 @@ def test_a_build_of_another_text_is_begun_anew(spec, shards, home, lm, tmp_path)
     building, = (home/'activations').iterdir()
     building.rename(home/'activations'/f'.{activation_key(replace(spec, n_tokens=1600))}.building')   # as if it were this one's
     made = get_activations(replace(spec, n_tokens=1600), batch_size=4)
-    assert torch.equal(made.rows(slice(None)), build_cache(lm, packed(lm), 1, tmp_path/'x', n_rows=50, batch_size=4, progress=False).rows(slice(None)))
+    assert torch.equal(made.rows(slice(None)), build_cache(lm, packed(lm, TRAINED), 1, tmp_path/'x', n_rows=50, batch_size=4, progress=False).rows(slice(None)))
 
 def test_a_truncated_shard(spec, shards):
     made = get_activations(spec, batch_size=4)
@@ -162,12 +165,46 @@ def test_a_buffer_gives_what_the_text_holds(lm, tmp_path):
     key = lambda x: x[x[:, 0].argsort()]
     assert torch.allclose(key(out), key(whole), atol=1e-6) and len(stream.buffer) == 200 and len(stream.rest) < 4 * 32
 
-def test_batches_are_mixed_over_the_buffer(lm):
-    "With 20 places for each row of a batch, neighbours in the text are far apart: no batch holds more than a few of the 16 rows that come in together."
+def test_batches_are_mixed_over_the_buffer(lm, monkeypatch):
+    """Activations that are their own number. Of 16 that come in together, 16 * 16 / 320 = 0.8 are drawn with the next batch on average; a row is drawn after 20 batches on average,
+    and 400 draws bring that mean to within 20 / 20 = 1 (one standard deviation)."""
+    count = itertools.count()
+    monkeypatch.setattr(module, '_activations', lambda lm, tokens, *a: torch.tensor([float(next(count)) for _ in range(tokens.numel())])[:, None].expand(-1, lm.d_model))
     stream = StreamBatches(lm, packed(lm), 1, 16, seed=0, buffer=320, lm_batch=4)
-    orders = [torch.equal(next(stream), next(stream)) for _ in range(3)]
+    drawn = [next(stream)[:, 0] for _ in range(80)]
+    late = torch.cat([i - (d[d >= 320] - 320).div(16, rounding_mode='floor') for i, d in enumerate(drawn)])
+    assert len(torch.cat(drawn).unique()) == 80 * 16 and late.min() >= 1 and 15 < late[-400:].mean() < 25
+    monkeypatch.undo()
     a, b = StreamBatches(lm, packed(lm), 1, 16, seed=0, buffer=320, lm_batch=4), StreamBatches(lm, packed(lm), 1, 16, seed=1, buffer=320, lm_batch=4)
-    assert not any(orders) and not torch.equal(next(a), next(b))
+    assert not torch.equal(next(a), next(b))
+
+def test_held_out_documents_are_those_that_training_leaves_out(lm, spec, monkeypatch):
+    read = []
+    monkeypatch.setattr(module, 'PackedRows', lambda tokenizer, documents, context: read.append(documents))
+    for s in (spec, replace(spec, buffer=100), replace(spec, held_out=True)): module.token_rows(s, lm)
+    stored, streamed, kept = read
+    assert list(stored(0)) == list(streamed(0)) == TRAINED and list(kept(0)) == DOCS[::20]
+    for n in (1, 18, 19, 20, 100): assert list(streamed(n)) == TRAINED[n:]
+    assert list(kept(3)) == DOCS[60::20]
+
+def test_held_out_activations_of_a_stream(spec, lm, tmp_path):
+    x = held_out_activations(replace(spec, buffer=100), 50)
+    whole = build_cache(lm, packed(lm, DOCS[::20]), 1, tmp_path/'x', n_rows=13, progress=False)   # 8 x 50 tokens, 32 a row
+    assert x.shape == (50, 32) and all((whole.rows(slice(None)) - v).abs().sum(1).min() < 1e-4 for v in x[:5])
+
+MEMORY = '''
+import json, resource, sys
+from atm_sae.activations import ActivationSpec, get_activations
+spec = ActivationSpec(**json.loads(sys.argv[1]))
+get_activations(spec)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+'''
+
+def test_memory_does_not_grow_with_the_text(spec):
+    "Ten times the tokens, 13 MB more of activations: the peak (some 700 MB, of PyTorch) moves by less than 8 MB."
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(sys.path))
+    few, many = (int(subprocess.run([sys.executable, '-c', MEMORY, plain(replace(spec, n_tokens=n))], env=env, capture_output=True, text=True, check=True).stdout) for n in (12_800, 128_000))
+    assert many - few < 8, (few, many)
 
 def test_a_buffer_that_is_too_small(lm):
     with pytest.raises(ValueError, match='a buffer of 8 cannot give batches of 16: choose a larger one'): StreamBatches(lm, packed(lm), 1, 16, seed=0, buffer=8)
@@ -177,19 +214,6 @@ def test_a_state_of_another_stream(spec, folder):
     with pytest.raises(ValueError, match='name is .*, not .*; resume with the model, text and settings'): stream_activations(replace(spec, buffer=100, layer=2), 16, 0).load_state_dict(state)
     with pytest.raises(ValueError, match='seed is 0, not 1'): stream_activations(replace(spec, buffer=100), 16, 1).load_state_dict(state)
 
-DIES = '''
-import os, signal, sys
-from test_stream import run_spec, training
-spec = run_spec(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-step, left = training._train_step, int(sys.argv[4])
-def step_and_die(t, x):
-    global left
-    left -= 1
-    if left < 0: os.kill(os.getpid(), signal.SIGKILL)
-    return step(t, x)
-training._train_step = step_and_die
-training.get_run(spec)
-'''
 training = sys.modules['atm_sae.train']
 
 def run_spec(method, folder, buffer):
@@ -199,8 +223,18 @@ def run_spec(method, folder, buffer):
 @pytest.mark.parametrize('buffer', [0, 400])
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'random'])
 def test_killed_at_a_random_step_and_resumed_to_the_bit(method, buffer, folder, home, monkeypatch, tmp_path):
-    spec, step = run_spec(method, folder, buffer), 6 + sum(map(ord, method + str(buffer))) % 24   # any step with a checkpoint behind it
-    killed(DIES, method, folder, buffer, step)
+    spec, left = run_spec(method, folder, buffer), 6 + sum(map(ord, method + str(buffer))) % 24   # any step with a checkpoint behind it
+    if spec.data.buffer == 0: get_activations(spec.data)
+    def step_and_die(t, x, step=training._train_step):
+        nonlocal left
+        left -= 1
+        if left < 0: os.kill(os.getpid(), signal.SIGKILL)
+        return step(t, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, '_train_step', step_and_die)
+        child = get_context('fork').Process(target=get_run, args=(spec,))
+        child.start(); child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert not is_complete(spec) and (run_folder(spec)/'checkpoint.safetensors').exists()
     resumed = get_run(spec)
     monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'straight'))
