@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .core import (ALONE, OutputError, Ranks, cache_dir, check_activations, explain_disk_errors, file_sha256, generator, one_thread, pick_device, read_json,
                           stable_hash, swap_folder, to_plain, write_json)
-from .lm import LM, hook_layer, load_lm, model_checksum, residual_stream
+from .lm import LM, compile_blocks, hook_layer, load_lm, model_checksum, residual_stream
 from .text import LineConfig, PackedRows, TokenRows, docs_checksum, documents_checksum, mixed_tokens, open_documents, text_checksum
 
 # %% ../nbs/04_activations.ipynb #cell-6
@@ -41,6 +41,7 @@ class ActivationSpec:
     seed: int = 0                       # of the choice of text
     dtype: str = 'float32'              # numbers stored: 'float32', 'bfloat16' or 'float16'
     lm_dtype: str = 'float32'           # numbers the model computes in
+    lm_compile: bool = False            # compile the model's blocks with torch.compile
     text: str = ''                      # documents: files, a folder or a data set, see `open_documents`; '' for Python's own and letter lines
     buffer: int = 0                     # 0: keep them on disk; else run the model while training, and shuffle through a buffer of so many
     held_out: bool = False              # of `text` every twentieth document, which training leaves out
@@ -286,6 +287,11 @@ def token_rows(spec: ActivationSpec, lm: LM, texts: Sequence[str] | None = None)
     tokens = mixed_tokens(lm.tokenizer, spec.n_tokens, spec.context, spec.line_share, spec.lines, spec.seed + spec.held_out, texts)
     return TokenRows(tokens)
 
+def _load(spec: ActivationSpec) -> LM:
+    "The model of a specification."
+    lm = load_lm(spec.model, spec.lm_dtype, pick_device())
+    return compile_blocks(lm, spec.layer) if spec.lm_compile else lm
+
 def get_activations(
     spec: ActivationSpec,                # an ActivationSpec
     texts: Sequence[str] | None = None,  # documents instead of the specification's
@@ -298,7 +304,7 @@ def get_activations(
     ranks.agree('the activations', folder.name)
     ranks.agree('whether the activations are there', str(folder.exists()))
     if folder.exists(): return _open_once(folder)
-    lm, n_rows = lm or load_lm(spec.model, spec.lm_dtype, pick_device()), -(-spec.n_tokens // spec.context)
+    lm, n_rows = lm or _load(spec), -(-spec.n_tokens // spec.context)
     with one_thread():
         return build_cache(lm, token_rows(spec, lm, texts), spec.layer, folder, spec, spec.dtype, batch_size, progress, n_rows, _text_checksum(spec, texts), ranks)
 
@@ -443,7 +449,7 @@ def stream_activations(
     seed: int,             # of the order
 ) -> StreamBatches:
     "Batches of a specification that keeps nothing on disk; all ranks call it."
-    lm = load_lm(spec.model, spec.lm_dtype, pick_device())
+    lm = _load(spec)
     return StreamBatches(lm, token_rows(spec, lm), spec.layer, batch_size, seed, spec.buffer, spec.dtype, name=activation_key(spec, lm=lm), ranks=Ranks.join())
 
 # %% ../nbs/04_activations.ipynb #cell-50

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'LM', 'tiny_lm', 'model_config', 'model_width', 'model_checksum', 'load_lm', 'save_lm', 'hook_layer',
-           'hook_point', 'residual_stream', 'check_causal', 'next_token_losses', 'next_token_logits', 'splice']
+           'hook_point', 'residual_stream', 'compile_blocks', 'check_causal', 'next_token_losses', 'next_token_logits',
+           'splice']
 
 # %% ../nbs/03_lm.ipynb #cell-3
 import hashlib
@@ -312,6 +313,17 @@ def residual_stream(
         out.append(resid if at is None else resid[torch.arange(len(resid), device=resid.device), at[rows].to(resid.device)])
     if not out: return torch.empty((0, tokens.shape[1], lm.d_model) if at is None else (0, lm.d_model))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+# %% ../nbs/03_lm.ipynb #64aeb2b5
+def compile_blocks(
+    lm: LM,                     # an LM; its blocks are changed
+    layer: int,                 # the block after which the stream is read
+    backend: str = 'inductor',  # of torch.compile; it needs a C++ compiler, or a GPU
+) -> LM:
+    "Compile the blocks before block `layer`. Sums are then taken in another order, so the last bits differ."
+    hook_layer(lm, layer)
+    for i in range(layer): hook_layer(lm, i).compile(backend=backend)
+    return lm
 
 # %% ../nbs/03_lm.ipynb #cell-60
 def check_causal(

@@ -292,3 +292,14 @@ def test_gradients_flow_through_a_splice(lm, tokens):
 
 
 def test_without_a_splice_no_graph_is_kept(lm, tokens): assert not next_token_losses(lm, tokens).requires_grad
+
+
+def test_compiled_blocks_give_the_same_stream():
+    lm = tiny_lm(n_layers=4)
+    tokens = torch.randint(3, 1024, (3, 16), generator=torch.Generator().manual_seed(0))
+    plain = residual_stream(lm, tokens, 2)
+    torch._dynamo.reset()
+    compile_blocks(lm, 2, backend='eager')
+    assert torch.allclose(residual_stream(lm, tokens, 2), plain, atol=1e-5)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] >= 1
+    with pytest.raises(ValueError, match='no layer 4'): compile_blocks(lm, 4)

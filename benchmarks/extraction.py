@@ -1,0 +1,82 @@
+"What extraction costs beside the model's own forward pass, and whether its memory grows with the text. README.md beside this file explains the numbers."
+import argparse, statistics, tempfile, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from atm_sae.activations import build_cache
+from atm_sae.core import atomic_write, provenance
+from atm_sae.lm import residual_stream, tiny_lm
+from atm_sae.report import to_markdown
+from atm_sae.text import PackedRows, python_docs
+
+import pandas as pd
+
+README = Path(__file__).parent/'README.md'
+BEGIN, END = '<!-- extraction: begin -->', '<!-- extraction: end -->'
+N_LAYERS, D_MODEL, LAYER, CONTEXT, BATCH = 16, 256, 12, 128, 16   # a deep stand-in: 13 of 16 blocks are run
+OVERHEAD, GROWTH_MIB = 1.1, 16                                  # fixed before the first run
+
+
+def rows(lm): return PackedRows(lm.tokenizer, lambda n: iter(python_docs()[n:]), CONTEXT)
+
+def forward_seconds(lm, n_rows):
+    "The model's own pass up to the layer, over the same rows, which are there already."
+    tokens = rows(lm).take(n_rows)
+    begin = time.perf_counter()
+    for part in tokens.split(BATCH): residual_stream(lm, part, LAYER)
+    return time.perf_counter() - begin
+
+def extraction_seconds(lm, n_rows):
+    "All of it: reading, encoding, packing, the model, checks, writing, checksums."
+    with tempfile.TemporaryDirectory() as tmp:
+        begin = time.perf_counter()
+        build_cache(lm, rows(lm), LAYER, f'{tmp}/store', dtype='bfloat16', batch_size=BATCH, progress=False, n_rows=n_rows)
+        return time.perf_counter() - begin
+
+def ratios(n_rows, rounds, threads):
+    "Extraction over forward, round by round, each in both orders."
+    torch.set_num_threads(threads)
+    lm, found = tiny_lm(n_layers=N_LAYERS, d_model=D_MODEL), []
+    forward_seconds(lm, BATCH); extraction_seconds(lm, BATCH)
+    for _ in range(rounds):
+        a, b, c, d = forward_seconds(lm, n_rows), extraction_seconds(lm, n_rows), extraction_seconds(lm, n_rows), forward_seconds(lm, n_rows)
+        found.append((b + c) / (a + d))
+    return found
+
+def peak_mib(n_rows, threads):
+    "The most memory that a process has held that extracts so many rows."
+    torch.set_num_threads(threads)
+    lm = tiny_lm(n_layers=2, d_model=D_MODEL)
+    with tempfile.TemporaryDirectory() as tmp: build_cache(lm, rows(lm), 1, f'{tmp}/store', dtype='bfloat16', batch_size=BATCH, progress=False, n_rows=n_rows)
+    return provenance()['peak_memory_mib']
+
+def alone(function, *args):
+    "In a process of its own."
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool: return pool.submit(function, *args).result()
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--quick', action='store_true', help='does it run? the numbers mean nothing')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--write', action='store_true', help='put the table into README.md')
+    a = parser.parse_args()
+    n_rows, rounds, sizes = (32, 1, (16, 32)) if a.quick else (512, 5, (2_000, 20_000))
+    found = sorted(alone(ratios, n_rows, rounds, a.threads))
+    few, many = (alone(peak_mib, n, a.threads) for n in sizes)
+    middle = statistics.median(found)
+    table = pd.DataFrame([
+        {'what': f'extraction over the forward pass to block {LAYER} of {N_LAYERS}, width {D_MODEL}, {n_rows * CONTEXT:,} tokens', 'measured': f'{middle:.3f} [{found[0]:.3f}, {found[-1]:.3f}]',
+         'goal': f'at most {OVERHEAD}', 'verdict': 'met' if middle <= OVERHEAD else 'NOT met'},
+        {'what': f'peak memory at {sizes[0] * CONTEXT:,} and at {sizes[1] * CONTEXT:,} tokens', 'measured': f'{few} and {many} MiB', 'goal': f'{GROWTH_MIB} MiB apart at most',
+         'verdict': 'met' if many - few <= GROWTH_MIB else 'NOT met'}])
+    machine = provenance()
+    text = f'{time.strftime("%Y-%m-%d")}, {machine["cpu"]}, {a.threads} thread, {rounds} rounds, median [least, most].\n\n{to_markdown(table)}'
+    print(text)
+    if not a.write: return
+    before, _, rest = README.read_text().partition(BEGIN)
+    with atomic_write(README) as part: part.write_text(f'{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}')
+
+if __name__ == '__main__': main()
