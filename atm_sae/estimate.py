@@ -114,14 +114,14 @@ _SIZE = ('model', 'layer', 'd_sae', 'batch_size', 'steps', 'n_tokens')
 
 def needed_runs(
     objects: Iterable[dict[str, Any]],  # parameters of objects
-) -> dict[tuple, set]:
-    "{size of the runs: {(method, L0, seed), ...}} of the objects that read a language model."
+) -> list[tuple[dict[str, Any], set]]:
+    "[(size of the runs, {(method, L0, seed), ...})] of the objects that read a language model."
     need: dict[tuple, set] = {}
     for p in objects:
         if 'model' not in p or 'steps' not in p: continue
         methods, targets = p.get('methods', ['atm']), p.get('targets') or [p['target']]
         need.setdefault(tuple(p[k] for k in _SIZE), set()).update((m, t, s) for m in methods for t in targets for s in p['seeds'])
-    return need
+    return [(dict(zip(_SIZE, size)), runs) for size, runs in need.items()]
 
 # %% ../nbs/16_estimate.ipynb #956c064c
 @dataclass(frozen=True)

@@ -607,7 +607,7 @@ def _dask(workers, address):
 def _torchrun(workers, ranks):
     "A pool that makes one run at a time, with so many ranks; without a number, one for each GPU, or else for each worker."
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    config = LaunchConfig(1, 1, int(ranks or torch.cuda.device_count() or workers), run_id='atm-sae', rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method='spawn', monitor_interval=.1)
+    config = LaunchConfig(1, 1, int(ranks or torch.cuda.device_count() or workers), run_id='atm-sae', rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method='spawn', monitor_interval=.1, max_restarts=0)
     with ThreadPoolExecutor(1) as pool:
         yield SimpleNamespace(submit=lambda fn, spec: pool.submit(_launch, elastic_launch(config, _train_rank), spec))
         pool.shutdown(cancel_futures=True)
@@ -618,7 +618,8 @@ def _launch(launcher, spec):
     try: launcher(spec)
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
-        raise RuntimeError(f'rank {rank}: {failure.message}') from None
+        said = failure.error_file_data.get('message', failure.message)
+        raise RuntimeError(f'rank {rank}: {said["message"] if isinstance(said, dict) else said}') from None
 
 def _train_rank(spec):
     "Train a run as one of its ranks."

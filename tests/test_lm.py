@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from atm_sae import lm as module
-from atm_sae.lm import (LM, hook_layer, load_lm, model_checksum, next_token_logits, next_token_losses, residual_stream, save_lm, splice, tiny_lm)
+from atm_sae.lm import (LM, compile_blocks, hook_layer, load_lm, model_checksum, next_token_logits, next_token_losses, residual_stream, save_lm, splice, tiny_lm)
 
 
 @pytest.fixture(scope='module')

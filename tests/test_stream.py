@@ -225,6 +225,7 @@ def run_spec(method, folder, buffer):
 def test_killed_at_a_random_step_and_resumed_to_the_bit(method, buffer, folder, home, monkeypatch, tmp_path):
     spec, left = run_spec(method, folder, buffer), 6 + sum(map(ord, method + str(buffer))) % 24   # any step with a checkpoint behind it
     if spec.data.buffer == 0: get_activations(spec.data)
+    training._twin_rates(spec)                                 # a blind control's twin is made before
     def step_and_die(t, x, step=training._train_step):
         nonlocal left
         left -= 1
