@@ -22,7 +22,7 @@ from .lm import model_config
 from .sae import SAE
 from .atm import make_masker
 from .synthetic import WorldConfig
-from .train import method_parts, recipe, train
+from .train import method_parts, recipe, train, twin_method
 
 if TYPE_CHECKING: from transformers import PreTrainedConfig
 
@@ -162,7 +162,7 @@ def estimate_runs(
     runs, spec, config = list(runs), ActivationSpec(model=size['model'], layer=size['layer'], n_tokens=size['n_tokens'], **data or {}), lm_shape(size['model'])
     d_in, d_sae = config.get_text_config().hidden_size, size['d_sae']
     count, l0 = Counter(m for m, _, _ in runs if method_parts(m) and not m.startswith('random')), min(t for _, t, _ in runs)
-    def one(m): return step_seconds(m, d_in, d_sae, l0, size['batch_size'], (tuned or {}).get(m.replace('dropout', 'atm')))
+    def one(m): return step_seconds(m, d_in, d_sae, l0, size['batch_size'], (tuned or {}).get(twin_method(m)))
     per_step = {m: one(m) for m in count}
     number, parameters = (2 if spec.dtype != 'float32' else 4), 2 * d_in * d_sae
     lm_bytes = _weights(config) * (2 if spec.lm_dtype != 'float32' else 4)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'METHODS', 'TrainConfig', 'lr_factor', 'sparsity_factor', 'L0Control', 'History', 'save_checkpoint',
-           'load_checkpoint', 'keep_freed_memory', 'train', 'RunSpec', 'method_parts', 'default_lr', 'recipe', 'grid',
-           'world_grid', 'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run', 'executor_pool', 'run_grid']
+           'load_checkpoint', 'keep_freed_memory', 'train', 'RunSpec', 'method_parts', 'twin_method', 'default_lr',
+           'recipe', 'grid', 'world_grid', 'data_batches', 'Run', 'run_folder', 'is_complete', 'get_run',
+           'executor_pool', 'run_grid']
 
 # %% ../nbs/07_train.ipynb #cell-3
 import contextlib
@@ -409,6 +410,10 @@ def method_parts(method: str) -> tuple[str, str]:
     base, _, mask = method.partition('+')
     return ('jumprelu' if base == 'random' else base), mask
 
+def twin_method(method: str) -> str:
+    "The method whose settings and mask rate a blind control takes; any other method is its own twin."
+    return method.replace('dropout', 'atm')
+
 # %% ../nbs/07_train.ipynb #cell-68
 def default_lr(d_sae: int, architecture: str = 'topk') -> float:
     "Adam's learning rate for `d_sae` latents."
@@ -459,8 +464,8 @@ def grid(
     "The recipes of every method at every L0 with every seed."
     d_in = data.d_in if isinstance(data, WorldConfig) else model_width(data.model)
     tuned = tuned or {}
-    twin = {m: m.replace('dropout', 'atm') for m in methods}
-    if blind := [m for m in tuned if 'dropout' in m]: raise ValueError(f'{blind[0]!r} takes the settings of its twin: give them to {blind[0].replace("dropout", "atm")!r}')
+    twin = {m: twin_method(m) for m in methods}
+    if blind := [m for m in tuned if twin_method(m) != m]: raise ValueError(f'{blind[0]!r} takes the settings of its twin: give them to {twin_method(blind[0])!r}')
     if unknown := [m for m in methods if ' ' in m and twin[m] not in tuned]: raise ValueError(f'the variant {unknown[0]!r} needs an entry in `tuned`')
     own = {m: settings | tuned.get(twin[m], {}) for m in methods}
     return [recipe(m, data, d_in, d_sae, l0, steps, seed, **own[m]) for m in own for l0 in targets for seed in seeds]
@@ -505,7 +510,7 @@ def _control(spec, batches):
 def _twin(spec):
     "The ATM run that a blind control follows; None for any other run."
     if not (spec.atm and spec.atm.blind): return None
-    return replace(spec, method=spec.method.replace('dropout', 'atm'), atm=replace(spec.atm, blind=False))
+    return replace(spec, method=twin_method(spec.method), atm=replace(spec.atm, blind=False))
 
 def _twin_rates(spec):
     "The share of latents that ATM hid at each step of the twin's run; None without a twin."
