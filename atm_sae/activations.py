@@ -7,6 +7,7 @@ __all__ = ['SHARD_BYTES', 'ActivationSpec', 'ActivationCache', 'read_ahead', 'bu
            'get_activations', 'CacheBatches', 'StreamBatches', 'stream_activations', 'held_out', 'held_out_activations']
 
 # %% ../nbs/04_activations.ipynb #cell-3
+import contextlib
 import errno
 import hashlib
 import shutil
@@ -144,17 +145,20 @@ def read_ahead(
             yield item
 
 # %% ../nbs/04_activations.ipynb #26c8705c
-SHARD_BYTES = 2**28
+SHARD_BYTES = 2**30
+
+def _building(folder): return folder.with_name(f'.{folder.name}.building')
 
 class _Builder:
     "The folder in which a store grows until it is whole."
     def __init__(self, folder, what, ranks):
-        self.folder, self.what, self.ranks = folder.with_name(f'.{folder.name}.building'), stable_hash(what), ranks
+        self.folder, self.what = _building(folder), stable_hash(what)
         if ranks.rank == 0:
             if self.folder.exists() and self.note('begun').get('what') != self.what: shutil.rmtree(self.folder)   # of another text or model
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder/'begun.json', dict(what=self.what))
         ranks.wait()
+        ranks.agree(f'whether {self.folder} is there (ATM_SAE_CACHE must be a folder that all share)', str(self.folder.exists()))
 
     def note(self, name):
         "What is written beside a shard; {} if there is nothing."
@@ -188,9 +192,10 @@ class _Builder:
         if n == 0:
             shutil.rmtree(self.folder)
             raise ValueError(f'no activations for {folder}: the tokens hold nothing but special tokens')
-        for p in self.folder.glob('*.json'): p.unlink()
         write_json(self.folder/_META, dict(n=n, sha256=stable_hash([s['sha256'] for s in shards], n=64), shards=shards, **meta))
         swap_folder(self.folder, folder)
+        for p in folder.glob('*.json'):
+            if p.name != _META: p.unlink()   # the notes; a build killed before this line loses nothing
 
 # %% ../nbs/04_activations.ipynb #793a5eba
 def _pieces_of_text(rows, n_rows, per_shard, builder, row_bytes):
@@ -236,8 +241,8 @@ def build_cache(
     folder, size, batch_size = Path(folder), _row_bytes(lm.d_model, dtype), batch_size or _lm_batch(lm, context)
     per_shard = batch_size * max(1, SHARD_BYTES // (size * context * batch_size))   # whole batches, so that shards change no number
     about = dict(d_in=lm.d_model, dtype=dtype, layer=layer, model=lm.name, model_checksum=lm.checksum, spec=to_plain(spec))
-    with explain_disk_errors(folder):
-        _check_room(folder, n_rows * (context - 1) * size)
+    with explain_disk_errors(folder, f'what is whole stays in {_building(folder)}, and the next run goes on from there'):
+        _check_room(folder, n_rows * (context - 1) * size - sum(_size(p) for p in _building(folder).glob('*.bin')))
         builder = _Builder(folder, [{k: v for k, v in about.items() if k != 'model'}, n_rows, per_shard, batch_size, text], ranks)
         with tqdm(total=n_rows, desc=f'layer {layer} of {lm.name}', unit='row', disable=not progress or ranks.rank > 0) as bar:
             for i, piece, place in read_ahead(_pieces_of_text(rows, n_rows, per_shard, builder, size)):
@@ -292,6 +297,18 @@ def _load(spec: ActivationSpec) -> LM:
     lm = load_lm(spec.model, spec.lm_dtype, pick_device())
     return compile_blocks(lm, spec.layer) if spec.lm_compile else lm
 
+@contextlib.contextmanager
+def _one_builder(folder, ranks):
+    "Inside, no other run builds this store; it waits until the one that does has ended."
+    lock = cache_dir()/'locks'/folder.name
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, 'w') as f:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            if ranks.rank == 0: fcntl.flock(f, fcntl.LOCK_EX)
+        ranks.wait()
+        yield
+
 def get_activations(
     spec: ActivationSpec,                # an ActivationSpec
     texts: Sequence[str] | None = None,  # documents instead of the specification's
@@ -304,8 +321,9 @@ def get_activations(
     ranks.agree('the activations', folder.name)
     ranks.agree('whether the activations are there', str(folder.exists()))
     if folder.exists(): return _open_once(folder)
-    lm, n_rows = lm or _load(spec), -(-spec.n_tokens // spec.context)
-    with one_thread():
+    with _one_builder(folder, ranks), one_thread():
+        if folder.exists(): return _open_once(folder)   # another run has built it meanwhile
+        lm, n_rows = lm or _load(spec), -(-spec.n_tokens // spec.context)
         return build_cache(lm, token_rows(spec, lm, texts), spec.layer, folder, spec, spec.dtype, batch_size, progress, n_rows, _text_checksum(spec, texts), ranks)
 
 # %% ../nbs/04_activations.ipynb #cell-33
@@ -392,7 +410,7 @@ class StreamBatches:
         self.settings = dict(name=name, batch_size=batch_size, seed=seed, buffer=buffer)
         self.generator = generator(seed, 'buffer')
         self.buffer = torch.zeros(0, self.d_in, dtype=getattr(torch, dtype))   # empty until the first batch is asked for
-        self.rest = self.buffer.clone()                                        # activations that wait for a place
+        self.rest, self._used = self.buffer.clone(), 0                         # activations that wait for a place, and how many have found one
         self._start()
 
     @property
@@ -417,26 +435,26 @@ class StreamBatches:
 
     def _take(self, n: int) -> Tensor:
         "The next `n` activations in the order of the text."
-        parts, have = [self.rest], len(self.rest)
+        parts, have = [self.rest[self._used:]], len(self.rest) - self._used
         while have < n: parts.append(self._run()); have += len(parts[-1])
-        whole = torch.cat(parts)
-        self.rest = whole[n:].clone()
-        return whole[:n]
+        if len(parts) > 1: self.rest, self._used = torch.cat(parts), 0
+        self._used += n
+        return self.rest[self._used - n:self._used]
 
     def __iter__(self) -> Self: return self
 
     def __next__(self) -> Tensor:
-        if not len(self.buffer): self.buffer = self._take(self.settings['buffer'])
+        if not len(self.buffer): self.buffer = self._take(self.settings['buffer']).clone()
         at = torch.randperm(len(self.buffer), generator=self.generator)[:self.batch_size]
         batch = self.buffer[at].float()
         self.buffer[at] = self._take(self.batch_size)
         return batch
 
-    def state_dict(self) -> dict: return dict(buffer=self.buffer, rest=self.rest, generator=self.generator.get_state(), place=self.place, settings=self.settings)
+    def state_dict(self) -> dict: return dict(buffer=self.buffer, rest=self.rest[self._used:], generator=self.generator.get_state(), place=self.place, settings=self.settings)
     def load_state_dict(self, state: dict) -> None:
         if other := [f'{k} is {state["settings"].get(k)!r}, not {v!r}' for k, v in self.settings.items() if state['settings'].get(k) != v]:
             raise ValueError(f'the state of another reader: {", ".join(other)}; resume with the model, text and settings it was saved with')
-        self.buffer, self.rest = state['buffer'].clone(), state['rest'].clone()
+        self.buffer, self.rest, self._used = state['buffer'].clone(), state['rest'].clone(), 0
         self.generator.set_state(state['generator'])
         self._pieces.close()
         self.text.load_state_dict(state['place'])
@@ -449,8 +467,9 @@ def stream_activations(
     seed: int,             # of the order
 ) -> StreamBatches:
     "Batches of a specification that keeps nothing on disk; all ranks call it."
+    ranks = Ranks.join()   # before the model: it says which device is this rank's
     lm = _load(spec)
-    return StreamBatches(lm, token_rows(spec, lm), spec.layer, batch_size, seed, spec.buffer, spec.dtype, name=activation_key(spec, lm=lm), ranks=Ranks.join())
+    return StreamBatches(lm, token_rows(spec, lm), spec.layer, batch_size, seed, spec.buffer, spec.dtype, name=activation_key(spec, lm=lm), ranks=ranks)
 
 # %% ../nbs/04_activations.ipynb #cell-50
 def held_out(
@@ -464,6 +483,6 @@ def held_out(
     return cache.rows(first + np.arange(n) * (end - first) // n)
 
 def held_out_activations(spec: ActivationSpec, n: int) -> Tensor:
-    "(n, d_in) activations that no SAE of this specification was trained on: of the last tenth of its store, or of the documents that its stream leaves out."
-    if not spec.buffer: return held_out(get_activations(spec), n)
+    "(n, d_in) activations that no SAE of this specification was trained on: of the documents of `text` that training leaves out, without `text` of the last tenth of its store."
+    if not (spec.text or spec.buffer): return held_out(get_activations(spec), n)
     return held_out(get_activations(replace(spec, buffer=0, held_out=True, n_tokens=min(spec.n_tokens, 8 * n))), n, start=0.)

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
@@ -198,10 +198,10 @@ def _out_folders(specs: list, out: Path | None) -> list:
 # %% ../nbs/23_cli.ipynb #cell-42
 def _reconstruction(sae: Any, data: Any) -> dict:
     "What the data itself can tell about an SAE: planted metrics, or reconstruction on held-out activations."
-    from atm_sae.activations import get_activations, held_out
+    from atm_sae.activations import held_out_activations
     from atm_sae.metrics import planted_metrics, reconstruction_metrics
     from atm_sae.synthetic import PlantedWorld, WorldConfig
-    if not isinstance(data, WorldConfig): return reconstruction_metrics(sae, held_out(get_activations(data), 20_000))
+    if not isinstance(data, WorldConfig): return reconstruction_metrics(sae, held_out_activations(data, 20_000))
     found = planted_metrics(sae, PlantedWorld(data))
     return found | dict(explained_variance=1 - found['fvu'])
 
@@ -265,7 +265,7 @@ def train(
 def _read_activations(data: Any, progress: bool) -> None:
     "Make the activations, with a bar, before anything asks for them."
     from atm_sae.activations import get_activations
-    get_activations(data, progress=progress)
+    if not data.buffer: get_activations(data, progress=progress)
 
 # %% ../nbs/23_cli.ipynb #cell-50
 _Subject = namedtuple('_Subject', 'sae method name data')  # an SAE to evaluate, what it is called, and the data it belongs to
@@ -325,12 +325,11 @@ def _about(s: _Subject, o: _Options, *where: str) -> dict:
 # %% ../nbs/23_cli.ipynb #cell-60
 def _core(s: _Subject, lm: Any, o: _Options) -> dict:
     "Reconstruction, sparsity, and the effect on the language model."
-    from atm_sae.activations import get_activations, held_out
+    from atm_sae.activations import held_out_activations, token_rows
     from atm_sae.metrics import activation_frequency, reconstruction_metrics, spliced_metrics
     from atm_sae.saebench import core_json
-    from atm_sae.text import mixed_tokens
-    x, d = held_out(get_activations(s.data), 20_000), s.data
-    tokens = mixed_tokens(lm.tokenizer, 16_384, d.context, d.line_share, d.lines, seed=d.seed + 1)
+    x, d = held_out_activations(s.data, 20_000), s.data
+    tokens = token_rows(replace(d, n_tokens=16_384, held_out=True), lm).take(-(-16_384 // d.context))
     plain, spliced = reconstruction_metrics(s.sae, x), spliced_metrics(s.sae, lm, d.layer, tokens)
     if o.saebench: core_json(plain, s.sae, spliced, activation_frequency(s.sae, x), **_about(s, o, 'model', 'layer'))
     return spliced | plain

@@ -87,7 +87,7 @@ class Ranks:
         if int(os.environ.get('WORLD_SIZE', 1)) == 1: return ALONE
         if not distributed.is_initialized():
             if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-            distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+            distributed.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     def _reduce(self, t: Tensor, how: Any) -> Tensor:
@@ -208,14 +208,14 @@ def _error_number(error):
 
 # %% ../nbs/00_core.ipynb #cell-52
 @contextlib.contextmanager
-def explain_disk_errors(path):
+def explain_disk_errors(path, left='nothing was left behind'):
     "Turn a full or forbidden disk into an OutputError about `path`; let everything else through."
     try: yield
     except Exception as e:
         number = _error_number(e)
         if number not in _REASONS or isinstance(e, OutputError): raise
         reason, advice = _REASONS[number]
-        raise OutputError(number, f'cannot write {path}: {reason}; nothing was left behind. What to do: {advice}') from e
+        raise OutputError(number, f'cannot write {path}: {reason}; {left}. What to do: {advice}') from e
 
 # %% ../nbs/00_core.ipynb #cell-54
 def _beside(path):

@@ -12,7 +12,7 @@ __all__ = ['NO_NETWORK', 'python_docs', 'python_docs_by_package', 'text_checksum
 import ast, hashlib, importlib.util, itertools, json, re, string, sysconfig, warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,23 +178,33 @@ def stream_dataset(
         yield row[column]
 
 # %% ../nbs/02_text.ipynb #5a339fdd
+@lru_cache(maxsize=8)
+def _hashes(files: tuple) -> str:
+    "Hash over (name, path, size, time of change) ... of files; the last two only make the cache forget changed files."
+    return stable_hash({name: file_sha256(path) for name, path, *_ in files}, n=64)
+
+@cache
+def _commit(dataset: str, revision: str) -> str:
+    "The commit of a data set on the Hub, asked for once in a process."
+    from huggingface_hub import dataset_info
+    try: return str(dataset_info(dataset, revision=revision or None).sha)
+    except Exception as e: raise _dataset_error(dataset, e) from e
+
 def open_documents(
     name: str,       # a .txt or .jsonl file, a folder of them, or a data set's id, 'ID' or 'ID@COMMIT'
     start: int = 0,  # documents to pass over
 ) -> Iterator[str]:
-    "Documents one by one, from files or from the Hub."
+    "Documents one by one, from files or from the Hub, there always of one commit."
     if Path(name).expanduser().exists(): return itertools.islice(iter_texts(Path(name).expanduser()), start, None)
     dataset, _, revision = name.partition('@')
-    return stream_dataset(dataset, start=start, revision=revision or None)
+    return stream_dataset(dataset, start=start, revision=_commit(dataset, revision))
 
 def documents_checksum(name: str) -> str:
     "What changes when the documents change: a hash of the files, or the data set's commit."
     path = Path(name).expanduser()
-    if path.exists(): return stable_hash({str(f.relative_to(path)): file_sha256(f) for f in _text_files(path)}, n=64)
+    if path.exists(): return _hashes(tuple((str(f.relative_to(path)), str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _text_files(path)))
     dataset, _, revision = name.partition('@')
-    from huggingface_hub import dataset_info
-    try: return f'{dataset}@{dataset_info(dataset, revision=revision or None).sha}'
-    except Exception as e: raise _dataset_error(dataset, e) from e
+    return f'{dataset}@{_commit(dataset, revision)}'
 
 # %% ../nbs/02_text.ipynb #cell-35
 _LETTERS = string.ascii_uppercase
@@ -291,23 +301,25 @@ class PackedRows:
         self.tokenizer, self.documents, self.context, self.chunk = tokenizer, documents, context, chunk
         self.load_state_dict(dict(read=0, rest=[]))
 
-    def _read(self) -> list[int]:
+    def _read(self) -> np.ndarray:
         "Tokens of the next documents, each closed by EOS; from the first on when there are no more."
         texts = list(itertools.islice(self._documents, self.chunk))
-        if not texts and self.read == 0: raise ValueError('the text holds no documents')
+        if not texts and self.read == 0: raise ValueError('the text holds no documents (where every twentieth is held out, it needs two)')
         self.read = self.read + len(texts) if texts else 0
         if not texts: self._documents = iter(self.documents(0))
-        return token_stream(self.tokenizer, texts).tolist() if texts else []
+        return token_stream(self.tokenizer, texts) if texts else self.rest[:0]
 
     def take(self, n: int) -> Tensor:
         "(n, context) the next rows."
-        while len(self.rest) < n * (self.context - 1): self.rest += self._read()
-        used, self.rest = self.rest[:n * (self.context - 1)], self.rest[n * (self.context - 1):]
-        return torch.from_numpy(_rows(np.array(used, dtype=np.int64), self.context, _bos_eos(self.tokenizer)[0]))
+        parts, need = [self.rest], n * (self.context - 1)
+        while sum(map(len, parts)) < need: parts.append(self._read())
+        whole = np.concatenate(parts)
+        self.rest = whole[need:].copy()
+        return torch.from_numpy(_rows(whole[:need], self.context, _bos_eos(self.tokenizer)[0]))
 
-    def state_dict(self) -> dict[str, Any]: return dict(read=self.read, rest=np.array(self.rest, dtype=np.int64))
+    def state_dict(self) -> dict[str, Any]: return dict(read=self.read, rest=self.rest)
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.read, self.rest = int(state['read']), [int(i) for i in state['rest']]
+        self.read, self.rest = int(state['read']), torch.as_tensor(state['rest'], dtype=torch.int64).numpy().copy()
         self._documents = iter(self.documents(self.read))
 
 class TokenRows:

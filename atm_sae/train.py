@@ -15,14 +15,14 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,10 +242,10 @@ def _check_ranks(t):
 # %% ../nbs/07_train.ipynb #cell-30
 def _stop_if_broken(t):
     "FloatingPointError naming the step at which numbers stopped being finite."
-    _check_ranks(t)
     x, loss = (int(v) for v in t.ranks.high(t.broken).tolist())
     if x >= 0: raise FloatingPointError(f'step {x}: the batch holds NaN or infinite activations: look at the model or data type that made them')
     if loss >= 0: raise FloatingPointError(f'step {loss}: the loss is not finite although the activations are: try an lr below {t.config.lr}')
+    _check_ranks(t)
 
 # %% ../nbs/07_train.ipynb #cell-32
 def _flatten(state, prefix=''):
@@ -348,6 +348,7 @@ def train(
     t = _Trainer(sae, batches, config, masker, ranks)
     keep_freed_memory()
     path = None if folder is None else Path(folder) / 'checkpoint.safetensors'
+    ranks.agree('whether there is a checkpoint (ATM_SAE_CACHE must be a folder that all share)', str(bool(path and path.exists())))
     if path and path.exists(): _restore(t, load_checkpoint(path, _state_name(t)))
     else: batches = _begin(t)
     _meet(t)
@@ -563,6 +564,9 @@ def get_run(
 ) -> Run:
     "The trained SAE of `spec`: loaded if the run is complete, else trained, with one thread."
     folder = run_folder(spec)
+    ranks = Ranks.join()
+    ranks.agree('the configuration', folder.name)
+    ranks.agree('whether the run is there (ATM_SAE_CACHE must be a folder that all share)', str(is_complete(spec)))
     if not is_complete(spec):
         with one_thread(): _make_run(spec, folder, progress, pick_device(device))
     return Run(spec, SAE.load(folder / 'sae'), _load_history(folder), folder)
@@ -578,10 +582,10 @@ def _train_quietly(spec):
     torch.set_num_threads(1)
     get_run(spec)
 
-def _in_turn(specs):
-    "Make runs here, one after another; yields each spec with its error or None."
+def _in_turn(specs, make):
+    "Make runs one after another; yields each spec with its error or None."
     for spec in specs:
-        try: get_run(spec)
+        try: make(spec)
         except Exception as e: yield spec, e
         else: yield spec, None
 
@@ -608,31 +612,33 @@ def _dask(workers, address):
         yield pool
 
 # %% ../nbs/07_train.ipynb #f7b977ef
-@contextlib.contextmanager
 def _torchrun(workers, ranks):
-    "A pool that makes one run at a time, with so many ranks; without a number, one for each GPU, or else for each worker."
+    "What makes a run with so many ranks; without a number, one for each GPU, or else for each worker."
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     config = LaunchConfig(1, 1, int(ranks or torch.cuda.device_count() or workers), run_id='atm-sae', rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method='spawn', monitor_interval=.1, max_restarts=0)
-    with ThreadPoolExecutor(1) as pool:
-        yield SimpleNamespace(submit=lambda fn, spec: pool.submit(_launch, elastic_launch(config, _train_rank), spec))
-        pool.shutdown(cancel_futures=True)
+    return functools.partial(_launch, elastic_launch(config, _train_rank))
 
 def _launch(launcher, spec):
     "Train a run with ranks; the error of the rank that failed first is this process's error."
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}   # the launcher sets its own
     try: launcher(spec)
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
         said = failure.error_file_data.get('message', failure.message)
         raise RuntimeError(f'rank {rank}: {said["message"] if isinstance(said, dict) else said}') from None
+    except SignalException as e: raise KeyboardInterrupt if e.sigval == signal.SIGINT else SystemExit(128 + e.sigval) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items(): signal.signal(number, handler)
 
 def _train_rank(spec):
     "Train a run as one of its ranks."
     from torch.distributed import destroy_process_group, is_initialized
     from torch.distributed.elastic.multiprocessing.errors import record
-    try: record(_train_quietly)(spec)
-    finally:
-        if is_initialized(): destroy_process_group()
+    record(_train_quietly)(spec)
+    if is_initialized(): destroy_process_group()   # after an error the others may wait in it; the launcher ends them
 
 # %% ../nbs/07_train.ipynb #eec88298
 _POOLS = dict(processes=_processes, dask=_dask, torchrun=_torchrun)
@@ -642,7 +648,7 @@ def executor_pool(
 ) -> tuple[Callable, str]:
     "What opens the pool that an executor names, and its address; ValueError for an unknown one."
     kind, _, address = executor.partition(':')
-    if kind not in _POOLS or (address and kind == 'processes') or (kind == 'torchrun' and not address.isdecimal() and address):
+    if kind not in _POOLS or (address and kind == 'processes') or (kind == 'torchrun' and address and not (address.isdecimal() and int(address))):
         raise ValueError(f"unknown executor {executor!r}: use 'processes', 'dask' or 'dask:ADDRESS', such as 'dask:tcp://10.0.0.1:8786', 'torchrun' or 'torchrun:RANKS'")
     return _POOLS[kind], address
 
@@ -678,10 +684,13 @@ def _side_by_side(specs, workers, executor):
 # %% ../nbs/07_train.ipynb #cell-87
 def _make_all(todo, workers, executor):
     "Make runs, the blind controls last; yields each spec with its error or None."
+    open_pool, address = executor_pool(executor)
     for blind in (False, True):
         part = [s for s in todo if (_twin(s) is not None) == blind]
-        alone = executor == 'processes' and min(workers, len(part)) < 2
-        yield from _in_turn(part) if alone or not part else _side_by_side(part, min(workers, len(part)), executor)
+        n = 1 if int(os.environ.get('WORLD_SIZE', 1)) > 1 else min(workers, len(part))   # a rank starts no workers
+        if open_pool is _torchrun and part: yield from _in_turn(part, _torchrun(workers, address))
+        elif open_pool is _processes and n < 2: yield from _in_turn(part, get_run)
+        elif part: yield from _side_by_side(part, n, executor)
 
 # %% ../nbs/07_train.ipynb #cell-88
 def run_grid(
@@ -694,7 +703,8 @@ def run_grid(
     specs, executor = list(specs), executor or os.environ.get('ATM_SAE_EXECUTOR') or 'processes'
     executor_pool(executor)   # raises for what it does not know
     todo = list({s.key: s for s in [*filter(None, map(_twin, specs)), *specs] if not is_complete(s)}.values())
-    for data in {s.data for s in todo if isinstance(s.data, ActivationSpec) and not s.data.buffer}: get_activations(data)
+    if executor_pool(executor)[0] is not _torchrun:   # there the ranks make them together
+        for data in {s.data for s in todo if isinstance(s.data, ActivationSpec) and not s.data.buffer}: get_activations(data)
     made = _make_all(todo, workers, executor)
     with tqdm(total=len(todo), desc='runs', disable=not (progress and todo)) as bar:
         for spec, error in made:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from atm_sae import activations
 from atm_sae.activations import build_cache
 from atm_sae.core import atomic_write, provenance
 from atm_sae.lm import residual_stream, tiny_lm
@@ -49,7 +50,7 @@ def ratios(n_rows, rounds, threads):
 def peak_mib(n_rows, threads):
     "The most memory that a process has held that extracts so many rows."
     torch.set_num_threads(threads)
-    lm = tiny_lm(n_layers=2, d_model=D_MODEL)
+    lm, activations.SHARD_BYTES = tiny_lm(n_layers=2, d_model=D_MODEL), 2**24   # both sizes fill many shards
     with tempfile.TemporaryDirectory() as tmp: build_cache(lm, rows(lm), 1, f'{tmp}/store', dtype='bfloat16', batch_size=BATCH, progress=False, n_rows=n_rows)
     return provenance()['peak_memory_mib']
 

@@ -1,6 +1,7 @@
 "Two processes that share each batch train the dictionary that one trains alone; what they must not do differently is found."
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -64,6 +65,8 @@ from test_ranks import SPECS
 for spec in SPECS: get_run(spec)
 '''
 SPECS = [small(m) for m in METHODS if m != 'random'] + [small('atm', per='sample'), small('topk+atm', rescale=True), small('standard', penalty='tanh')]
+# so sparse that a step skips the zeros; and at the very share where it ceases to, which one rank may reach and the other not
+SPECS += [recipe(m, SPECS[0].data, d_in=8, d_sae=200, l0=l0, steps=40, batch_size=32) for m in ('topk', 'batchtopk', 'matryoshka', 'jumprelu', 'atm') for l0 in (4, 16)]
 
 def test_two_ranks_train_what_one_trains(cache, monkeypatch, tmp_path):
     torchrun(TRAIN)
@@ -82,7 +85,7 @@ for spec in stream_specs(sys.argv[1]): get_run(spec)
 '''
 def stream_specs(folder):
     data = ActivationSpec(model=f'{folder}/model', layer=1, n_tokens=1600, context=32, text=f'{folder}/text.jsonl')
-    return [recipe('batchtopk+atm', replace(data, buffer=b), 32, 48, l0=4, steps=20, batch_size=32, log_every=5) for b in (0, 400)]
+    return [recipe('batchtopk+atm', replace(data, buffer=b, dtype=t), 32, 48, l0=4, steps=20, batch_size=32, log_every=5) for b, t in ((0, 'float32'), (400, 'float32'), (400, 'bfloat16'))]
 
 def test_two_ranks_share_the_work_of_the_model(cache, monkeypatch, tmp_path):
     "The model's own numbers depend on how many rows run at once, in the last bits; so the bound is that of the weights."
@@ -104,14 +107,16 @@ spec = small('topk', seed=ranks.rank if what == 'seed' else 0, steps=41 if what 
 step = training._update
 def wrong(t, factor):
     step(t, factor)
+    if what == 'nan' and t.i == 12: t.sae.W_dec.data.fill_(torch.nan)
     if what == 'weights' and ranks.rank and t.i == 12: t.sae.W_dec.data[0, 0] += 1e-3
 training._update = wrong
 training.get_run(spec)
 '''
 
 @pytest.mark.parametrize('what, message', [('steps', 'the ranks disagree about the configuration'), ('seed', 'the ranks disagree about the configuration'),
-                                           ('weights', 'the ranks disagree about the weights after step 15: start again from the last checkpoint')])
-def test_ranks_that_disagree(what, message): assert message in torchrun(APART, what, fails=True)
+                                           ('weights', 'the ranks disagree about the weights after step 15: start again from the last checkpoint'),
+                                           ('nan', 'FloatingPointError: step 1[34]: the loss is not finite although the activations are')])
+def test_ranks_that_disagree(what, message): assert re.search(message, torchrun(APART, what, fails=True))
 
 def test_a_batch_that_does_not_split():
     said = torchrun("from test_ranks import small, get_run\nget_run(small('topk', batch_size=33))", fails=True)
@@ -150,6 +155,7 @@ def test_the_executor_torchrun(cache, monkeypatch, tmp_path):
         for n, w in get_run(run.spec).sae.state_dict().items(): assert (run.sae.state_dict()[n] - w).abs().max() <= BOUND
     bad = recipe('topk', small('topk').data, d_in=9, d_sae=16, l0=3, steps=5)
     with pytest.raises(RuntimeError, match=r'run "topk, L0 3, seed 0" .* failed: RuntimeError: rank [01]: ValueError: the data are 8 wide, but the SAE has d_in = 9'):
-        run_grid([bad], progress=False, executor='torchrun:2')
-    for name in ('torchrun:two', 'processes:2'):
+        run_grid([bad, small('standard')], progress=False, executor='torchrun:2')
+    assert not is_complete(small('standard'))                # an error ends the grid
+    for name in ('torchrun:two', 'torchrun:0', 'processes:2'):
         with pytest.raises(ValueError, match=f"unknown executor '{name}'"): run_grid(specs, progress=False, executor=name)

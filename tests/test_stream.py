@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
@@ -143,6 +144,12 @@ def test_a_build_of_another_text_is_begun_anew(spec, shards, home, lm, tmp_path)
     made = get_activations(replace(spec, n_tokens=1600), batch_size=4)
     assert torch.equal(made.rows(slice(None)), build_cache(lm, packed(lm, TRAINED), 1, tmp_path/'x', n_rows=50, batch_size=4, progress=False).rows(slice(None)))
 
+def test_two_that_want_the_same_store_build_it_once(spec, shards, monkeypatch):
+    rows, run = [], module._activations
+    monkeypatch.setattr(module, '_activations', lambda lm, tokens, *a: rows.append(len(tokens)) or run(lm, tokens, *a))
+    with ThreadPoolExecutor(2) as pool: one, two = pool.map(lambda _: get_activations(spec, batch_size=4), range(2))
+    assert one.folder == two.folder and torch.equal(one.rows(slice(None)), two.rows(slice(None))) and sum(rows) == -(-spec.n_tokens // spec.context)
+
 def test_a_truncated_shard(spec, shards):
     made = get_activations(spec, batch_size=4)
     path = made.folder/'activations-00002.bin'
@@ -160,10 +167,10 @@ def test_a_disk_that_is_too_small(lm, tmp_path, monkeypatch):
 
 def test_a_buffer_gives_what_the_text_holds(lm, tmp_path):
     stream = StreamBatches(lm, packed(lm), 1, 16, seed=0, buffer=200, lm_batch=4)
-    out = torch.cat([*[next(stream) for _ in range(20)], stream.buffer, stream.rest])
+    out = torch.cat([*[next(stream) for _ in range(20)], stream.buffer, stream.state_dict()['rest']])
     whole = build_cache(lm, packed(lm), 1, tmp_path/'x', n_rows=40, batch_size=4, progress=False).rows(slice(0, len(out)))
     key = lambda x: x[x[:, 0].argsort()]
-    assert torch.allclose(key(out), key(whole), atol=1e-6) and len(stream.buffer) == 200 and len(stream.rest) < 4 * 32
+    assert torch.allclose(key(out), key(whole), atol=1e-6) and len(stream.buffer) == 200 and len(stream.state_dict()['rest']) < 4 * 32
 
 def test_batches_are_mixed_over_the_buffer(lm, monkeypatch):
     """Activations that are their own number. Of 16 that come in together, 16 * 16 / 320 = 0.8 are drawn with the next batch on average; a row is drawn after 20 batches on average,
@@ -220,21 +227,32 @@ def run_spec(method, folder, buffer):
     data = ActivationSpec(model=f'{folder}/model', layer=1, n_tokens=3200, context=32, text=f'{folder}/text.jsonl', buffer=buffer)
     return recipe(method, data, 32, 48, l0=4, steps=30, batch_size=32, log_every=5, checkpoint_every=6)
 
-@pytest.mark.parametrize('buffer', [0, 400])
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'random'])
-def test_killed_at_a_random_step_and_resumed_to_the_bit(method, buffer, folder, home, monkeypatch, tmp_path):
-    spec, left = run_spec(method, folder, buffer), 6 + sum(map(ord, method + str(buffer))) % 24   # any step with a checkpoint behind it
-    if spec.data.buffer == 0: get_activations(spec.data)
-    training._twin_rates(spec)                                 # a blind control's twin is made before
-    def step_and_die(t, x, step=training._train_step):
+def run_and_die(spec, left, cache):
+    "Make a run, in a process of its own, that kills itself before a step."
+    os.environ['ATM_SAE_CACHE'], step = cache, training._train_step
+    def step_and_die(t, x):
         nonlocal left
         left -= 1
         if left < 0: os.kill(os.getpid(), signal.SIGKILL)
         return step(t, x)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, '_train_step', step_and_die)
-        child = get_context('fork').Process(target=get_run, args=(spec,))
-        child.start(); child.join()
+    training._train_step = step_and_die
+    get_run(spec)
+
+@pytest.fixture(scope='module')
+def processes():
+    "Quick to start, and without this process's threads."
+    context = get_context('forkserver')
+    context.set_forkserver_preload(['atm_sae.train', __name__])
+    return context
+
+@pytest.mark.parametrize('buffer', [0, 400])
+@pytest.mark.parametrize('method', [m for m in METHODS if m != 'random'])
+def test_killed_at_a_random_step_and_resumed_to_the_bit(method, buffer, folder, home, monkeypatch, tmp_path, processes):
+    spec, left = run_spec(method, folder, buffer), 6 + sum(map(ord, method + str(buffer))) % 24   # any step with a checkpoint behind it
+    if spec.data.buffer == 0: get_activations(spec.data)
+    training._twin_rates(spec)                                 # a blind control's twin is made before
+    child = processes.Process(target=run_and_die, args=(spec, left, os.environ['ATM_SAE_CACHE']))
+    child.start(); child.join()
     assert child.exitcode == -signal.SIGKILL
     assert not is_complete(spec) and (run_folder(spec)/'checkpoint.safetensors').exists()
     resumed = get_run(spec)
