@@ -95,7 +95,7 @@ def test_the_whole_profile_with_the_shipped_model(profile, tmp_path):
     text = tmp_path/'text.jsonl'
     text.write_text(''.join(json.dumps(dict(text=d)) + '\n' for d in python_docs()[:3000]), encoding='utf-8')
     manifest = yaml.safe_load((tmp_path/'exp'/'manifest.yaml').read_text())
-    manifest['experiments'] = [e | dict(parameters={p: small(v, text) for p, v in e.get('parameters', {}).items() if p in ('common', profile)}) for e in manifest['experiments']]
+    manifest['objects'] = [e | dict(parameters={p: small(v, text) for p, v in e.get('parameters', {}).items() if p in ('common', profile)}) for e in manifest['objects']]
     (tmp_path/'exp'/'manifest.yaml').write_text(yaml.safe_dump(manifest, sort_keys=False))
     done = atm_sae('reproduce', '--profile', profile, '--manifest', tmp_path/'exp'/'manifest.yaml', '--out', tmp_path/'out', cache=tmp_path/'cache')
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
