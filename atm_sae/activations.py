@@ -12,7 +12,7 @@ import errno
 import hashlib
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,7 +135,7 @@ _END = object()
 def read_ahead(
     items: Iterable[Any],
     n: int = 2,            # how many at most
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     "The same items, made in a thread of their own, up to `n` ahead."
     items = iter(items)
     with ThreadPoolExecutor(1) as pool:
@@ -172,11 +172,12 @@ class _Builder:
     def write(self, i, pieces, row_bytes, place):
         "Write the bytes of a shard while the next ones are computed, then its note."
         path, sha, n, last = self.folder/_shard(i), hashlib.sha256(), 0, None
+        def append(data): f.write(data); sha.update(data)
         try:
             with open(path, 'wb') as f, ThreadPoolExecutor(1) as pool:
                 for data in pieces:
                     if last: last.result()
-                    last = pool.submit(lambda data: (f.write(data), sha.update(data)), data)
+                    last = pool.submit(append, data)
                     n += len(data)
                 if last: last.result()
             write_json(self.folder/f'{i}.json', dict(n=n // row_bytes, sha256=sha.hexdigest(), place=place))
@@ -228,7 +229,7 @@ def build_cache(
     dtype: str = 'float32',                  # numbers stored: 'float32', 'bfloat16' or 'float16'
     batch_size: int | None = None,           # rows to run at a time; None: what suits the device
     progress: bool = True,                   # show a bar
-    n_rows: int | None = None,               # rows of tokens to take; None: all
+    n_rows: int | None = None,               # rows of tokens to take; None: all of a tensor
     text: str = '',                          # checksum of the text: a build that was stopped goes on with no other
     ranks: Ranks = ALONE,                    # the processes that share the work
 ) -> ActivationCache:
@@ -237,8 +238,11 @@ def build_cache(
     if dtype not in _STORED: raise ValueError(f'dtype {dtype!r} is unknown; choose one of {", ".join(_STORED)}')
     hook_layer(lm, layer)
     rows = TokenRows(tokens) if isinstance(tokens, Tensor) else tokens
-    n_rows, context = (len(tokens), tokens.shape[1]) if isinstance(tokens, Tensor) else (n_rows, rows.context)
-    folder, size, batch_size = Path(folder), _row_bytes(lm.d_model, dtype), batch_size or _lm_batch(lm, context)
+    if n_rows is None:
+        if not isinstance(tokens, Tensor): raise ValueError('a text begins again when it ends: say how many rows of it to take (n_rows)')
+        n_rows = len(tokens)
+    folder, size, context = Path(folder), _row_bytes(lm.d_model, dtype), rows.context
+    batch_size = batch_size or _lm_batch(lm, context)
     per_shard = batch_size * max(1, SHARD_BYTES // (size * context * batch_size))   # whole batches, so that shards change no number
     about = dict(d_in=lm.d_model, dtype=dtype, layer=layer, model=lm.name, model_checksum=lm.checksum, spec=to_plain(spec))
     with explain_disk_errors(folder, f'what is whole stays in {_building(folder)}, and the next run goes on from there'):
@@ -295,6 +299,7 @@ def token_rows(spec: ActivationSpec, lm: LM, texts: Sequence[str] | None = None)
 def _load(spec: ActivationSpec) -> LM:
     "The model of a specification."
     lm = load_lm(spec.model, spec.lm_dtype, pick_device())
+    if lm.checksum != (wanted := model_checksum(spec.model)): raise ValueError(f'{spec.model} has changed: {wanted} was to be run, {lm.checksum} was loaded. Run again')
     return compile_blocks(lm, spec.layer) if spec.lm_compile else lm
 
 @contextlib.contextmanager
@@ -407,7 +412,7 @@ class StreamBatches:
         if not 0 < batch_size <= buffer: raise ValueError(f'a buffer of {buffer} cannot give batches of {batch_size}: choose a larger one')
         self.lm, self.text, self.layer, self.batch_size, self.dtype, self.ranks = lm, rows, layer, batch_size, dtype, ranks
         self.lm_batch = ranks.size * -(-(lm_batch or _lm_batch(lm, rows.context)) // ranks.size)
-        self.settings = dict(name=name, batch_size=batch_size, seed=seed, buffer=buffer)
+        self.settings: dict[str, Any] = dict(name=name, batch_size=batch_size, seed=seed, buffer=buffer)
         self.generator = generator(seed, 'buffer')
         self.buffer = torch.zeros(0, self.d_in, dtype=getattr(torch, dtype))   # empty until the first batch is asked for
         self.rest, self._used = self.buffer.clone(), 0                         # activations that wait for a place, and how many have found one

@@ -208,7 +208,7 @@ def _error_number(error):
 
 # %% ../nbs/00_core.ipynb #cell-52
 @contextlib.contextmanager
-def explain_disk_errors(path, left='nothing was left behind'):
+def explain_disk_errors(path: Path | str, left: str = 'nothing was left behind') -> Iterator[None]:
     "Turn a full or forbidden disk into an OutputError about `path`; let everything else through."
     try: yield
     except Exception as e:
@@ -238,7 +238,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             with contextlib.suppress(OSError): part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #cell-62
-def swap_folder(new, path):
+def swap_folder(new: Path, path: Path) -> None:
     "Rename the folder `new` to `path`; whatever stood there before is removed."
     while True:
         try: return os.rename(new, path)

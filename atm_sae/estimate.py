@@ -52,7 +52,8 @@ def stand_in(
 # %% ../nbs/16_estimate.ipynb #bc114552
 def _least_seconds(work, seconds):
     "Seconds of the fastest of as many calls as fit into so many seconds, at least two; the first is a warm-up."
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         begin = time.perf_counter()
         work()
@@ -146,8 +147,8 @@ def _hours(seconds):
 
 def _weights(config):
     "Parameters of a language model of this shape."
-    block = stand_in(config)
-    return sum(p.numel() for p in block.layers.parameters()) * config.get_text_config().num_hidden_layers + config.get_text_config().vocab_size * config.get_text_config().hidden_size
+    block, shape = stand_in(config).get_submodule('layers'), config.get_text_config()
+    return sum(p.numel() for p in block.parameters()) * shape.num_hidden_layers + shape.vocab_size * shape.hidden_size
 
 def estimate_runs(
     size: dict[str, Any],                    # model, layer, d_sae, batch_size, steps, n_tokens

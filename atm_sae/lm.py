@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -205,12 +205,17 @@ def model_width(name: Path | str) -> int:
     return model_config(name).get_text_config().hidden_size
 
 # %% ../nbs/03_lm.ipynb #cell-31
+@cache
+def _commit(name: str) -> str | None:
+    "The commit of a model on the Hub, asked for once in a process."
+    return getattr(model_config(name), '_commit_hash', None)
+
 def model_checksum(
     name: Path | str,  # 'nano-gemma2', a folder, or an id on the Hub
 ) -> str:              # SHA-256 of the files, or 'id@commit' for the Hub
     "What `load_lm(name).checksum` will be, without loading the weights."
     if folder := _find_model(str(name)): return _folder_checksum(folder)
-    return f'{name}@{getattr(model_config(name), "_commit_hash", None)}'
+    return f'{name}@{_commit(str(name))}'
 
 # %% ../nbs/03_lm.ipynb #cell-33
 def load_lm(

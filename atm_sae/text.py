@@ -290,6 +290,10 @@ def pack_tokens(
 # %% ../nbs/02_text.ipynb #d38d3046
 class PackedRows:
     "Documents joined by EOS and cut into rows that begin with BOS, a few at a time; its place can be saved and restored."
+    read: int                   # documents encoded so far
+    rest: np.ndarray            # tokens that no row has taken yet
+    _documents: Iterator[str]   # what follows
+
     def __init__(
         self,
         tokenizer: 'PreTrainedTokenizerBase',               # any transformers tokenizer

@@ -192,7 +192,8 @@ def _update(t, factor):
 @torch.no_grad()
 def _watch(t, x, loss, keep):
     "Statistics of the step for masker, threshold, L0 control and dead latents; returns the L0."
-    z, h, where = loss.z, loss.h, loss.where if t.ranks.size == 1 else AllRanks(loss.where, t.ranks)
+    z, h = loss.z, loss.h
+    where: Any = loss.where if t.ranks.size == 1 else AllRanks(loss.where, t.ranks)
     often = frequency(z, where)
     l0 = often.sum()
     if t.masker is not None: t.masker.observe(z, contribution(h, h.grad, t.sae.W_dec, where, t.share, t.masker.effect), keep, where)

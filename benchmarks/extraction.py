@@ -64,7 +64,7 @@ def main():
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--write', action='store_true', help='put the table into README.md')
     a = parser.parse_args()
-    n_rows, rounds, sizes = (32, 1, (16, 32)) if a.quick else (512, 5, (2_000, 20_000))
+    n_rows, rounds, sizes = (32, 1, (16, 32)) if a.quick else (256, 5, (1_000, 10_000))
     found = sorted(alone(ratios, n_rows, rounds, a.threads))
     few, many = (alone(peak_mib, n, a.threads) for n in sizes)
     middle = statistics.median(found)

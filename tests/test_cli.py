@@ -412,7 +412,7 @@ def completed(words, kind='bash'):
 def test_completion_of_names():
     assert completed('train bat').split() == [m for m in METHODS if m.startswith('bat')]
     assert completed('reproduce --only pla').split() == ['planted'] == completed('reproduce --only evaluator pla').split()
-    assert completed('reproduce --profile ').split() == ['smoke', 'default', 'full', 'gemma']
+    assert completed('reproduce --profile ').split() == ['smoke', 'default', 'full', 'gemma', 'gemma-long']
     assert completed('export a b --format g').split() == ['gemma-scope'] and 'evaluate' in completed('ev')
 
 

@@ -80,7 +80,7 @@ def test_the_real_manifest_fits_the_real_notebooks():
     path = M.project_root()/'nbs'/'experiments'/'manifest.yaml'
     if not list(path.parent.glob('*.ipynb')): pytest.skip('no experiment notebooks yet')
     manifest = load_manifest(path)
-    assert set(manifest.profiles) == {'smoke', 'default', 'full', 'gemma'}
+    assert set(manifest.profiles) == {'smoke', 'default', 'full', 'gemma', 'gemma-long'}
     assert {e.notebook for e in manifest.experiments} == {p.name for p in path.parent.glob('*.ipynb')}
 
 
@@ -98,7 +98,7 @@ def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
 
 CHOOSING = ('tuning', 'attempts', 'ablations')   # objects that choose settings, or could
 
-@pytest.mark.parametrize('profile', ['smoke', 'default', 'full', 'gemma'])
+@pytest.mark.parametrize('profile', ['smoke', 'default', 'full', 'gemma', 'gemma-long'])
 def test_no_seed_serves_both_tuning_and_verdict(profile):
     used = {True: set(), False: set()}
     for e in load_manifest().of(profile):

@@ -144,6 +144,13 @@ def test_a_build_of_another_text_is_begun_anew(spec, shards, home, lm, tmp_path)
     made = get_activations(replace(spec, n_tokens=1600), batch_size=4)
     assert torch.equal(made.rows(slice(None)), build_cache(lm, packed(lm, TRAINED), 1, tmp_path/'x', n_rows=50, batch_size=4, progress=False).rows(slice(None)))
 
+def test_a_model_that_changes_while_it_is_loaded(spec, monkeypatch):
+    monkeypatch.setattr(module, 'model_checksum', lambda name: 'google/gemma-2-2b@abc')
+    with pytest.raises(ValueError, match='has changed: google/gemma-2-2b@abc was to be run, .* was loaded. Run again'): get_activations(spec)
+
+def test_a_text_needs_a_number_of_rows(lm, tmp_path):
+    with pytest.raises(ValueError, match='say how many rows of it to take'): build_cache(lm, packed(lm), 1, tmp_path/'x', progress=False)
+
 def test_two_that_want_the_same_store_build_it_once(spec, shards, monkeypatch):
     rows, run = [], module._activations
     monkeypatch.setattr(module, '_activations', lambda lm, tokens, *a: rows.append(len(tokens)) or run(lm, tokens, *a))
