@@ -255,11 +255,12 @@ def train(
     source = _data(data, layer, settings)
     if data != 'planted': _read_activations(source, not quiet)
     specs = _specs(method, source, l0, seed, lr, settings, d_sae=d_sae, steps=steps, batch_size=batch_size)
-    folders = _out_folders(specs, out)
+    first = os.environ.get('RANK', '0') == '0'   # of the ranks that torchrun has started, one copies and prints
+    folders = _out_folders(specs, out if first else None)
     for spec, folder in zip(specs, folders):
         if folder: _check_out(folder, spec.key)
     rows = [_run_row(run, folder) for run, folder in zip(_train_all(specs, workers, not quiet, executor), folders)]
-    (_print_json if as_json else _show_runs)(rows)
+    if first: (_print_json if as_json else _show_runs)(rows)
 
 # %% ../nbs/23_cli.ipynb #cell-48
 def _read_activations(data: Any, progress: bool) -> None:

@@ -147,6 +147,11 @@ def test_killed_ranks_resume_to_the_bit(cache, monkeypatch, tmp_path):
     straight = get_run(small('atm'))
     for n, w in straight.sae.state_dict().items(): assert torch.equal(w, resumed.sae.state_dict()[n]), n
 
+def test_the_command_under_torchrun_speaks_once(tmp_path):
+    args = ['train', 'topk', '--l0', '4', '--d-sae', '64', '--steps', '10', '--batch-size', '32', '--json', '--quiet', '--out', str(tmp_path/'out')]
+    said = torchrun(f'import sys; from atm_sae.cli import main; sys.exit(main({args!r}))')
+    assert said.count('"explained_variance"') == 1 and (tmp_path/'out'/'cfg.json').exists()
+
 def test_the_executor_torchrun(cache, monkeypatch, tmp_path):
     specs = [small('topk'), small('atm')]
     two = run_grid(specs, progress=False, executor='torchrun:2')
