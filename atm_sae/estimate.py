@@ -131,6 +131,7 @@ class Estimate:
     runs: int                     # SAEs
     disk_bytes: int               # activations and SAEs
     memory_bytes: int             # weights, optimiser and one step
+    stored: tuple[float, int] | None = None   # of a stream: seconds and bytes for its activations, were they computed once and kept
 
     @property
     def seconds(self) -> float: return self.lm_seconds + sum(self.sae_seconds.values())
@@ -139,7 +140,8 @@ class Estimate:
         lm, slow = self.size['model'], max(self.sae_seconds, key=self.sae_seconds.__getitem__)
         return (f'{lm}, layer {self.size["layer"]}: {_hours(self.lm_seconds)} for the activations of {self.size["n_tokens"]:,} tokens, '
                 f'{_hours(sum(self.sae_seconds.values()))} for {self.runs} SAEs of {self.size["d_sae"]:,} latents and {self.size["steps"]:,} steps (most for {slow}: '
-                f'{_hours(self.sae_seconds[slow])}); {self.memory_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.1f} GB of disk')
+                f'{_hours(self.sae_seconds[slow])}); {self.memory_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.1f} GB of disk'
+                + (f'. Every SAE runs the model anew; with buffer: 0 it runs once: {_hours(self.stored[0])} for the activations, {self.stored[1] / 1e9:,.0f} GB more disk' if self.stored else ''))
 
 def _hours(seconds):
     "In words."
@@ -166,7 +168,7 @@ def estimate_runs(
     number, parameters = (2 if spec.dtype != 'float32' else 4), 2 * d_in * d_sae
     lm_bytes = _weights(config) * (2 if spec.lm_dtype != 'float32' else 4)
     tokens = sum(count.values()) * (size['steps'] * size['batch_size'] + spec.buffer) if spec.buffer else spec.n_tokens   # every run reads a stream anew
-    return Estimate(dict(size, n_tokens=tokens), tokens * (size['layer'] + 1) * token_seconds(config, spec.context, spec.lm_dtype),
-                    {m: n * size['steps'] * per_step[m] for m, n in count.items()}, len(runs),
-                    (0 if spec.buffer else spec.n_tokens * d_in * number) + len(runs) * 4 * parameters,
-                    lm_bytes + 16 * parameters + 24 * size['batch_size'] * d_sae + spec.buffer * d_in * number)
+    per_token, store = (size['layer'] + 1) * token_seconds(config, spec.context, spec.lm_dtype), spec.n_tokens * d_in * number
+    return Estimate(dict(size, n_tokens=tokens), tokens * per_token, {m: n * size['steps'] * per_step[m] for m, n in count.items()}, len(runs),
+                    (0 if spec.buffer else store) + len(runs) * 4 * parameters, lm_bytes + 16 * parameters + 24 * size['batch_size'] * d_sae + spec.buffer * d_in * number,
+                    (spec.n_tokens * per_token, store) if spec.buffer else None)

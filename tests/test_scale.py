@@ -54,7 +54,8 @@ def test_estimate_by_hand(monkeypatch):
     assert found.disk_bytes == 10**6 * 2304 * 2 + 4 * 4 * parameters
     assert found.memory_bytes == pytest.approx(2 * 2.614e9 + 16 * parameters + 24 * 2048 * 16384, rel=1e-3)
     stream = estimate_runs(size, [('topk', 40, 0), ('topk', 80, 0)], data=dict(dtype='bfloat16', buffer=1000))
-    assert stream.lm_seconds == pytest.approx(2 * (1000 * 2048 + 1000) * 13e-6)   # every run reads it anew
+    assert stream.lm_seconds == pytest.approx(2 * (1000 * 2048 + 1000) * 13e-6) and stream.stored == (pytest.approx(13), 10**6 * 2304 * 2)   # every run reads it anew
+    assert 'with buffer: 0 it runs once: 13 s for the activations, 5 GB more disk' in str(stream) and 'buffer: 0' not in str(found)
     assert stream.disk_bytes == 2 * 4 * parameters and stream.memory_bytes - found.memory_bytes == pytest.approx(2 * 2.614e9 + 1000 * 2304 * 2, rel=1e-3)
 
 def test_wider_dictionaries_take_longer():
