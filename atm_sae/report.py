@@ -284,7 +284,9 @@ def difference_sentence(
 def _ours(entry, summary):
     "The line of `summary` that stands beside a published entry, or None."
     at = entry.get('at') or {}
-    lines = summary[(summary.method == entry['method']) & (summary.metric == entry['metric']) & summary['mean'].notna()]
+    lines = summary[(summary.metric == entry['metric']) & summary['mean'].notna()]
+    exact = lines[lines.method == f"{entry['method']} as published"]
+    lines = exact if len(exact) else lines[lines.method == entry['method']]
     worlds = lines.world == at['world'] if 'world' in at else lines.world != 'planted'
     lines = lines[worlds] if worlds.any() else lines
     if lines.empty: return None
