@@ -229,7 +229,7 @@ def _show_runs(rows: list) -> None:
 
 # %% ../nbs/23_cli.ipynb #cell-46
 _DATA, _TRAINING = 'Data', 'Training'
-_Executor = Annotated[str | None, typer.Option(metavar='processes|dask[:ADDRESS]', help='Where runs are made: processes of this machine, or a Dask cluster.', show_default='processes')]
+_Executor = Annotated[str | None, typer.Option(metavar='processes|dask[:ADDRESS]|torchrun[:RANKS]', help='Where runs are made: processes of this machine, a Dask cluster, or several GPUs for each run.', show_default='processes')]
 
 # %% ../nbs/23_cli.ipynb #cell-47
 @app.command(epilog='Example: atm-sae train atm topk --data planted --l0 4 --d-sae 200 --steps 2000 --seed 0 --seed 1 --out saes')
@@ -253,7 +253,7 @@ def train(
     "Train one SAE, or every method at every L0 with every seed. A stopped run goes on where it was."
     settings = _settings(set_)
     source = _data(data, layer, settings)
-    if data != 'planted': _read_activations(source, not quiet)
+    if data != 'planted' and not (executor or os.environ.get('ATM_SAE_EXECUTOR', '')).startswith('torchrun'): _read_activations(source, not quiet)   # ranks make them together
     specs = _specs(method, source, l0, seed, lr, settings, d_sae=d_sae, steps=steps, batch_size=batch_size)
     first = os.environ.get('RANK', '0') == '0'   # of the ranks that torchrun has started, one copies and prints
     folders = _out_folders(specs, out if first else None)
@@ -526,7 +526,7 @@ _WHAT, _HOW = 'What to run', 'How to run it'
 def reproduce(
     names: Annotated[list[str] | None, typer.Argument(autocompletion=_complete_object, help='Only these objects; the same as --only.')] = None,
     only: Annotated[list[str], typer.Option(autocompletion=_complete_object, metavar='NAME...', help='Only these objects.', rich_help_panel=_WHAT)] = [],
-    profile: Annotated[str, typer.Option(autocompletion=_complete_profile, help='Size of the run: smoke, default, full or gemma.', rich_help_panel=_WHAT)] = 'default',
+    profile: Annotated[str, typer.Option(autocompletion=_complete_profile, help='Size of the run: smoke, default, full, gemma or gemma-long.', rich_help_panel=_WHAT)] = 'default',
     manifest: Annotated[Path | None, typer.Option(metavar='FILE', help="Another manifest than the project's.", rich_help_panel=_WHAT)] = None,
     force: Annotated[bool, typer.Option('--force', help='Run also what is up to date.', rich_help_panel=_HOW)] = False,
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Say what would be run, and why.', rich_help_panel=_HOW)] = False,

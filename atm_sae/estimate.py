@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .activations import ActivationSpec
 from .core import generator, pick_device
@@ -130,7 +129,7 @@ class Estimate:
     sae_seconds: dict[str, float] # for all runs of a method
     runs: int                     # SAEs
     disk_bytes: int               # activations and SAEs
-    memory_bytes: int             # weights, optimiser and one step
+    memory_bytes: int             # weights, optimiser, one step and the buffer, of one process
     stored: tuple[float, int] | None = None   # of a stream: seconds and bytes for its activations, were they computed once and kept
 
     @property
@@ -140,17 +139,22 @@ class Estimate:
         lm, slow = self.size['model'], max(self.sae_seconds, key=self.sae_seconds.__getitem__)
         return (f'{lm}, layer {self.size["layer"]}: {_hours(self.lm_seconds)} for the activations of {self.size["n_tokens"]:,} tokens, '
                 f'{_hours(sum(self.sae_seconds.values()))} for {self.runs} SAEs of {self.size["d_sae"]:,} latents and {self.size["steps"]:,} steps (most for {slow}: '
-                f'{_hours(self.sae_seconds[slow])}); {self.memory_bytes / 1e9:.1f} GB of memory, {self.disk_bytes / 1e9:.1f} GB of disk'
-                + (f'. Every SAE runs the model anew; with buffer: 0 it runs once: {_hours(self.stored[0])} for the activations, {self.stored[1] / 1e9:,.0f} GB more disk' if self.stored else ''))
+                f'{_hours(self.sae_seconds[slow])}); at least {_bytes(self.memory_bytes)} of memory a process, {_bytes(self.disk_bytes)} of disk'
+                + (f'. Every SAE runs the model anew; with buffer: 0 it runs once: {_hours(self.stored[0])} for the activations, {_bytes(self.stored[1])} more disk' if self.stored else ''))
 
 def _hours(seconds):
     "In words."
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min' if seconds < 6000 else f'{seconds / 3600:.1f} h'
 
+def _bytes(n):
+    "In words."
+    return f'{n / 1e9:,.1f} GB' if n >= 1e8 else f'{n / 1e6:,.1f} MB'
+
 def _weights(config):
     "Parameters of a language model of this shape."
-    block, shape = stand_in(config).get_submodule('layers'), config.get_text_config()
-    return sum(p.numel() for p in block.parameters()) * shape.num_hidden_layers + shape.vocab_size * shape.hidden_size
+    one, two = (sum(p.numel() for p in stand_in(config, n).parameters()) for n in (1, 2))
+    shape = config.get_text_config()
+    return (two - one) * shape.num_hidden_layers + shape.vocab_size * shape.hidden_size
 
 def estimate_runs(
     size: dict[str, Any],                    # model, layer, d_sae, batch_size, steps, n_tokens
@@ -169,6 +173,7 @@ def estimate_runs(
     lm_bytes = _weights(config) * (2 if spec.lm_dtype != 'float32' else 4)
     tokens = sum(count.values()) * (size['steps'] * size['batch_size'] + spec.buffer) if spec.buffer else spec.n_tokens   # every run reads a stream anew
     per_token, store = (size['layer'] + 1) * token_seconds(config, spec.context, spec.lm_dtype), spec.n_tokens * d_in * number
+    if torch.cuda.is_available(): torch.cuda.empty_cache()   # for the processes that come next
     return Estimate(dict(size, n_tokens=tokens), tokens * per_token, {m: n * size['steps'] * per_step[m] for m, n in count.items()}, len(runs),
                     (0 if spec.buffer else store) + len(runs) * 4 * parameters, lm_bytes + 16 * parameters + 24 * size['batch_size'] * d_sae + spec.buffer * d_in * number,
                     (spec.n_tokens * per_token, store) if spec.buffer else None)

@@ -272,7 +272,7 @@ def _measured(manifest, todo, profile):
     more = {k: v for p in parameters for k, v in (('tuned', p.get('tuned')), ('data', p.get('activations'))) if v}
     found = [estimate_runs(size, runs, **more) for size, runs in needed_runs(parameters)]
     total = sum(e.seconds for e in found)
-    return '\n'.join([f'estimate: {total / 3600:.1f} hours for the activations and SAEs, measured on this machine; measuring them (absorption, probing) comes on top', *(f'  {e}' for e in found)])
+    return '\n'.join([f'estimate: {total / 3600:.1f} hours for the activations and SAEs of the language model, measured on this machine; planted worlds and all evaluation come on top', *(f'  {e}' for e in found)])
 
 # %% ../nbs/19_reproduce.ipynb #cell-40
 def _describe(s, record):

@@ -28,7 +28,7 @@ def deep_lm():
     return tiny_lm(n_layers=16, d_model=256)
 
 def exact_lm():
-    "Gemma-2-2b's exact shape with random weights in bfloat16: 2.6 billion parameters, 5 GB."
+    "Gemma-2-2b's exact shape with random weights in bfloat16: 2.6 billion parameters."
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_config(lm_shape('google/gemma-2-2b'), dtype=torch.bfloat16, attn_implementation='eager')
     return replace(tiny_lm(), model=model.eval().requires_grad_(False), name='random-gemma-2-2b')
@@ -71,6 +71,7 @@ def alone(function, *args):
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool: return pool.submit(function, *args).result()
 
 def ratio_row(name, make_lm, n_rows, batch, rounds, threads):
+    "Extraction beside one model, as a line of the table."
     found = alone(ratios, make_lm, n_rows, batch, rounds, threads)
     middle = statistics.median(found)
     return {'what': f'extraction over the forward pass to block {LAYER} of {name}, {n_rows * CONTEXT:,} tokens', 'measured': f'{middle:.3f} [{found[0]:.3f}, {found[-1]:.3f}]',

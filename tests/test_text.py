@@ -97,6 +97,14 @@ def test_stream_dataset_reads_a_column(monkeypatch):
     with pytest.raises(ValueError, match="no field 'body'; it has: text"): next(stream_dataset('x', column='body'))
 
 
+def test_the_extra_data_reads_zstandard(tmp_path):
+    "The Pile is stored so; `datasets` alone does not bring what unpacks it."
+    zstandard = pytest.importorskip('zstandard')
+    (tmp_path/'some'/'set').mkdir(parents=True)
+    (tmp_path/'some'/'set'/'train.jsonl.zst').write_bytes(zstandard.compress(b'{"text": "A first."}\n{"text": "A second."}\n'))
+    assert list(stream_dataset('some/set', source=tmp_path, start=1)) == ['A second.']
+
+
 # ---- tokenizer and words
 
 def test_tokenizer_has_all_answers_and_is_reproducible(tok, docs):
