@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .activations import ActivationSpec
+from .activations import ActivationSpec, _row_bytes
 from .core import generator, pick_device
 from .lm import model_config
 from .sae import SAE
@@ -152,7 +152,7 @@ def _bytes(n):
 
 def _weights(config):
     "Parameters of a language model of this shape."
-    one, two = (sum(p.numel() for p in stand_in(config, n).parameters()) for n in (1, 2))
+    with torch.device('meta'): one, two = (sum(p.numel() for p in stand_in(config, n, device='meta').parameters()) for n in (1, 2))   # shapes without numbers
     shape = config.get_text_config()
     return (two - one) * shape.num_hidden_layers + shape.vocab_size * shape.hidden_size
 
@@ -169,11 +169,10 @@ def estimate_runs(
     kinds = {method_parts(twin_method(m)): m for m in count}   # settings, and whether a mask is blind, cost nothing
     per_kind = {kind: step_seconds(m, d_in, d_sae, l0, size['batch_size'], (tuned or {}).get(twin_method(m))) for kind, m in kinds.items()}
     per_step = {m: per_kind[method_parts(twin_method(m))] for m in count}
-    number, parameters = (2 if spec.dtype != 'float32' else 4), 2 * d_in * d_sae
-    lm_bytes = _weights(config) * (2 if spec.lm_dtype != 'float32' else 4)
+    row, parameters, lm_bytes = _row_bytes(d_in, spec.dtype), 2 * d_in * d_sae, _weights(config) * getattr(torch, spec.lm_dtype).itemsize
     tokens = sum(count.values()) * (size['steps'] * size['batch_size'] + spec.buffer) if spec.buffer else spec.n_tokens   # every run reads a stream anew
-    per_token, store = (size['layer'] + 1) * token_seconds(config, spec.context, spec.lm_dtype), spec.n_tokens * d_in * number
+    per_token, store = (size['layer'] + 1) * token_seconds(config, spec.context, spec.lm_dtype), spec.n_tokens * row
     if torch.cuda.is_available(): torch.cuda.empty_cache()   # for the processes that come next
     return Estimate(dict(size, n_tokens=tokens), tokens * per_token, {m: n * size['steps'] * per_step[m] for m, n in count.items()}, len(runs),
-                    (0 if spec.buffer else store) + len(runs) * 4 * parameters, lm_bytes + 16 * parameters + 24 * size['batch_size'] * d_sae + spec.buffer * d_in * number,
+                    (0 if spec.buffer else store) + len(runs) * 4 * parameters, lm_bytes + 16 * parameters + 24 * size['batch_size'] * d_sae + spec.buffer * row,
                     (spec.n_tokens * per_token, store) if spec.buffer else None)

@@ -268,7 +268,7 @@ def _estimate(manifest, chosen, profile, out, force):
 def _measured(manifest, todo, profile):
     "What the SAEs of the objects will cost on this machine, in words."
     from atm_sae.estimate import estimate_runs, needed_runs
-    parameters = [effective_parameters(manifest, e, profile) for e in todo]
+    parameters = [p for e in todo if 'model' in (p := effective_parameters(manifest, e, profile))]   # the planted world has settings of its own
     more = {k: v for p in parameters for k, v in (('tuned', p.get('tuned')), ('data', p.get('activations'))) if v}
     found = [estimate_runs(size, runs, **more) for size, runs in needed_runs(parameters)]
     total = sum(e.seconds for e in found)
