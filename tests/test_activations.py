@@ -1,4 +1,5 @@
 "The store on disk and its shuffled reader."
+
 import errno, json, multiprocessing, pickle
 from dataclasses import replace
 
@@ -6,268 +7,398 @@ import numpy as np
 import pytest
 import torch
 
-from atm_sae import activations as module, core
-from atm_sae.activations import ActivationCache, ActivationSpec, CacheBatches, activation_key, build_cache, get_activations, held_out
-from atm_sae.core import OutputError, stable_hash, to_plain
-from atm_sae.lm import residual_stream, save_lm, tiny_lm
-from atm_sae.text import LineConfig, python_docs
+from atm_sae import core
+from atm_sae.data import activations as module
+from atm_sae.data.activations import (
+    ActivationCache,
+    ActivationSpec,
+    activation_key,
+    build_cache,
+    get_activations,
+)
+from atm_sae.data.batches import CacheBatches, held_out
+from atm_sae.artefacts import OutputError, stable_hash
+from atm_sae.core import to_plain
+from atm_sae.data.lm import residual_stream, save_lm, tiny_lm
+from atm_sae.data.letters import LineConfig
+from atm_sae.data.text import python_docs
 
 
-@pytest.fixture(scope='module')
-def lm(): return tiny_lm()
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def tokens():
     t = torch.randint(3, 1024, (20, 16), generator=torch.Generator().manual_seed(0))
-    t[:, 0] = 2                # BOS
-    t[3, 5] = t[4, 9] = 1      # EOS
-    t[7, 10:] = 0              # padding
+    t[:, 0] = 2  # BOS
+    t[3, 5] = t[4, 9] = 1  # EOS
+    t[7, 10:] = 0  # padding
     return t
 
 
-@pytest.fixture(scope='module')
-def cache(lm, tokens, tmp_path_factory): return build_cache(lm, tokens, 1, tmp_path_factory.mktemp('cache')/'c', progress=False)
+@pytest.fixture(scope="module")
+def cache(lm, tokens, tmp_path_factory):
+    return build_cache(lm, tokens, 1, tmp_path_factory.mktemp("cache") / "c", progress=False)
 
 
 @pytest.fixture
-def fresh(lm, tokens, tmp_path): return build_cache(lm, tokens, 1, tmp_path/'c', progress=False)
+def fresh(lm, tokens, tmp_path):
+    return build_cache(lm, tokens, 1, tmp_path / "c", progress=False)
 
 
 class Count:
     "A stand-in for a store: row i is the number i."
-    def __init__(self, n=10): self.n, self.d_in, self.meta = n, 1, {'sha256': 'none'}
-    def __len__(self): return self.n
-    def rows(self, index): return torch.as_tensor(np.arange(self.n)[index]).float()[:, None]
+
+    def __init__(self, n=10):
+        self.n, self.d_in, self.meta = n, 1, {"sha256": "none"}
+
+    def __len__(self):
+        return self.n
+
+    def rows(self, index):
+        return torch.as_tensor(np.arange(self.n)[index]).float()[:, None]
 
 
 # ---- building and opening
+
 
 def test_rows_are_the_tokens_that_are_not_special(cache, lm, tokens):
     assert len(cache) == 20 * 15 - 2 - 6 and cache.d_in == 32
     expected = residual_stream(lm, tokens, 1)[tokens > 2]
     assert torch.allclose(cache.rows(slice(None)), expected, atol=1e-6)
-    shard, = cache.shards
+    (shard,) = cache.shards
     assert isinstance(shard, np.memmap) and shard.shape == (292, 32) and not shard.flags.writeable
 
 
 def test_batch_size_does_not_matter(cache, lm, tokens, tmp_path):
-    other = build_cache(lm, tokens, 1, tmp_path/'c', batch_size=3, progress=False)
+    other = build_cache(lm, tokens, 1, tmp_path / "c", batch_size=3, progress=False)
     assert torch.allclose(other.rows(slice(None)), cache.rows(slice(None)), atol=1e-6)
 
 
 def test_meta_says_what_it_is(lm, tokens, tmp_path):
     spec = ActivationSpec(n_tokens=320, context=16, layer=1)
-    made = build_cache(lm, tokens, 1, tmp_path/'c', spec, progress=False)
-    meta = json.loads((tmp_path/'c'/'meta.json').read_text())
-    assert meta == made.meta and meta['spec'] == to_plain(spec) and meta['model_checksum'] == lm.checksum and meta['layer'] == 1
-    assert ActivationCache.open(tmp_path/'c').meta == meta and '292 x 32' in repr(made)
+    made = build_cache(lm, tokens, 1, tmp_path / "c", spec, progress=False)
+    meta = json.loads((tmp_path / "c" / "meta.json").read_text())
+    assert (
+        meta == made.meta
+        and meta["spec"] == to_plain(spec)
+        and meta["model_checksum"] == lm.checksum
+        and meta["layer"] == 1
+    )
+    assert ActivationCache.open(tmp_path / "c").meta == meta and "292 x 32" in repr(made)
 
 
-@pytest.mark.parametrize('dtype, size, tolerance', [('bfloat16', 2, 2**-8), ('float16', 2, 2**-11), ('float32', 4, 0)])
+@pytest.mark.parametrize(
+    "dtype, size, tolerance", [("bfloat16", 2, 2**-8), ("float16", 2, 2**-11), ("float32", 4, 0)]
+)
 def test_stored_dtypes(cache, lm, tokens, tmp_path, dtype, size, tolerance):
-    made = build_cache(lm, tokens, 1, tmp_path/'c', dtype=dtype, progress=False)
-    assert (tmp_path/'c'/'activations-00000.bin').stat().st_size == 292 * 32 * size
-    x, y = cache.rows(slice(None)), ActivationCache.open(tmp_path/'c').rows(slice(None))
+    made = build_cache(lm, tokens, 1, tmp_path / "c", dtype=dtype, progress=False)
+    assert (tmp_path / "c" / "activations-00000.bin").stat().st_size == 292 * 32 * size
+    x, y = cache.rows(slice(None)), ActivationCache.open(tmp_path / "c").rows(slice(None))
     assert y.dtype == torch.float32 and ((x - y).abs() <= tolerance * x.abs() + 1e-7).all()
     assert torch.equal(made.rows(np.array([3, 1])), y[[3, 1]])
 
 
 def test_rows_are_copies(cache):
-    a = cache.rows(slice(0, 2)); a.zero_()
+    a = cache.rows(slice(0, 2))
+    a.zero_()
     assert cache.rows(slice(0, 2)).abs().sum() > 0
     assert torch.equal(cache.rows(torch.tensor([5, 0])), cache.rows(np.array([5, 0])))
 
 
 def test_rebuilding_replaces(fresh, lm, tokens, tmp_path):
-    assert len(build_cache(lm, tokens[:2], 1, tmp_path/'c', progress=False)) == 30
-    assert len(ActivationCache.open(tmp_path/'c')) == 30 and [p.name for p in tmp_path.iterdir()] == ['c']
+    assert len(build_cache(lm, tokens[:2], 1, tmp_path / "c", progress=False)) == 30
+    assert len(ActivationCache.open(tmp_path / "c")) == 30 and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["c"]
 
 
 def test_pickling_maps_the_file_anew(cache):
     again = pickle.loads(pickle.dumps(cache))
-    assert len(pickle.dumps(cache)) < 2000 and torch.equal(again.rows(slice(None)), cache.rows(slice(None)))
+    assert len(pickle.dumps(cache)) < 2000 and torch.equal(
+        again.rows(slice(None)), cache.rows(slice(None))
+    )
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize("seed", range(3))
 def test_held_out_activations_have_the_letter_lines_of_the_rest(lm, tmp_path, monkeypatch, seed):
     """Rows of 8 tokens leave 7 activations each, of which the last 400 rows are held out, with less than one letter line too many or too few
     (see the order of rows in test_text); of the others, then, as well. Rows in random order would be 9 off."""
-    texts = [' '.join(python_docs()[:400]).replace('\n', ' ')]                         # one text, so that no row loses an EOS
-    newline, = lm.tokenizer('\n')['input_ids']
-    letters = lambda lm, rows, layer: (rows[:, 1] == newline).float()[:, None, None].expand(*rows.shape, lm.d_model)
-    monkeypatch.setattr(module, 'residual_stream', letters)
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
-    cache = get_activations(ActivationSpec(n_tokens=32_000, context=8, line_share=.7, seed=seed), texts, lm, batch_size=1000)
+    texts = [
+        " ".join(python_docs()[:400]).replace("\n", " ")
+    ]  # one text, so that no row loses an EOS
+    (newline,) = lm.tokenizer("\n")["input_ids"]
+    letters = (
+        lambda lm, rows, layer: (rows[:, 1] == newline)
+        .float()[:, None, None]
+        .expand(*rows.shape, lm.d_model)
+    )
+    monkeypatch.setattr(module, "residual_stream", letters)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
+    cache = get_activations(
+        ActivationSpec(n_tokens=32_000, context=8, line_share=0.7, seed=seed),
+        texts,
+        lm,
+        batch_size=1000,
+    )
     assert len(cache) == 4000 * 7
     for rows, x in ((400, held_out(cache, 10**9)), (3600, cache.rows(slice(0, 3600 * 7)))):
-        assert len(x) == 7 * rows and x[:, 0].mean().item() == pytest.approx(.7, abs=1 / rows)
+        assert len(x) == 7 * rows and x[:, 0].mean().item() == pytest.approx(0.7, abs=1 / rows)
 
 
 # ---- damage
 
-def change(path, edit): path.write_bytes(edit(path.read_bytes()))
+
+def change(path, edit):
+    path.write_bytes(edit(path.read_bytes()))
 
 
-@pytest.mark.parametrize('name, edit, message', [
-    ('activations-00000.bin', lambda b: b[:-4], 'activations-00000.bin is truncated .* 37,372 bytes, expected 37,376: delete'),
-    ('activations-00000.bin', lambda b: b + b'0', 'truncated or not its own'),
-    ('activations-00000.bin', lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], 'activations-00000.bin fails its checksum'),
-    ('meta.json', lambda b: b[:20], 'meta.json is not valid JSON'),
-    ('meta.json', lambda b: b'{"n": 292}', 'meta.json lacks d_in, dtype, sha256, shards'),
-    ('meta.json', lambda b: b.replace(b'"float32"', b'"int4"'), "unknown dtype 'int4'")])
+@pytest.mark.parametrize(
+    "name, edit, message",
+    [
+        (
+            "activations-00000.bin",
+            lambda b: b[:-4],
+            "activations-00000.bin is truncated .* 37,372 bytes, expected 37,376: delete",
+        ),
+        ("activations-00000.bin", lambda b: b + b"0", "truncated or not its own"),
+        (
+            "activations-00000.bin",
+            lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:],
+            "activations-00000.bin fails its checksum",
+        ),
+        ("meta.json", lambda b: b[:20], "meta.json is not valid JSON"),
+        ("meta.json", lambda b: b'{"n": 292}', "meta.json lacks d_in, dtype, sha256, shards"),
+        ("meta.json", lambda b: b.replace(b'"float32"', b'"int4"'), "unknown dtype 'int4'"),
+    ],
+)
 def test_damage_is_named(fresh, name, edit, message):
-    change(fresh.folder/name, edit)
-    with pytest.raises(ValueError, match=message) as e: ActivationCache.open(fresh.folder)
-    assert 'run again' in str(e.value) and 'delete' in str(e.value)
+    change(fresh.folder / name, edit)
+    with pytest.raises(ValueError, match=message) as e:
+        ActivationCache.open(fresh.folder)
+    assert "run again" in str(e.value) and "delete" in str(e.value)
 
 
-@pytest.mark.parametrize('name, message', [('activations-00000.bin', 'truncated .* 0 bytes'), ('meta.json', 'meta.json is missing')])
+@pytest.mark.parametrize(
+    "name, message",
+    [("activations-00000.bin", "truncated .* 0 bytes"), ("meta.json", "meta.json is missing")],
+)
 def test_missing_files_are_named(fresh, name, message):
-    (fresh.folder/name).unlink()
-    with pytest.raises(ValueError, match=message + '.*delete .* and run again'): ActivationCache.open(fresh.folder)
+    (fresh.folder / name).unlink()
+    with pytest.raises(ValueError, match=message + ".*delete .* and run again"):
+        ActivationCache.open(fresh.folder)
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no activation cache .*nothing'): ActivationCache.open(tmp_path/'nothing')
+    with pytest.raises(FileNotFoundError, match="no activation cache .*nothing"):
+        ActivationCache.open(tmp_path / "nothing")
 
 
 def test_verify_false_skips_the_checksum_only(fresh):
-    change(fresh.folder/'activations-00000.bin', lambda b: b[:-1] + b'\x00'); ActivationCache.open(fresh.folder, verify=False)
-    change(fresh.folder/'activations-00000.bin', lambda b: b[:-1])
-    with pytest.raises(ValueError, match='truncated'): ActivationCache.open(fresh.folder, verify=False)
+    change(fresh.folder / "activations-00000.bin", lambda b: b[:-1] + b"\x00")
+    ActivationCache.open(fresh.folder, verify=False)
+    change(fresh.folder / "activations-00000.bin", lambda b: b[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        ActivationCache.open(fresh.folder, verify=False)
 
 
 # ---- bad input while building
 
-@pytest.mark.parametrize('bad, counted', [(float('nan'), '1 NaN and 0 infinite'), (float('inf'), '0 NaN and 1 infinite')])
+
+@pytest.mark.parametrize(
+    "bad, counted", [(float("nan"), "1 NaN and 0 infinite"), (float("inf"), "0 NaN and 1 infinite")]
+)
 def test_activations_that_are_not_finite(lm, tokens, tmp_path, monkeypatch, bad, counted):
     def spoiled(lm, rows, layer):
         x = residual_stream(lm, rows, layer)
-        if torch.equal(rows[0], tokens[8]): x[2, 4, 7] = bad
+        if torch.equal(rows[0], tokens[8]):
+            x[2, 4, 7] = bad
         return x
-    monkeypatch.setattr(module, 'residual_stream', spoiled)
-    with pytest.raises(ValueError, match=f'layer 1 of tiny-3x32-seed0 as float32, token rows 8 to 15: {counted}'):
-        build_cache(lm, tokens, 1, tmp_path/'c', batch_size=8, progress=False)
+
+    monkeypatch.setattr(module, "residual_stream", spoiled)
+    with pytest.raises(
+        ValueError, match=f"layer 1 of tiny-3x32-seed0 as float32, token rows 8 to 15: {counted}"
+    ):
+        build_cache(lm, tokens, 1, tmp_path / "c", batch_size=8, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_overflow_in_float16_is_found(lm, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, 'residual_stream', lambda *a: residual_stream(*a) * 1e6)
-    with pytest.raises(ValueError, match='as float16, .* infinite'): build_cache(lm, tokens, 1, tmp_path/'c', dtype='float16', progress=False)
-    build_cache(lm, tokens, 1, tmp_path/'c', dtype='bfloat16', progress=False)
+    monkeypatch.setattr(module, "residual_stream", lambda *a: residual_stream(*a) * 1e6)
+    with pytest.raises(ValueError, match="as float16, .* infinite"):
+        build_cache(lm, tokens, 1, tmp_path / "c", dtype="float16", progress=False)
+    build_cache(lm, tokens, 1, tmp_path / "c", dtype="bfloat16", progress=False)
 
 
 def test_bad_arguments(lm, tokens, tmp_path):
-    with pytest.raises(ValueError, match='no layer 9; its layers are 0 to 2'): build_cache(lm, tokens, 9, tmp_path/'c', progress=False)
-    with pytest.raises(ValueError, match="dtype 'int8' is unknown"): build_cache(lm, tokens, 1, tmp_path/'c', dtype='int8', progress=False)
-    with pytest.raises(ValueError, match='nothing but special tokens'): build_cache(lm, tokens[:, :1], 1, tmp_path/'c', progress=False)
+    with pytest.raises(ValueError, match="no layer 9; its layers are 0 to 2"):
+        build_cache(lm, tokens, 9, tmp_path / "c", progress=False)
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown"):
+        build_cache(lm, tokens, 1, tmp_path / "c", dtype="int8", progress=False)
+    with pytest.raises(ValueError, match="nothing but special tokens"):
+        build_cache(lm, tokens[:, :1], 1, tmp_path / "c", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 class FullDisk:
     "A file on a disk with room for so many bytes."
-    def __init__(self, path, mode, room=20_000): self.f, self.room = open(path, mode), room
+
+    def __init__(self, path, mode, room=20_000):
+        self.f, self.room = open(path, mode), room
+
     def write(self, data):
         self.room -= len(data)
-        if self.room < 0: raise OSError(errno.ENOSPC, 'No space left on device')
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
         self.f.write(data)
-    def __enter__(self): return self
-    def __exit__(self, *a): self.f.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *a):
+        self.f.close()
 
 
 def test_full_disk(lm, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, 'open', FullDisk, raising=False)
-    with pytest.raises(OutputError, match='cannot write .*c: the disk is full.*free some space'): build_cache(lm, tokens, 1, tmp_path/'c', batch_size=4, progress=False)
+    monkeypatch.setattr(module, "open", FullDisk, raising=False)
+    with pytest.raises(OutputError, match="cannot write .*c: the disk is full.*free some space"):
+        build_cache(lm, tokens, 1, tmp_path / "c", batch_size=4, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_keeps_the_old_store(fresh, lm, tokens, monkeypatch):
-    monkeypatch.setattr(module, 'open', FullDisk, raising=False)
-    with pytest.raises(OutputError): build_cache(lm, tokens, 2, fresh.folder, batch_size=4, progress=False)
+    monkeypatch.setattr(module, "open", FullDisk, raising=False)
+    with pytest.raises(OutputError):
+        build_cache(lm, tokens, 2, fresh.folder, batch_size=4, progress=False)
     assert len(ActivationCache.open(fresh.folder)) == 292
 
 
-@pytest.mark.parametrize('number, message', [(errno.EROFS, 'the disk is read-only'), (errno.EACCES, 'permission was denied')])
+@pytest.mark.parametrize(
+    "number, message",
+    [(errno.EROFS, "the disk is read-only"), (errno.EACCES, "permission was denied")],
+)
 def test_folder_that_cannot_be_written(lm, tokens, tmp_path, monkeypatch, number, message):
-    def mkdir(self, *a, **k): raise OSError(number, 'no')
-    monkeypatch.setattr(core.Path, 'mkdir', mkdir)
-    with pytest.raises(OutputError, match=f'cannot write .*c: {message}'): build_cache(lm, tokens, 1, tmp_path/'c', progress=False)
+    def mkdir(self, *a, **k):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(core.Path, "mkdir", mkdir)
+    with pytest.raises(OutputError, match=f"cannot write .*c: {message}"):
+        build_cache(lm, tokens, 1, tmp_path / "c", progress=False)
 
 
 # ---- get_activations
 
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'home'))
-    monkeypatch.setattr(module, '_verified', set())
-    return tmp_path/'home'
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "home"))
+    monkeypatch.setattr(module, "_verified", set())
+    return tmp_path / "home"
 
 
-@pytest.fixture(scope='module')
-def spec(lm, tmp_path_factory): return ActivationSpec(model=str(save_lm(lm, tmp_path_factory.mktemp('model')/'tiny')), layer=1, n_tokens=600, context=32)
+@pytest.fixture(scope="module")
+def spec(lm, tmp_path_factory):
+    return ActivationSpec(
+        model=str(save_lm(lm, tmp_path_factory.mktemp("model") / "tiny")),
+        layer=1,
+        n_tokens=600,
+        context=32,
+    )
 
 
-TEXTS = [f'The {i}th text says what a short test needs.' for i in range(60)]
+TEXTS = [f"The {i}th text says what a short test needs." for i in range(60)]
 
 
 def test_built_once_then_opened(home, spec, monkeypatch):
     made = get_activations(spec, texts=TEXTS)
-    assert made.folder == home/'activations'/activation_key(spec, TEXTS) and made.meta['spec'] == to_plain(spec)
-    monkeypatch.setattr(module, 'build_cache', None); monkeypatch.setattr(module, 'load_lm', None)
+    assert made.folder == home / "activations" / activation_key(spec, TEXTS) and made.meta[
+        "spec"
+    ] == to_plain(spec)
+    monkeypatch.setattr(module, "build_cache", None)
+    monkeypatch.setattr(module, "load_lm", None)
     assert torch.equal(get_activations(spec, texts=TEXTS).rows(slice(None)), made.rows(slice(None)))
 
 
 def test_same_spec_same_bytes(home, spec):
-    first = get_activations(spec, texts=TEXTS).meta['sha256']
-    for p in (home/'activations').rglob('*.*'): p.unlink()
-    for p in (home/'activations').iterdir(): p.rmdir()
+    first = get_activations(spec, texts=TEXTS).meta["sha256"]
+    for p in (home / "activations").rglob("*.*"):
+        p.unlink()
+    for p in (home / "activations").iterdir():
+        p.rmdir()
     threads = torch.get_num_threads()
-    assert get_activations(spec, texts=TEXTS).meta['sha256'] == first and torch.get_num_threads() == threads
+    assert (
+        get_activations(spec, texts=TEXTS).meta["sha256"] == first
+        and torch.get_num_threads() == threads
+    )
 
 
-@pytest.mark.parametrize('other', [dict(layer=2), dict(n_tokens=700), dict(context=64), dict(line_share=.4), dict(lines=LineConfig(alpha=.5)), dict(seed=1), dict(dtype='bfloat16')])
-def test_every_field_makes_another_store(spec, other): assert activation_key(replace(spec, **other), TEXTS) != activation_key(spec, TEXTS)
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(layer=2),
+        dict(n_tokens=700),
+        dict(context=64),
+        dict(line_share=0.4),
+        dict(lines=LineConfig(alpha=0.5)),
+        dict(seed=1),
+        dict(dtype="bfloat16"),
+    ],
+)
+def test_every_field_makes_another_store(spec, other):
+    assert activation_key(replace(spec, **other), TEXTS) != activation_key(spec, TEXTS)
 
 
 def test_key_follows_text_and_weights_but_not_the_place(spec, lm, tmp_path):
     assert activation_key(spec, TEXTS) != activation_key(spec, TEXTS[1:]) != activation_key(spec)
-    elsewhere = replace(spec, model=str(save_lm(lm, tmp_path/'elsewhere')))
+    elsewhere = replace(spec, model=str(save_lm(lm, tmp_path / "elsewhere")))
     assert activation_key(elsewhere, TEXTS) == activation_key(spec, TEXTS)
-    other = replace(spec, model=str(save_lm(tiny_lm(seed=1), tmp_path/'other')))
+    other = replace(spec, model=str(save_lm(tiny_lm(seed=1), tmp_path / "other")))
     assert activation_key(other, TEXTS) != activation_key(spec, TEXTS)
 
 
 def test_a_damaged_store_is_not_used(home, spec, monkeypatch):
     made = get_activations(spec, texts=TEXTS)
-    change(made.folder/'activations-00000.bin', lambda b: b[:8] + bytes([b[8] ^ 1]) + b[9:])
-    with pytest.raises(ValueError, match='fails its checksum.*delete .* and run again'): get_activations(spec, texts=TEXTS)
+    change(made.folder / "activations-00000.bin", lambda b: b[:8] + bytes([b[8] ^ 1]) + b[9:])
+    with pytest.raises(ValueError, match="fails its checksum.*delete .* and run again"):
+        get_activations(spec, texts=TEXTS)
 
 
 def test_verified_once_in_a_process(home, spec, monkeypatch):
-    get_activations(spec, texts=TEXTS); seen = []
+    get_activations(spec, texts=TEXTS)
+    seen = []
     real = module.file_sha256
-    monkeypatch.setattr(module, 'file_sha256', lambda p: seen.append(p) or real(p))
-    for _ in range(3): get_activations(spec, texts=TEXTS)
+    monkeypatch.setattr(module, "file_sha256", lambda p: seen.append(p) or real(p))
+    for _ in range(3):
+        get_activations(spec, texts=TEXTS)
     assert len(seen) == 1
 
 
 def test_spec_is_plain_data():
     a = ActivationSpec(n_tokens=1000)
-    assert stable_hash(a) == stable_hash(ActivationSpec(n_tokens=1000)) and a.lines == LineConfig(uniform=.05)
+    assert stable_hash(a) == stable_hash(ActivationSpec(n_tokens=1000)) and a.lines == LineConfig(
+        uniform=0.05
+    )
 
 
 # ---- the reader
 
+
 def test_epochs_by_hand():
     reader = CacheBatches(Count(10), 4, seed=0)
     epochs = [[int(v) for _ in range(2) for v in next(reader)] for _ in range(20)]
-    assert all(len(set(e)) == 8 and max(e) < 9 for e in epochs) and len({tuple(e) for e in epochs}) == 20
+    assert (
+        all(len(set(e)) == 8 and max(e) < 9 for e in epochs)
+        and len({tuple(e) for e in epochs}) == 20
+    )
     assert set(sum(epochs, [])) == set(range(9)) and reader.epoch == 19
 
 
 def test_seeds_and_iteration():
-    take = lambda seed: [b.flatten().tolist() for b, _ in zip(CacheBatches(Count(50), 8, seed), range(12))]
+    take = lambda seed: [
+        b.flatten().tolist() for b, _ in zip(CacheBatches(Count(50), 8, seed), range(12))
+    ]
     assert take(0) == take(0) != take(1)
 
 
@@ -279,39 +410,67 @@ def test_reading_and_held_out_do_not_meet(cache):
 
 
 def test_held_out_is_spread_evenly():
-    assert held_out(Count(10), 2, start=.5).flatten().tolist() == [5, 7]
+    assert held_out(Count(10), 2, start=0.5).flatten().tolist() == [5, 7]
     assert held_out(Count(1000), 4).flatten().tolist() == [900, 925, 950, 975]
     assert len(held_out(Count(1000), 10**6)) == 100
 
 
-@pytest.mark.parametrize('steps', [0, 1, 3, 7, 11])
+@pytest.mark.parametrize("steps", [0, 1, 3, 7, 11])
 def test_state_is_restored_mid_epoch(cache, steps):
-    reader = CacheBatches(cache, 50, seed=3)       # 262 rows: five batches an epoch
-    for _ in range(steps): next(reader)
+    reader = CacheBatches(cache, 50, seed=3)  # 262 rows: five batches an epoch
+    for _ in range(steps):
+        next(reader)
     state = json.loads(json.dumps(reader.state_dict()))
     following = [next(reader) for _ in range(12)]
-    fresh = CacheBatches(cache, 50, seed=3); fresh.load_state_dict(state)
-    assert all(torch.equal(a, next(fresh)) for a in following) and fresh.state_dict() == reader.state_dict()
+    fresh = CacheBatches(cache, 50, seed=3)
+    fresh.load_state_dict(state)
+    assert (
+        all(torch.equal(a, next(fresh)) for a in following)
+        and fresh.state_dict() == reader.state_dict()
+    )
 
 
 def test_state_does_not_change_afterwards(cache):
-    reader = CacheBatches(cache, 50, seed=3); state = reader.state_dict()
-    next(reader); assert state['position'] == 0 and reader.state_dict()['position'] == 50
+    reader = CacheBatches(cache, 50, seed=3)
+    state = reader.state_dict()
+    next(reader)
+    assert state["position"] == 0 and reader.state_dict()["position"] == 50
 
 
-@pytest.mark.parametrize('other, message', [(dict(batch_size=40), 'batch_size is 50, not 40'), (dict(seed=1), 'seed is 0, not 1'), (dict(stop=.5), 'end is 262, not 146')])
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (dict(batch_size=40), "batch_size is 50, not 40"),
+        (dict(seed=1), "seed is 0, not 1"),
+        (dict(stop=0.5), "end is 262, not 146"),
+    ],
+)
 def test_state_of_another_reader(cache, other, message):
     state = CacheBatches(cache, 50, seed=0).state_dict()
-    with pytest.raises(ValueError, match=message): CacheBatches(cache, **{'batch_size': 50, 'seed': 0, **other}).load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        CacheBatches(cache, **{"batch_size": 50, "seed": 0, **other}).load_state_dict(state)
 
 
 def test_state_of_another_store(cache):
     state = CacheBatches(Count(292), 50, seed=0).state_dict()
-    with pytest.raises(ValueError, match="cache is 'none'"): CacheBatches(cache, 50, seed=0).load_state_dict(state)
-    with pytest.raises(ValueError, match='epoch is None'): CacheBatches(Count(292), 50, seed=0).load_state_dict({k: v for k, v in state.items() if k != 'epoch'})
+    with pytest.raises(ValueError, match="cache is 'none'"):
+        CacheBatches(cache, 50, seed=0).load_state_dict(state)
+    with pytest.raises(ValueError, match="epoch is None"):
+        CacheBatches(Count(292), 50, seed=0).load_state_dict(
+            {k: v for k, v in state.items() if k != "epoch"}
+        )
 
 
-@pytest.mark.parametrize('bad, message', [(dict(batch_size=263), 'does not fit 262 rows'), (dict(batch_size=0), 'batch_size 0'), (dict(start=.9), 'shares of the rows'), (dict(stop=1.5), 'shares of the rows')])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(batch_size=263), "does not fit 262 rows"),
+        (dict(batch_size=0), "batch_size 0"),
+        (dict(start=0.9), "shares of the rows"),
+        (dict(stop=1.5), "shares of the rows"),
+    ],
+)
 def test_bad_readers(cache, bad, message):
-    with pytest.raises(ValueError, match=message): CacheBatches(cache, **{'batch_size': 10, 'seed': 0, **bad})
+    with pytest.raises(ValueError, match=message):
+        CacheBatches(cache, **{"batch_size": 10, "seed": 0, **bad})
     assert CacheBatches(cache, 262, 0).d_in == 32

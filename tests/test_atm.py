@@ -1,51 +1,95 @@
 "The masker's equations against numbers worked by hand; the free contribution; recovery; messages."
+
 import math
 
 import pytest
 import torch
 
-from atm_sae.atm import (COMBINE, EFFECTS, ATMConfig, ATMMasker, BlindMasker, contribution, ema_, frequency, importance, importance_threshold,
-                         magnitude, make_masker, masking_probability, seen_contribution)
-from atm_sae.sae import ARCHITECTURES, SAE, Everywhere, SAEConfig, nested_share, nested_x_hat
+from atm_sae.sae.atm import (
+    COMBINE,
+    EFFECTS,
+    ATMConfig,
+    ATMMasker,
+    BlindMasker,
+    contribution,
+    ema_,
+    frequency,
+    importance,
+    importance_threshold,
+    magnitude,
+    make_masker,
+    masking_probability,
+    seen_contribution,
+)
+from atm_sae.sae.sae import ARCHITECTURES, SAE, SAEConfig, nested_share, nested_x_hat
+from atm_sae.sae.sparse import Everywhere
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
 
 def test_ema_by_hand():
     a = torch.zeros(2)
-    ema_(a, torch.tensor([2., 2.]), .9)
-    assert torch.allclose(a, torch.tensor([.2, .2]))
-    ema_(a, torch.tensor([2., 2.]), .9, seen=torch.tensor([1., 0.]))
-    assert torch.allclose(a, torch.tensor([.38, .2]))
+    ema_(a, torch.tensor([2.0, 2.0]), 0.9)
+    assert torch.allclose(a, torch.tensor([0.2, 0.2]))
+    ema_(a, torch.tensor([2.0, 2.0]), 0.9, seen=torch.tensor([1.0, 0.0]))
+    assert torch.allclose(a, torch.tensor([0.38, 0.2]))
+
 
 def test_statistics_by_hand():
-    z = torch.tensor([[3., 0.], [1., 0.], [0., 2.], [0., 0.]])
-    assert magnitude(z, Everywhere(4)).tolist() == [1, .5] and frequency(z, Everywhere(4)).tolist() == [.5, .25]
+    z = torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    assert magnitude(z, Everywhere(4)).tolist() == [1, 0.5] and frequency(
+        z, Everywhere(4)
+    ).tolist() == [0.5, 0.25]
+
 
 def test_contribution_by_hand():
-    h = torch.tensor([[2., 1.]], requires_grad=True)
-    (torch.tensor([[3., 1.]]) - h @ torch.eye(2)).square().sum().backward()
+    h = torch.tensor([[2.0, 1.0]], requires_grad=True)
+    (torch.tensor([[3.0, 1.0]]) - h @ torch.eye(2)).square().sum().backward()
     assert contribution(h.detach(), h.grad, torch.eye(2), Everywhere(1)).tolist() == [[8, 1]]
+
 
 def test_effects_by_hand():
     "The sample above: residual (1, 0), so the first-order gain is 2 * 2 * 1 and 0, and the squares are 4 and 1; the second latent in half of two nested ones."
-    h, grad, share = torch.tensor([[2., 1.]]), torch.tensor([[-2., 0.]]), torch.tensor([1., .5])
-    found = {e: contribution(h, grad, torch.eye(2), Everywhere(1), effect=e).tolist() for e in EFFECTS}
-    assert found == {'exact': [[8, 1]], 'first-order': [[4, 0]], 'norm': [[4, 1]]}
-    shared = {e: contribution(h, grad, torch.eye(2), Everywhere(1), share, e).tolist() for e in EFFECTS}
-    assert shared == {'exact': [[8, .5]], 'first-order': [[4, 0]], 'norm': [[4, .5]]}
+    h, grad, share = (
+        torch.tensor([[2.0, 1.0]]),
+        torch.tensor([[-2.0, 0.0]]),
+        torch.tensor([1.0, 0.5]),
+    )
+    found = {
+        e: contribution(h, grad, torch.eye(2), Everywhere(1), effect=e).tolist() for e in EFFECTS
+    }
+    assert found == {"exact": [[8, 1]], "first-order": [[4, 0]], "norm": [[4, 1]]}
+    shared = {
+        e: contribution(h, grad, torch.eye(2), Everywhere(1), share, e).tolist() for e in EFFECTS
+    }
+    assert shared == {"exact": [[8, 0.5]], "first-order": [[4, 0]], "norm": [[4, 0.5]]}
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
-@pytest.mark.parametrize('per', ['none', 'batch', 'sample'])
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("per", ["none", "batch", "sample"])
 def test_contribution_is_leave_one_out(architecture, per):
     "For every architecture and mask, against really removing each latent."
-    sae = SAE(SAEConfig(8, 24, architecture, k=4 if architecture in ('topk', 'batchtopk', 'matryoshka') else None, seed=3)).double()
+    sae = SAE(
+        SAEConfig(
+            8,
+            24,
+            architecture,
+            k=4 if architecture in ("topk", "batchtopk", "matryoshka") else None,
+            seed=3,
+        )
+    ).double()
     x = torch.randn(32, 8, generator=gen()).double()
     shape = dict(none=None, batch=(24,), sample=(32, 24))[per]
-    loss = sae.loss(x, None if shape is None else torch.rand(shape, generator=gen(1)) < .7, sparsity=.5)
+    loss = sae.loss(
+        x, None if shape is None else torch.rand(shape, generator=gen(1)) < 0.7, sparsity=0.5
+    )
     loss.total.backward()
     free = contribution(loss.h, loss.h.grad, sae.W_dec, loss.where, nested_share(sae.config))
-    nested_error = lambda h: torch.stack([(x - part).square().sum(1) for part in nested_x_hat(sae, h, loss.where)]).mean(0)
+    nested_error = lambda h: torch.stack(
+        [(x - part).square().sum(1) for part in nested_x_hat(sae, h, loss.where)]
+    ).mean(0)
     with torch.no_grad():
         for i in range(24):
             h = loss.h.clone()
@@ -53,73 +97,111 @@ def test_contribution_is_leave_one_out(architecture, per):
             direct = nested_error(h) - nested_error(loss.h)
             assert torch.allclose(free[:, i], direct, atol=1e-5)
 
+
 def test_importance_by_hand():
-    m, f, c = torch.tensor([3., 1.]), torch.tensor([.75, .25]), torch.tensor([8., -1.])
+    m, f, c = torch.tensor([3.0, 1.0]), torch.tensor([0.75, 0.25]), torch.tensor([8.0, -1.0])
     # divided by their means 2, .5 and 4 (the negative contribution counts as 0): (1.5, .5), (1.5, .5), (2, 0)
-    expect = dict(geometric=[4.5 ** (1 / 3), 0], product=[4.5, 0], sum=[5 / 3, 1 / 3], magnitude=[1.5, .5], frequency=[1.5, .5], contribution=[2, 0])
+    expect = dict(
+        geometric=[4.5 ** (1 / 3), 0],
+        product=[4.5, 0],
+        sum=[5 / 3, 1 / 3],
+        magnitude=[1.5, 0.5],
+        frequency=[1.5, 0.5],
+        contribution=[2, 0],
+    )
     assert set(expect) == set(COMBINE)
-    for how, value in expect.items(): assert torch.allclose(importance(m, f, c, how), torch.tensor(value).float()), how
+    for how, value in expect.items():
+        assert torch.allclose(importance(m, f, c, how), torch.tensor(value).float()), how
+
 
 def test_importance_of_nothing_is_zero_and_masks_nothing():
     masker = ATMMasker(3)
-    assert masker.importance().tolist() == [0, 0, 0] and masker.mask_probability().tolist() == [0, 0, 0]
+    assert masker.importance().tolist() == [0, 0, 0] and masker.mask_probability().tolist() == [
+        0,
+        0,
+        0,
+    ]
+
 
 def test_threshold_by_hand():
-    I = torch.tensor([0., 1., 1., 2.])
-    assert importance_threshold(I) == 1 and importance_threshold(I, 1.).item() == pytest.approx(1 + math.sqrt(.5))
+    I = torch.tensor([0.0, 1.0, 1.0, 2.0])
+    assert importance_threshold(I) == 1 and importance_threshold(I, 1.0).item() == pytest.approx(
+        1 + math.sqrt(0.5)
+    )
+
 
 def test_probability_by_hand():
-    p = masking_probability(torch.tensor([0., .5, 1., 2.]), torch.tensor(1.), r=2.)
+    p = masking_probability(torch.tensor([0.0, 0.5, 1.0, 2.0]), torch.tensor(1.0), r=2.0)
     assert torch.allclose(p, torch.tensor([1 - math.exp(-2), 1 - math.exp(-1), 0, 0]))
 
-@pytest.mark.parametrize('theta', [0., -.3])
+
+@pytest.mark.parametrize("theta", [0.0, -0.3])
 def test_no_mask_below_a_threshold_that_is_not_positive(theta):
-    assert masking_probability(torch.tensor([0., 1.]), torch.tensor(theta)).tolist() == [0, 0]
+    assert masking_probability(torch.tensor([0.0, 1.0]), torch.tensor(theta)).tolist() == [0, 0]
+
 
 def test_first_observation_needs_no_warmth():
     z = torch.rand(16, 5, generator=gen())
-    masker = ATMMasker(5, decay=.999)
+    masker = ATMMasker(5, decay=0.999)
     masker.observe(z, z.square())
-    assert torch.allclose(masker.importance(), importance(z.mean(0), z.sign().mean(0), z.square().mean(0)), atol=1e-3)
+    assert torch.allclose(
+        masker.importance(), importance(z.mean(0), z.sign().mean(0), z.square().mean(0)), atol=1e-3
+    )
+
 
 def test_hidden_contribution_waits():
-    masker, ones = ATMMasker(2, decay=.5), torch.ones(1, 2)
+    masker, ones = ATMMasker(2, decay=0.5), torch.ones(1, 2)
     masker.observe(ones, ones)
-    for _ in range(20): masker.observe(ones, torch.tensor([[1., 0.]]), torch.tensor([True, False]))
-    assert torch.allclose(masker.contribution / masker.weight, torch.ones(2)) and torch.allclose(masker.importance(), torch.ones(2))
+    for _ in range(20):
+        masker.observe(ones, torch.tensor([[1.0, 0.0]]), torch.tensor([True, False]))
+    assert torch.allclose(masker.contribution / masker.weight, torch.ones(2)) and torch.allclose(
+        masker.importance(), torch.ones(2)
+    )
+
 
 def test_seen_contribution_by_hand():
-    c = torch.tensor([3., 0.])
+    c = torch.tensor([3.0, 0.0])
     mean, seen = seen_contribution(c, torch.tensor([[True, False], [False, False]]))
     assert mean.tolist() == [6, 0] and seen.tolist() == [1, 0]
     mean, seen = seen_contribution(c, torch.tensor([True, False]))
     assert mean.tolist() == [3, 0] and seen.tolist() == [1, 0]
 
+
 def follow(careful):
     "Importance over threshold of a latent that is silent for 100 steps and useful from then on."
-    masker, g, path = ATMMasker(4, decay=.95, r=3.), gen(), []
+    masker, g, path = ATMMasker(4, decay=0.95, r=3.0), gen(), []
     for t in range(800):
-        z = torch.tensor([[1.2, 1.1, float(t >= 100), .1]])
+        z = torch.tensor([[1.2, 1.1, float(t >= 100), 0.1]])
         keep = masker.sample(g)
         h = z * keep
         masker.observe(*((z, h.square(), keep) if careful else (h, h.square())))
         path.append((masker.importance()[2] / masker.threshold()).item())
     return path
 
+
 def test_a_useful_latent_recovers_and_the_naive_masker_starves_it():
     careful, naive = follow(True), follow(False)
-    assert max(careful[50:99]) == 0                 # silent, hence unimportant
-    assert min(careful[300:]) > 1                   # recovered within 200 steps, for good
-    assert max(naive[300:]) < .6                    # starved
+    assert max(careful[50:99]) == 0  # silent, hence unimportant
+    assert min(careful[300:]) > 1  # recovered within 200 steps, for good
+    assert max(naive[300:]) < 0.6  # starved
+
 
 def test_a_masked_useful_latent_recovers_in_training():
     "Hide one useful latent for many steps of real training; once it may speak it is spared again."
     torch.manual_seed(0)
-    sae = SAE(SAEConfig(4, 4, l1=.01))
+    sae = SAE(SAEConfig(4, 4, l1=0.01))
     sae.W_enc.data, sae.W_dec.data = torch.eye(4), torch.eye(4)
-    masker, optimiser, g = ATMMasker(4, decay=.9, r=3.), torch.optim.Adam(sae.parameters(), lr=1e-4), gen()
+    masker, optimiser, g = (
+        ATMMasker(4, decay=0.9, r=3.0),
+        torch.optim.Adam(sae.parameters(), lr=1e-4),
+        gen(),
+    )
     for t in range(150):
-        x = torch.rand(64, 4, generator=g) * (torch.rand(64, 4, generator=g) < .5) * torch.tensor([1., 1., 1., .1])
+        x = (
+            torch.rand(64, 4, generator=g)
+            * (torch.rand(64, 4, generator=g) < 0.5)
+            * torch.tensor([1.0, 1.0, 1.0, 0.1])
+        )
         keep = torch.tensor([t >= 100 or t == 0, True, True, True])
         loss = sae.loss(x, keep)
         optimiser.zero_grad()
@@ -128,17 +210,20 @@ def test_a_masked_useful_latent_recovers_in_training():
         optimiser.step()
     assert masker.mask_probability()[0] == 0 and masker.importance()[0] > 1
 
+
 def test_sampling_rate_warmup_and_shape():
     masker, g = ATMMasker(3, warmup=2), gen()
-    z = torch.tensor([[2., 1., 0.]])
+    z = torch.tensor([[2.0, 1.0, 0.0]])
     masker.observe(z, z.square())
-    assert masker.sample(g).all()                   # one step seen, two to wait
+    assert masker.sample(g).all()  # one step seen, two to wait
     masker.observe(z, z.square())
     rate = 1 - torch.stack([masker.sample(g) for _ in range(4000)]).float().mean(0)
-    assert torch.allclose(rate, masker.mask_probability(), atol=.03) and rate[0] == 0
-    masker.per = 'sample'
+    assert torch.allclose(rate, masker.mask_probability(), atol=0.03) and rate[0] == 0
+    masker.per = "sample"
     assert masker.sample(g, 7).shape == (7, 3)
-    with pytest.raises(ValueError, match='needs their number'): masker.sample(g)
+    with pytest.raises(ValueError, match="needs their number"):
+        masker.sample(g)
+
 
 def at(p, **options):
     "A masker whose probabilities are `p`, whatever it sees."
@@ -146,118 +231,191 @@ def at(p, **options):
     masker.mask_probability = lambda: torch.tensor(p)
     return masker
 
-P, DRAWS = [0., .1, .4, .4, .9], 20_000
-TOLERANCE = 5 * (torch.tensor(P) * (1 - torch.tensor(P)) / DRAWS).sqrt()   # five standard errors of a share
 
-@pytest.mark.parametrize('draw', ['independent', 'nested'])
+P, DRAWS = [0.0, 0.1, 0.4, 0.4, 0.9], 20_000
+TOLERANCE = (
+    5 * (torch.tensor(P) * (1 - torch.tensor(P)) / DRAWS).sqrt()
+)  # five standard errors of a share
+
+
+@pytest.mark.parametrize("draw", ["independent", "nested"])
 def test_either_draw_hides_the_same_share_on_average(draw):
-    hidden = ~at(P, draw=draw, per='sample').sample(gen(), DRAWS)
+    hidden = ~at(P, draw=draw, per="sample").sample(gen(), DRAWS)
     assert ((hidden.float().mean(0) - torch.tensor(P)).abs() <= TOLERANCE).all()
-    assert hidden.sum(1).unique().tolist() == ([0, 1, 3, 4] if draw == 'nested' else [0, 1, 2, 3, 4])
+    assert hidden.sum(1).unique().tolist() == (
+        [0, 1, 3, 4] if draw == "nested" else [0, 1, 2, 3, 4]
+    )
+
 
 def test_one_number_decides_over_a_nested_mask():
     "u below .1, .4, .9, or above: there are four masks."
-    masks = {tuple(at(P, draw='nested').sample(gen(s)).int().tolist()) for s in range(60)}
+    masks = {tuple(at(P, draw="nested").sample(gen(s)).int().tolist()) for s in range(60)}
     assert masks == {(1, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 1, 0), (1, 1, 1, 1, 1)}
 
+
 def test_a_nested_draw_hides_the_least_important():
-    masker, z = ATMMasker(20, draw='nested', per='sample'), torch.rand(64, 20, generator=gen()) * torch.rand(20, generator=gen(1))
+    masker, z = (
+        ATMMasker(20, draw="nested", per="sample"),
+        torch.rand(64, 20, generator=gen()) * torch.rand(20, generator=gen(1)),
+    )
     masker.observe(z, z.square())
     kept = masker.sample(gen(), 200)[:, masker.importance().argsort()]
     assert (kept[:, 1:] >= kept[:, :-1]).all() and len(kept.sum(1).unique()) > 5
 
-@pytest.mark.parametrize('draw', ['independent', 'nested'])
+
+@pytest.mark.parametrize("draw", ["independent", "nested"])
 def test_rescaled_latents_keep_their_mean(draw):
     "Dropout's factor, keep / (1 - p), has mean 1 and variance p / (1 - p)."
-    masker = at(P, draw=draw, per='sample', rescale=True)
+    masker = at(P, draw=draw, per="sample", rescale=True)
     sae, x = SAE(SAEConfig(4, 5, seed=1)), torch.randn(1, 4, generator=gen()).expand(DRAWS, 4)
     loss = sae.loss(x, masker.factor(masker.sample(gen(1), DRAWS)))
     p = torch.tensor(P)
-    assert (loss.z[0] * p > 0).sum() > 1             # some of those that fire are hidden at times
-    assert ((loss.h.mean(0) - loss.z[0]).abs() <= 5 * loss.z[0] * (p / (1 - p) / DRAWS).sqrt() + 1e-5).all()
+    assert (loss.z[0] * p > 0).sum() > 1  # some of those that fire are hidden at times
+    assert (
+        (loss.h.mean(0) - loss.z[0]).abs() <= 5 * loss.z[0] * (p / (1 - p) / DRAWS).sqrt() + 1e-5
+    ).all()
+
 
 def test_factor_by_hand():
     keep = torch.tensor([True, True, True, False, False])
-    assert torch.allclose(at(P, rescale=True).factor(keep), torch.tensor([1, 1 / .9, 1 / .6, 0, 0]))
+    assert torch.allclose(
+        at(P, rescale=True).factor(keep), torch.tensor([1, 1 / 0.9, 1 / 0.6, 0, 0])
+    )
     assert at(P).factor(keep) is keep
-    assert at(P, rescale=True, warmup=1).factor(keep[:3].repeat(2)[:5]).tolist() == [1] * 5    # nothing is hidden yet, and nothing enlarged
+    assert (
+        at(P, rescale=True, warmup=1).factor(keep[:3].repeat(2)[:5]).tolist() == [1] * 5
+    )  # nothing is hidden yet, and nothing enlarged
+
 
 def test_a_rescaled_mask_is_finite_where_all_is_hidden():
     "At r = 40 the probability of a latent that never fires is 1 in fp32."
     masker = ATMMasker(3, r=40, rescale=True)
-    masker.observe(z := torch.tensor([[3., 1., 0.]]), z.square())
+    masker.observe(z := torch.tensor([[3.0, 1.0, 0.0]]), z.square())
     p, keep = masker.current_probability(), masker.sample(gen())
-    assert p[2] == 1 and not keep[2] and masker.factor(keep)[2] == 0 and masker.factor(keep).isfinite().all()
+    assert (
+        p[2] == 1
+        and not keep[2]
+        and masker.factor(keep)[2] == 0
+        and masker.factor(keep).isfinite().all()
+    )
+
 
 def test_a_mask_that_fades_needs_its_end():
-    with pytest.raises(ValueError, match='a mask that fades needs the step at which it is gone: end'): ATMMasker(3, anneal=10)
+    with pytest.raises(
+        ValueError, match="a mask that fades needs the step at which it is gone: end"
+    ):
+        ATMMasker(3, anneal=10)
+
 
 def test_the_mask_fades_to_nothing():
     "Over the last 10 of 30 steps, after a warm-up of 5."
-    masker, z = ATMMasker(3, warmup=5, anneal=10, end=30), torch.tensor([[3., 1., 0.]])
+    masker, z = ATMMasker(3, warmup=5, anneal=10, end=30), torch.tensor([[3.0, 1.0, 0.0]])
     masker.observe(z, z.square())
     full = masking_probability(masker.importance(), masker.threshold())
     assert full.max() > 0
-    for steps, share in {4: 0, 5: 1, 20: 1, 21: .9, 25: .5, 29: .1}.items():
+    for steps, share in {4: 0, 5: 1, 20: 1, 21: 0.9, 25: 0.5, 29: 0.1}.items():
         masker.steps = steps
         assert torch.allclose(masker.current_probability(), share * full), steps
     for steps in (30, 31):
         masker.steps = steps
         assert masker.current_probability().tolist() == [0] * 3 and masker.sample(gen()).all()
 
+
 def test_without_annealing_the_mask_stays():
-    masker, z = make_masker(ATMConfig(), 3, 2), torch.tensor([[3., 1., 0.]])
-    for _ in range(5): masker.observe(z, z.square())
+    masker, z = make_masker(ATMConfig(), 3, 2), torch.tensor([[3.0, 1.0, 0.0]])
+    for _ in range(5):
+        masker.observe(z, z.square())
     assert masker.current_probability().max() > 0
+
 
 def test_sampling_is_reproducible():
     masker = ATMMasker(50)
     masker.observe(z := torch.rand(8, 50, generator=gen(0)), z)
-    assert torch.equal(masker.sample(gen(1)), masker.sample(gen(1))) and not torch.equal(masker.sample(gen(1)), masker.sample(gen(2)))
+    assert torch.equal(masker.sample(gen(1)), masker.sample(gen(1))) and not torch.equal(
+        masker.sample(gen(1)), masker.sample(gen(2))
+    )
+
 
 def test_blind_masker_hides_at_the_rate_of_the_step_and_does_not_look():
-    z, atm, blind = torch.tensor([[9., 1., 0., 0.]]), ATMMasker(4), BlindMasker(4, rates=[0., .5, .25])
+    z, atm, blind = (
+        torch.tensor([[9.0, 1.0, 0.0, 0.0]]),
+        ATMMasker(4),
+        BlindMasker(4, rates=[0.0, 0.5, 0.25]),
+    )
     seen = [blind.mask_probability().tolist()]
     for _ in range(3):
-        for masker in (atm, blind): masker.observe(z, z)
+        for masker in (atm, blind):
+            masker.observe(z, z)
         seen.append(blind.mask_probability().tolist())
-    assert seen == [[0.] * 4, [.5] * 4, [.25] * 4, [.25] * 4] and torch.equal(blind.importance(), atm.importance())
+    assert seen == [[0.0] * 4, [0.5] * 4, [0.25] * 4, [0.25] * 4] and torch.equal(
+        blind.importance(), atm.importance()
+    )
 
-@pytest.mark.parametrize('per', ['batch', 'sample'])
+
+@pytest.mark.parametrize("per", ["batch", "sample"])
 def test_a_blind_mask_has_no_order_to_nest_by(per):
     "The control of a nested mask hides latents one by one: all or nothing would be another experiment."
-    masker = make_masker(ATMConfig(blind=True, draw='nested', per=per, warmup=0), 400, 10, rates=[.5])
-    kept = masker.sample(gen(), 50 if per == 'sample' else None).float().mean(-1)
-    assert ((.35 < kept) & (kept < .65)).all()
+    masker = make_masker(
+        ATMConfig(blind=True, draw="nested", per=per, warmup=0), 400, 10, rates=[0.5]
+    )
+    kept = masker.sample(gen(), 50 if per == "sample" else None).float().mean(-1)
+    assert ((0.35 < kept) & (kept < 0.65)).all()
+
 
 def test_a_blind_mask_does_not_fade_twice():
     "The rates are those of a twin that fades itself."
-    blind = BlindMasker(4, rates=[.5, .25], anneal=2, end=2)
+    blind = BlindMasker(4, rates=[0.5, 0.25], anneal=2, end=2)
     blind.steps = 1
-    assert blind.current_probability().tolist() == [.25] * 4
+    assert blind.current_probability().tolist() == [0.25] * 4
+
 
 def test_state_round_trip():
     a, b = ATMMasker(6), ATMMasker(6)
     for s in range(5):
         z = torch.rand(8, 6, generator=gen(s))
-        a.observe(z, z.square(), torch.rand(6, generator=gen(s)) < .5)
+        a.observe(z, z.square(), torch.rand(6, generator=gen(s)) < 0.5)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.importance(), b.importance()) and a.steps == b.steps
 
+
 def test_make_masker():
     assert make_masker(None, 4, 100) is None
-    assert make_masker(ATMConfig(warmup=.3, per='sample'), 4, 100).warmup == 30
-    masker = make_masker(ATMConfig(effect='norm', draw='nested', rescale=True, anneal=.25), 4, 100)
-    assert (masker.effect, masker.draw, masker.rescale, masker.anneal, masker.end) == ('norm', 'nested', True, 25, 100)
-    assert make_masker(ATMConfig(blind=True), 4, 100, rates=[.3]).rates == [.3] and type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
+    assert make_masker(ATMConfig(warmup=0.3, per="sample"), 4, 100).warmup == 30
+    masker = make_masker(ATMConfig(effect="norm", draw="nested", rescale=True, anneal=0.25), 4, 100)
+    assert (masker.effect, masker.draw, masker.rescale, masker.anneal, masker.end) == (
+        "norm",
+        "nested",
+        True,
+        25,
+        100,
+    )
+    assert (
+        make_masker(ATMConfig(blind=True), 4, 100, rates=[0.3]).rates == [0.3]
+        and type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
+    )
 
-@pytest.mark.parametrize('settings, text', [
-    (dict(combine='mean'), "unknown combine 'mean': choose one of geometric"), (dict(per='token'), "'batch' or 'sample'"),
-    (dict(effect='second-order'), "unknown effect 'second-order': choose one of exact, first-order, norm"),
-    (dict(draw='sorted'), "draw must be 'independent' or 'nested', not 'sorted'"), (dict(anneal=1.5), 'anneal is a share of the steps, 0 to 1, not 1.5'),
-    (dict(decay=1.), 'decay must lie in'), (dict(r=-1.), 'r must not be negative'), (dict(warmup=2.), 'warmup is a share')])
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (dict(combine="mean"), "unknown combine 'mean': choose one of geometric"),
+        (dict(per="token"), "'batch' or 'sample'"),
+        (
+            dict(effect="second-order"),
+            "unknown effect 'second-order': choose one of exact, first-order, norm",
+        ),
+        (dict(draw="sorted"), "draw must be 'independent' or 'nested', not 'sorted'"),
+        (dict(anneal=1.5), "anneal is a share of the steps, 0 to 1, not 1.5"),
+        (dict(decay=1.0), "decay must lie in"),
+        (dict(r=-1.0), "r must not be negative"),
+        (dict(warmup=2.0), "warmup is a share"),
+    ],
+)
 def test_config_refuses(settings, text):
-    with pytest.raises(ValueError, match=text): ATMConfig(**settings)
+    with pytest.raises(ValueError, match=text):
+        ATMConfig(**settings)
+
 
 def test_masker_refuses_another_width():
-    with pytest.raises(ValueError, match='follows 4 latents, not 5'): ATMMasker(4).observe(torch.ones(2, 5), torch.ones(2, 5))
+    with pytest.raises(ValueError, match="follows 4 latents, not 5"):
+        ATMMasker(4).observe(torch.ones(2, 5), torch.ones(2, 5))

@@ -1,16 +1,31 @@
 "The page of results in a real browser, without network: it loads, sorts, filters, turns dark and fits a phone."
+
 import shutil
 import pytest
 from readme import ROOT
 
-playwright = pytest.importorskip('playwright.sync_api', reason='needs playwright (pip install playwright)')
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-if CHROMIUM is None: pytest.skip('needs Chromium (Debian: apt-get install chromium)', allow_module_level=True)
-PAGE = ROOT/'reports'/'index.html'
-QUIET = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs playwright (pip install playwright)"
+)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
+if CHROMIUM is None:
+    pytest.skip("needs Chromium (Debian: apt-get install chromium)", allow_module_level=True)
+PAGE = ROOT / "reports" / "index.html"
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as p:
         running = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
@@ -22,118 +37,172 @@ def browser():
 def visit(browser):
     "Opens the page; whatever goes wrong in it fails the test at its end."
     contexts, trouble = [], []
+
     def open_page(width=1280, height=900, **more):
-        context = browser.new_context(offline=True, viewport={'width': width, 'height': height}, **more)
+        context = browser.new_context(
+            offline=True, viewport={"width": width, "height": height}, **more
+        )
         contexts.append(context)
         page = context.new_page()
-        page.on('console', lambda m: trouble.append(m.text) if m.type in ('error', 'warning') else None)
-        page.on('pageerror', lambda e: trouble.append(str(e)))
-        page.on('requestfailed', lambda r: trouble.append(r.url[:200]))
-        page.on('request', lambda r: None if r.url == PAGE.as_uri() or r.url.startswith('data:') else trouble.append(f'asked for {r.url[:200]}'))
+        page.on(
+            "console", lambda m: trouble.append(m.text) if m.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda e: trouble.append(str(e)))
+        page.on("requestfailed", lambda r: trouble.append(r.url[:200]))
+        page.on(
+            "request",
+            lambda r: None
+            if r.url == PAGE.as_uri() or r.url.startswith("data:")
+            else trouble.append(f"asked for {r.url[:200]}"),
+        )
         page.goto(PAGE.as_uri())
         return page
+
     yield open_page
-    for context in contexts: context.close()
+    for context in contexts:
+        context.close()
     assert trouble == []
 
 
-def column(page, table, number): return page.locator(f'section[aria-labelledby={table}] tbody tr td:nth-child({number + 1})')
-def keys(page, table, number): return [float(k) if k else None for k in column(page, table, number).evaluate_all('cells => cells.map(c => c.dataset.key)')]
-def heading(page, table, number): return page.locator(f'section[aria-labelledby={table}] th').nth(number)
+def column(page, table, number):
+    return page.locator(f"section[aria-labelledby={table}] tbody tr td:nth-child({number + 1})")
+
+
+def keys(page, table, number):
+    return [
+        float(k) if k else None
+        for k in column(page, table, number).evaluate_all("cells => cells.map(c => c.dataset.key)")
+    ]
+
+
+def heading(page, table, number):
+    return page.locator(f"section[aria-labelledby={table}] th").nth(number)
 
 
 def test_it_loads_with_all_its_pictures(visit):
     page = visit()
-    widths = page.locator('img').evaluate_all('images => Promise.all(images.map(i => i.decode().then(() => i.naturalWidth)))')
+    widths = page.locator("img").evaluate_all(
+        "images => Promise.all(images.map(i => i.decode().then(() => i.naturalWidth)))"
+    )
     assert len(widths) >= 10 and min(widths) > 0
-    assert page.locator('h1').count() == 1 and page.locator('article').count() >= 10
+    assert page.locator("h1").count() == 1 and page.locator("article").count() >= 10
 
 
 def test_formulas_are_drawn(visit):
     page = visit()
-    page.locator('details.read summary').click()
-    boxes = [m.bounding_box() for m in page.locator('math').all()]
-    assert len(boxes) == 4 and all(b['height'] > 15 and b['width'] > 60 for b in boxes)
-    assert page.locator('mfrac').first.bounding_box()['height'] > 1.5 * page.locator('mfrac mi').first.bounding_box()['height']
+    page.locator("details.read summary").click()
+    boxes = [m.bounding_box() for m in page.locator("math").all()]
+    assert len(boxes) == 4 and all(b["height"] > 15 and b["width"] > 60 for b in boxes)
+    assert (
+        page.locator("mfrac").first.bounding_box()["height"]
+        > 1.5 * page.locator("mfrac mi").first.bounding_box()["height"]
+    )
 
 
 def test_numbers_sort_as_numbers_and_unknown_ones_come_last(visit):
     page = visit()
-    button, th = heading(page, 'published', 3).locator('button'), heading(page, 'published', 3)
-    before = keys(page, 'published', 3)
+    button, th = heading(page, "published", 3).locator("button"), heading(page, "published", 3)
+    before = keys(page, "published", 3)
     button.click()
-    assert keys(page, 'published', 3) == sorted(before) != before and th.get_attribute('aria-sort') == 'ascending'
+    assert (
+        keys(page, "published", 3) == sorted(before) != before
+        and th.get_attribute("aria-sort") == "ascending"
+    )
     button.focus()
-    page.keyboard.press('Enter')
-    assert keys(page, 'published', 3) == sorted(before, reverse=True) and th.get_attribute('aria-sort') == 'descending'
-    heading(page, 'published', 4).locator('button').click()
-    l0 = keys(page, 'published', 4)
+    page.keyboard.press("Enter")
+    assert (
+        keys(page, "published", 3) == sorted(before, reverse=True)
+        and th.get_attribute("aria-sort") == "descending"
+    )
+    heading(page, "published", 4).locator("button").click()
+    l0 = keys(page, "published", 4)
     known = [x for x in l0 if x is not None]
-    assert known == sorted(known) and l0[:len(known)] == known and None in l0
-    assert page.locator('section[aria-labelledby=published] th[aria-sort]').count() == 1
+    assert known == sorted(known) and l0[: len(known)] == known and None in l0
+    assert page.locator("section[aria-labelledby=published] th[aria-sort]").count() == 1
 
 
 def test_filters(visit):
     page = visit()
-    rows, cards = page.locator('tbody tr:visible'), page.locator('article:visible')
+    rows, cards = page.locator("tbody tr:visible"), page.locator("article:visible")
     everything = rows.count(), cards.count()
-    page.locator('#text').fill('jumprelu absorb')
-    assert 0 < rows.count() < everything[0] and all('jumprelu' in t.lower() for t in rows.all_inner_texts())
-    page.locator('#text').fill('no such words')
-    assert rows.count() == cards.count() == 0 and page.locator('#count').inner_text().startswith('0 of')
-    page.locator('#text').fill('')
+    page.locator("#text").fill("jumprelu absorb")
+    assert 0 < rows.count() < everything[0] and all(
+        "jumprelu" in t.lower() for t in rows.all_inner_texts()
+    )
+    page.locator("#text").fill("no such words")
+    assert rows.count() == cards.count() == 0 and page.locator("#count").inner_text().startswith(
+        "0 of"
+    )
+    page.locator("#text").fill("")
     assert (rows.count(), cards.count()) == everything
-    for verdict in page.locator('#verdict option').evaluate_all('options => options.map(o => o.value).filter(Boolean)'):
-        page.locator('#verdict').select_option(verdict)
-        assert rows.count() > 0 and cards.count() > 0 and set(page.locator('tbody tr:visible .chip').all_inner_texts()) == {verdict}
+    for verdict in page.locator("#verdict option").evaluate_all(
+        "options => options.map(o => o.value).filter(Boolean)"
+    ):
+        page.locator("#verdict").select_option(verdict)
+        assert (
+            rows.count() > 0
+            and cards.count() > 0
+            and set(page.locator("tbody tr:visible .chip").all_inner_texts()) == {verdict}
+        )
 
 
 def test_dark_by_the_system_and_by_the_button(visit):
-    brightness = 'getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 3'
-    page = visit(color_scheme='light')
+    brightness = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 3"
+    page = visit(color_scheme="light")
     assert page.evaluate(brightness) > 230
-    page.locator('#theme').click()
-    assert page.evaluate(brightness) < 40 and page.locator('#theme').inner_text() == 'Light'
-    dark = visit(color_scheme='dark')
+    page.locator("#theme").click()
+    assert page.evaluate(brightness) < 40 and page.locator("#theme").inner_text() == "Light"
+    dark = visit(color_scheme="dark")
     assert dark.evaluate(brightness) < 40
-    dark.locator('#theme').click()
+    dark.locator("#theme").click()
     assert dark.evaluate(brightness) > 230
 
 
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_of_text(visit, scheme):
     "At least 4.5 to 1 for every kind of text, as WCAG 2 asks."
     page = visit(color_scheme=scheme)
-    ratios = page.evaluate('''() => {
+    ratios = page.evaluate("""() => {
         const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4); return .2126 * v[0] + .7152 * v[1] + .0722 * v[2]; };
         const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (c !== 'rgba(0, 0, 0, 0)' && c !== 'transparent') return c; } return 'rgb(255, 255, 255)'; };
         return [...document.querySelectorAll('h1, h3, p, a, td, th button, .chip, .doubt, dt, dd, summary, label, figcaption')].filter(e => e.offsetParent).map(e => {
             const [a, b] = [light(getComputedStyle(e).color), light(ground(e))]; return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.className || e.tagName]; });
-    }''')
+    }""")
     assert ratios and min(ratios)[0] >= 4.5, min(ratios)
 
 
 def test_a_phone_needs_no_scrolling_sideways(visit):
     page = visit(390, 844, device_scale_factor=2, is_mobile=True, has_touch=True)
-    assert page.evaluate('document.documentElement.scrollWidth') <= 390
-    page.locator('details.read summary').click()
-    for details in page.locator('article details summary').all(): details.click()
-    assert page.evaluate('document.documentElement.scrollWidth') <= 390
-    assert page.evaluate('[...document.querySelectorAll(".scroll")].every(e => e.scrollWidth > e.clientWidth && e.clientWidth <= 390)')
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("details.read summary").click()
+    for details in page.locator("article details summary").all():
+        details.click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate(
+        '[...document.querySelectorAll(".scroll")].every(e => e.scrollWidth > e.clientWidth && e.clientWidth <= 390)'
+    )
 
 
 def test_every_link_leads_to_a_file_or_a_place_on_the_page(visit):
     page = visit()
-    links = page.locator('a').evaluate_all('links => links.map(a => [a.getAttribute("href"), a.protocol])')
+    links = page.locator("a").evaluate_all(
+        'links => links.map(a => [a.getAttribute("href"), a.protocol])'
+    )
     assert len(links) > 50
     for href, protocol in links:
-        assert protocol == 'file:'
-        if href.startswith('#'): assert page.locator(f'[id="{href[1:]}"]').count() == 1, href
-        else: assert (PAGE.parent/href).is_file(), href
+        assert protocol == "file:"
+        if href.startswith("#"):
+            assert page.locator(f'[id="{href[1:]}"]').count() == 1, href
+        else:
+            assert (PAGE.parent / href).is_file(), href
 
 
 def test_print_shows_everything_but_the_controls(visit):
     page = visit()
-    page.emulate_media(media='print', color_scheme='dark')
-    assert not page.locator('.bar').is_visible() and not page.locator('#theme').is_visible() and page.locator('table').first.is_visible()
-    assert page.evaluate('getComputedStyle(document.body).backgroundColor') == 'rgb(255, 255, 255)'
+    page.emulate_media(media="print", color_scheme="dark")
+    assert (
+        not page.locator(".bar").is_visible()
+        and not page.locator("#theme").is_visible()
+        and page.locator("table").first.is_visible()
+    )
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -1,4 +1,5 @@
 "The command line: what it prints and where, exit statuses, errors of one line, completion; and the files that describe the package."
+
 import ast
 import contextlib
 import io
@@ -21,39 +22,64 @@ from typer.testing import CliRunner
 
 import atm_sae
 from atm_sae import cli
-from atm_sae.absorption import LETTERS, evaluate_absorption, task_from_activations
-from atm_sae.activations import ActivationSpec, get_activations, held_out
+from atm_sae.evals.absorption import evaluate_absorption
+from atm_sae.evals.first_letter import LETTERS, task_from_activations
+from atm_sae.data.activations import ActivationSpec, get_activations
+from atm_sae.data.batches import held_out
 from atm_sae.cli import app, main
-from atm_sae.core import one_thread, read_json
-from atm_sae.lm import load_lm, save_lm, tiny_lm
-from atm_sae.metrics import planted_metrics, reconstruction_metrics
-from atm_sae.pretrained import from_pretrained, model_card
-from atm_sae.probing import evaluate_probing, probing_tasks
-from atm_sae.sae import SAE, SAEConfig
-from atm_sae.saebench import read_saebench
-from atm_sae.synthetic import PlantedWorld, WorldConfig
-from atm_sae.train import METHODS, get_run, recipe, run_folder
+from atm_sae.artefacts import read_json
+from atm_sae.core import one_thread
+from atm_sae.data.lm import load_lm, save_lm, tiny_lm
+from atm_sae.evals.metrics import planted_metrics, reconstruction_metrics
+from atm_sae.sae.formats import from_pretrained, model_card
+from atm_sae.evals.probing import evaluate_probing, probing_tasks
+from atm_sae.sae.sae import SAE, SAEConfig
+from atm_sae.evals.saebench import read_saebench
+from atm_sae.data.planted import PlantedWorld, WorldConfig
+from atm_sae.methods import METHODS
+from atm_sae.train.runs import get_run, recipe, run_folder
 from toy import real, toy  # fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
-WORLD = WorldConfig(d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=.3, free_rate=.2)
-SMALL = ['--d-sae', '16', '--l0', '3', '--steps', '40', '--batch-size', '32', '--set', 'log_every=5', '--set', 'checkpoint_every=20']
-SMALL += [a for n in ('d_in', 'n_parents', 'children_per_parent', 'n_free', 'parent_rate', 'free_rate') for a in ('--set', f'{n}={getattr(WORLD, n)}')]
+WORLD = WorldConfig(
+    d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=0.3, free_rate=0.2
+)
+SMALL = [
+    "--d-sae",
+    "16",
+    "--l0",
+    "3",
+    "--steps",
+    "40",
+    "--batch-size",
+    "32",
+    "--set",
+    "log_every=5",
+    "--set",
+    "checkpoint_every=20",
+]
+SMALL += [
+    a
+    for n in ("d_in", "n_parents", "children_per_parent", "n_free", "parent_rate", "free_rate")
+    for a in ("--set", f"{n}={getattr(WORLD, n)}")
+]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     "Every test has a cache of its own, and one thread."
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     cli._model.cache_clear()
-    with one_thread(): yield tmp_path/'cache'
+    with one_thread():
+        yield tmp_path / "cache"
 
 
 def run(*args):
     "Exit status, stdout and stderr of a command in this process."
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): status = main([str(a) for a in args])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(a) for a in args])
     return status, out.getvalue(), err.getvalue()
 
 
@@ -67,15 +93,21 @@ def done(*args):
 def fails(*args):
     "The one line of a command that must fail."
     status, out, err = run(*args)
-    lines = [line for line in err.splitlines() if line.startswith('atm-sae: ')]
-    assert (status, out, len(lines)) == (2, '', 1) and 'Traceback' not in err, (status, out, err)
+    lines = [line for line in err.splitlines() if line.startswith("atm-sae: ")]
+    assert (status, out, len(lines)) == (2, "", 1) and "Traceback" not in err, (status, out, err)
     return lines[0]
 
 
-def shell(*args, code='import sys; from atm_sae.cli import main; sys.exit(main())', **env):
+def shell(*args, code="import sys; from atm_sae.cli import main; sys.exit(main())", **env):
     "A command in a process of its own."
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'} | env
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | env
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 
 def ended(process, seconds=120):
@@ -83,199 +115,365 @@ def ended(process, seconds=120):
     return process.returncode, out, err
 
 
-def spec(method='topk', seed=0): return recipe(method, WORLD, 8, 16, 3., 40, seed, batch_size=32, log_every=5, checkpoint_every=20)
+def spec(method="topk", seed=0):
+    return recipe(
+        method, WORLD, 8, 16, 3.0, 40, seed, batch_size=32, log_every=5, checkpoint_every=20
+    )
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     "Two SAEs of one command, with the JSON that it printed."
-    folder = tmp_path_factory.mktemp('planted')
+    folder = tmp_path_factory.mktemp("planted")
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setenv('ATM_SAE_CACHE', str(folder/'cache'))
-        rows = json.loads(done('train', 'topk', 'atm', *SMALL, '--out', folder/'saes', '--json', '-q'))
-    return folder/'saes', rows
+        patch.setenv("ATM_SAE_CACHE", str(folder / "cache"))
+        rows = json.loads(
+            done("train", "topk", "atm", *SMALL, "--out", folder / "saes", "--json", "-q")
+        )
+    return folder / "saes", rows
 
 
-@pytest.fixture(scope='module')
-def model(tmp_path_factory): return str(save_lm(tiny_lm(d_model=48), tmp_path_factory.mktemp('model')/'tiny'))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_lm(tiny_lm(d_model=48), tmp_path_factory.mktemp("model") / "tiny"))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     "An SAE without a record, whose metadata name a layer."
-    sae = SAE(SAEConfig(48, 60, 'topk', k=5), metadata=dict(model_name='tiny', hook_name='blocks.1.hook_resid_post'))
-    return sae, sae.save(tmp_path_factory.mktemp('foreign')/'mine')
+    sae = SAE(
+        SAEConfig(48, 60, "topk", k=5),
+        metadata=dict(model_name="tiny", hook_name="blocks.1.hook_resid_post"),
+    )
+    return sae, sae.save(tmp_path_factory.mktemp("foreign") / "mine")
 
 
 # ---- the frame
 
+
 def test_every_command_has_help_with_an_example_and_defaults():
-    for name in ('train', 'evaluate', 'export', 'push', 'reproduce'):
-        shown = CliRunner().invoke(app, [name, '--help'], env={'TERMINAL_WIDTH': '200'})
-        assert shown.exit_code == 0 and f'Example: atm-sae {name} ' in shown.output, name
-    shown = CliRunner().invoke(app, ['train', '--help'], env={'TERMINAL_WIDTH': '200'}).output
-    assert all(panel in shown for panel in ('Data', 'Training', 'Output')) and '[default: 2000]' in shown and '[default: planted]' in shown
+    for name in ("train", "evaluate", "export", "push", "reproduce"):
+        shown = CliRunner().invoke(app, [name, "--help"], env={"TERMINAL_WIDTH": "200"})
+        assert shown.exit_code == 0 and f"Example: atm-sae {name} " in shown.output, name
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"TERMINAL_WIDTH": "200"}).output
+    assert (
+        all(panel in shown for panel in ("Data", "Training", "Output"))
+        and "[default: 2000]" in shown
+        and "[default: planted]" in shown
+    )
 
 
 def test_examples_of_the_help_can_be_parsed():
     import typer
+
     group = typer.main.get_command(app)
     for name, command in group.commands.items():
-        words = command.epilog.split('>')[0].split()[3:]
+        words = command.epilog.split(">")[0].split()[3:]
         command.make_context(name, words)
 
 
-def test_version(): assert done('--version') == f'atm-sae {atm_sae.__version__}\n'
+def test_version():
+    assert done("--version") == f"atm-sae {atm_sae.__version__}\n"
 
 
 def test_help_and_completion_need_no_torch():
     code = 'import sys; from atm_sae.cli import main; status = main(); sys.exit(9 if {"torch", "numpy", "pandas", "transformers"} & sys.modules.keys() else status)'
-    assert [ended(shell(*a, code=code))[0] for a in (['--help'], ['train', '--help'], ['--version'])] == [0, 0, 0]
+    assert [
+        ended(shell(*a, code=code))[0] for a in (["--help"], ["train", "--help"], ["--version"])
+    ] == [0, 0, 0]
 
 
 def test_no_command_shows_the_help():
     status, out, err = run()
-    assert status == 2 and 'Commands' in out + err
+    assert status == 2 and "Commands" in out + err
 
 
-@pytest.mark.parametrize('args, message', [
-    (['frob'], "No such command 'frob'"), (['train', 'topk', '--frob'], 'No such option: --frob'), (['train'], 'Missing argument'),
-    (['train', 'topk', '--steps', 'many'], "Invalid value for '--steps'"), (['train', 'topk', '--workers', '0'], "Invalid value for '--workers'")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["frob"], "No such command 'frob'"),
+        (["train", "topk", "--frob"], "No such option: --frob"),
+        (["train"], "Missing argument"),
+        (["train", "topk", "--steps", "many"], "Invalid value for '--steps'"),
+        (["train", "topk", "--workers", "0"], "Invalid value for '--workers'"),
+    ],
+)
 def test_wrong_usage(args, message):
     line = fails(*args)
-    assert message in line and line.endswith('--help shows how)')
+    assert message in line and line.endswith("--help shows how)")
 
 
 def test_unexpected_errors_are_one_line_unless_debug(monkeypatch):
-    monkeypatch.setattr(cli, '_settings', lambda pairs: {}['nothing'])
-    assert fails('train', 'topk') == "atm-sae: KeyError: 'nothing' (unexpected; atm-sae --debug ... shows where)"
-    with pytest.raises(KeyError): run('--debug', 'train', 'topk')
+    monkeypatch.setattr(cli, "_settings", lambda pairs: {}["nothing"])
+    assert (
+        fails("train", "topk")
+        == "atm-sae: KeyError: 'nothing' (unexpected; atm-sae --debug ... shows where)"
+    )
+    with pytest.raises(KeyError):
+        run("--debug", "train", "topk")
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(cli, '_settings', lambda pairs: __import__('not_there'))
-    assert "not_there is not installed, and this command needs it: pip install '.[reports,data]'" in fails('train', 'topk')
+    monkeypatch.setattr(cli, "_settings", lambda pairs: __import__("not_there"))
+    assert (
+        "not_there is not installed, and this command needs it: pip install '.[reports,data]'"
+        in fails("train", "topk")
+    )
 
 
 def test_ctrl_c(monkeypatch):
-    monkeypatch.setattr(cli, '_settings', lambda pairs: (_ for _ in ()).throw(KeyboardInterrupt))
-    status, out, err = run('train', 'topk')
-    assert status == 130 and out == '' and 'atm-sae: stopped; what is finished is kept' in err
+    monkeypatch.setattr(cli, "_settings", lambda pairs: (_ for _ in ()).throw(KeyboardInterrupt))
+    status, out, err = run("train", "topk")
+    assert status == 130 and out == "" and "atm-sae: stopped; what is finished is kept" in err
 
 
 # ---- train
 
+
 def test_trained_saes_are_the_librarys(planted, cache):
     folder, rows = planted
-    assert [(r['method'], r['l0'], r['seed'], Path(r['sae']).name) for r in rows] == [('topk', 3, 0, 'topk-l0_3-seed0'), ('atm', 3, 0, 'atm-l0_3-seed0')]
+    assert [(r["method"], r["l0"], r["seed"], Path(r["sae"]).name) for r in rows] == [
+        ("topk", 3, 0, "topk-l0_3-seed0"),
+        ("atm", 3, 0, "atm-l0_3-seed0"),
+    ]
     for row in rows:
-        wanted = get_run(spec(row['method']))
-        assert row['key'] == wanted.spec.key and torch.equal(SAE.load(row['sae']).W_dec, wanted.sae.W_dec)
+        wanted = get_run(spec(row["method"]))
+        assert row["key"] == wanted.spec.key and torch.equal(
+            SAE.load(row["sae"]).W_dec, wanted.sae.W_dec
+        )
         scores = planted_metrics(wanted.sae, PlantedWorld(WORLD))
-        assert row['metrics'] == scores | dict(explained_variance=1 - scores['fvu'])
-        assert {p.name for p in Path(row['sae']).iterdir()} == {'cfg.json', 'sae_weights.safetensors', 'run.json', 'history.csv'}
+        assert row["metrics"] == scores | dict(explained_variance=1 - scores["fvu"])
+        assert {p.name for p in Path(row["sae"]).iterdir()} == {
+            "cfg.json",
+            "sae_weights.safetensors",
+            "run.json",
+            "history.csv",
+        }
 
 
 def test_train_into_the_cache_and_again():
-    status, out, err = run('train', 'topk', *SMALL)
-    place = run_folder(spec())/'sae'
-    assert status == 0 and out.splitlines()[0].split()[:3] == ['method', 'seed', 'L0'] and str(place) in out and '40/40' in err and 'fvu' in err
-    before = (place/'cfg.json').stat().st_mtime_ns
-    assert done('train', 'topk', *SMALL, '-q') == out and (place/'cfg.json').stat().st_mtime_ns == before
+    status, out, err = run("train", "topk", *SMALL)
+    place = run_folder(spec()) / "sae"
+    assert (
+        status == 0
+        and out.splitlines()[0].split()[:3] == ["method", "seed", "L0"]
+        and str(place) in out
+        and "40/40" in err
+        and "fvu" in err
+    )
+    before = (place / "cfg.json").stat().st_mtime_ns
+    assert (
+        done("train", "topk", *SMALL, "-q") == out
+        and (place / "cfg.json").stat().st_mtime_ns == before
+    )
 
 
 def test_quiet_json_and_settings():
-    status, out, err = run('train', 'atm', *SMALL, '--set', 'r=0.5', '--set', 'per=sample', '--lr', '0.01', '--json', '--quiet')
-    assert (status, err) == (0, '')
-    wanted = recipe('atm', WORLD, 8, 16, 3., 40, batch_size=32, log_every=5, checkpoint_every=20, r=.5, per='sample', lr=.01)
-    assert [r['key'] for r in json.loads(out)] == [wanted.key]
+    status, out, err = run(
+        "train",
+        "atm",
+        *SMALL,
+        "--set",
+        "r=0.5",
+        "--set",
+        "per=sample",
+        "--lr",
+        "0.01",
+        "--json",
+        "--quiet",
+    )
+    assert (status, err) == (0, "")
+    wanted = recipe(
+        "atm",
+        WORLD,
+        8,
+        16,
+        3.0,
+        40,
+        batch_size=32,
+        log_every=5,
+        checkpoint_every=20,
+        r=0.5,
+        per="sample",
+        lr=0.01,
+    )
+    assert [r["key"] for r in json.loads(out)] == [wanted.key]
 
 
 def test_settings_of_masks_and_nested_dictionaries():
-    new = dict(draw='nested', effect='norm', rescale=True, anneal=.25, prefixes=[.25, 1])
-    pairs = [a for n, v in new.items() for a in ('--set', f'{n}={v if isinstance(v, str) else json.dumps(v)}')]
-    row, = json.loads(done('train', 'matryoshka+atm', *SMALL, *pairs, '--json', '-q'))
-    assert row['key'] == recipe('matryoshka+atm', WORLD, 8, 16, 3., 40, batch_size=32, log_every=5, checkpoint_every=20, **new).key
-    assert "draw must be 'independent' or 'nested', not 'sideways'" in fails('train', 'atm', *SMALL, '--set', 'draw=sideways')
+    new = dict(draw="nested", effect="norm", rescale=True, anneal=0.25, prefixes=[0.25, 1])
+    pairs = [
+        a
+        for n, v in new.items()
+        for a in ("--set", f"{n}={v if isinstance(v, str) else json.dumps(v)}")
+    ]
+    (row,) = json.loads(done("train", "matryoshka+atm", *SMALL, *pairs, "--json", "-q"))
+    assert (
+        row["key"]
+        == recipe(
+            "matryoshka+atm",
+            WORLD,
+            8,
+            16,
+            3.0,
+            40,
+            batch_size=32,
+            log_every=5,
+            checkpoint_every=20,
+            **new,
+        ).key
+    )
+    assert "draw must be 'independent' or 'nested', not 'sideways'" in fails(
+        "train", "atm", *SMALL, "--set", "draw=sideways"
+    )
 
 
 def test_a_grid_over_processes():
-    rows = json.loads(done('train', 'topk', *SMALL, '--seed', 0, '--seed', 1, '--workers', 2, '--json', '-q'))
-    assert [r['key'] for r in rows] == [spec(seed=s).key for s in (0, 1)]
+    rows = json.loads(
+        done("train", "topk", *SMALL, "--seed", 0, "--seed", 1, "--workers", 2, "--json", "-q")
+    )
+    assert [r["key"] for r in rows] == [spec(seed=s).key for s in (0, 1)]
 
 
 def test_train_on_a_model(model, tmp_path):
-    args = ['train', 'topk', '--data', model, '--layer', 1, '--set', 'n_tokens=3000', '--d-sae', 32, '--l0', 4, '--steps', 5, '--batch-size', 64]
-    row, = json.loads(done(*args, '--out', tmp_path/'mine', '--json'))
+    args = [
+        "train",
+        "topk",
+        "--data",
+        model,
+        "--layer",
+        1,
+        "--set",
+        "n_tokens=3000",
+        "--d-sae",
+        32,
+        "--l0",
+        4,
+        "--steps",
+        5,
+        "--batch-size",
+        64,
+    ]
+    (row,) = json.loads(done(*args, "--out", tmp_path / "mine", "--json"))
     data = ActivationSpec(model=model, layer=1, n_tokens=3000)
-    assert row['metrics'] == reconstruction_metrics(SAE.load(tmp_path/'mine'), held_out(get_activations(data), 20_000))
-    again, = json.loads(done('evaluate', tmp_path/'mine', '--metrics', 'core', '--json', '-q'))
-    assert again['model'] == str(Path(model).resolve()) and again['layer'] == 1
-    core = again['core']
-    assert {k: core[k] for k in row['metrics']} == row['metrics']
+    assert row["metrics"] == reconstruction_metrics(
+        SAE.load(tmp_path / "mine"), held_out(get_activations(data), 20_000)
+    )
+    (again,) = json.loads(done("evaluate", tmp_path / "mine", "--metrics", "core", "--json", "-q"))
+    assert again["model"] == str(Path(model).resolve()) and again["layer"] == 1
+    core = again["core"]
+    assert {k: core[k] for k in row["metrics"]} == row["metrics"]
     # of an untrained model the score may have any size, so it is held against the losses that it is made of
-    zero, sae, orig = (core[f'ce_{k}'] for k in ('zero', 'sae', 'orig'))
-    assert core['ce_loss_score'] == pytest.approx((zero - sae) / (zero - orig)) and min(zero, sae, orig) > 0 and zero != orig
+    zero, sae, orig = (core[f"ce_{k}"] for k in ("zero", "sae", "orig"))
+    assert (
+        core["ce_loss_score"] == pytest.approx((zero - sae) / (zero - orig))
+        and min(zero, sae, orig) > 0
+        and zero != orig
+    )
 
 
-@pytest.mark.parametrize('args, message', [
-    (['topq'], "unknown method 'topq': choose one of atm"), (['topk', '--set', 'k'], '--set k: write NAME=VALUE'),
-    (['topk', '--set', 'seed=3'], '--set seed=3: use --seed'), (['topk', '--set', 'kk=3'], "--set kk=3: no field 'kk'; there are "),
-    (['topk', '--set', 'k=many'], "--set k=many: k must be int, not 'many'"), (['atm', '--set', 'blind=1'], 'blind must be bool'),
-    (['topk', '--set', 'k=true'], 'k must be int'), (['topk', '--set', 'r=1'], '--set r: no field of SAEConfig or TrainConfig, nor of ATMConfig if topk has a mask'),
-    (['topk', '--l0', '1000'], 'needs k'), (['topk', '--steps', '0'], 'must be at least 1'), (['topk', '--lr', '-1'], 'lr must be positive'),
-    (['topk', '--set', 'n_parents=-1'], 'n_parents'), (['topk', '--data', 'no-model'], 'no-model is not in the local Hub cache')])
-def test_wrong_training(args, message): assert message in fails('train', *args)
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["topq"], "unknown method 'topq': choose one of atm"),
+        (["topk", "--set", "k"], "--set k: write NAME=VALUE"),
+        (["topk", "--set", "seed=3"], "--set seed=3: use --seed"),
+        (["topk", "--set", "kk=3"], "--set kk=3: no field 'kk'; there are "),
+        (["topk", "--set", "k=many"], "--set k=many: k must be int, not 'many'"),
+        (["atm", "--set", "blind=1"], "blind must be bool"),
+        (["topk", "--set", "k=true"], "k must be int"),
+        (
+            ["topk", "--set", "r=1"],
+            "--set r: no field of SAEConfig or TrainConfig, nor of ATMConfig if topk has a mask",
+        ),
+        (["topk", "--l0", "1000"], "needs k"),
+        (["topk", "--steps", "0"], "must be at least 1"),
+        (["topk", "--lr", "-1"], "lr must be positive"),
+        (["topk", "--set", "n_parents=-1"], "n_parents"),
+        (["topk", "--data", "no-model"], "no-model is not in the local Hub cache"),
+    ],
+)
+def test_wrong_training(args, message):
+    assert message in fails("train", *args)
 
 
-def test_a_layer_that_is_not_there(model): assert 'tiny has no layer 9' in fails('train', 'topk', '--data', model, '--layer', 9).replace(model, 'tiny')
+def test_a_layer_that_is_not_there(model):
+    assert "tiny has no layer 9" in fails("train", "topk", "--data", model, "--layer", 9).replace(
+        model, "tiny"
+    )
 
 
 def test_out_replaces_nothing_else(planted, tmp_path):
-    (tmp_path/'precious').mkdir()
-    (tmp_path/'precious/file').write_text('x')
-    other = planted[0]/'atm-l0_3-seed0'
-    for place in (tmp_path/'precious', tmp_path/'precious/file', other):
-        assert 'is there already and is not this run' in fails('train', 'topk', *SMALL, '--out', place, '-q')
-    assert (tmp_path/'precious/file').read_text() == 'x' and not (tmp_path/'cache/runs').exists()
-    (tmp_path/'empty').mkdir()
-    for _ in range(2): done('train', 'topk', *SMALL, '--out', tmp_path/'empty', '-q')
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("x")
+    other = planted[0] / "atm-l0_3-seed0"
+    for place in (tmp_path / "precious", tmp_path / "precious/file", other):
+        assert "is there already and is not this run" in fails(
+            "train", "topk", *SMALL, "--out", place, "-q"
+        )
+    assert (tmp_path / "precious/file").read_text() == "x" and not (
+        tmp_path / "cache/runs"
+    ).exists()
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        done("train", "topk", *SMALL, "--out", tmp_path / "empty", "-q")
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='signals')
-@pytest.mark.parametrize('how, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_goes_on(cache, how, status):
-    args = ['train', 'topk', *SMALL, '--set', 'checkpoint_every=200', '--steps', 20_000]
-    code = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.cli import main; sys.exit(main())'
+    args = ["train", "topk", *SMALL, "--set", "checkpoint_every=200", "--steps", 20_000]
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.cli import main; sys.exit(main())"
     process, end = shell(*args, code=code), time.monotonic() + 100
-    while not (found := list((cache/'runs').glob('*/checkpoint.safetensors'))):
+    while not (found := list((cache / "runs").glob("*/checkpoint.safetensors"))):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(.05)
+        time.sleep(0.05)
     process.send_signal(how)
     code, out, err = ended(process)
-    assert (code, out) == (status, '') and 'Traceback' not in err and [p.name for p in found[0].parent.iterdir()] == ['checkpoint.safetensors']
+    assert (
+        (code, out) == (status, "")
+        and "Traceback" not in err
+        and [p.name for p in found[0].parent.iterdir()] == ["checkpoint.safetensors"]
+    )
 
 
 # ---- evaluate
 
+
 def test_evaluate_planted(planted):
     folder, rows = planted
-    scored = json.loads(done('evaluate', *(r['sae'] for r in rows), '--json'))
+    scored = json.loads(done("evaluate", *(r["sae"] for r in rows), "--json"))
     for row, score in zip(rows, scored):
-        assert (score['method'], score['model'], score['layer']) == (row['method'], 'planted', None)
-        assert score['core'] == {k: row['metrics'][k] for k in score['core']} and score['core']['l0'] > 0
-        assert score['absorption'] == dict(full=row['metrics']['absorption'], miss_rate=row['metrics']['miss_rate'], n_parents=2)
-    table = done('evaluate', rows[0]['sae'], '-q')
-    assert table.splitlines()[1].split()[:2] == [rows[0]['sae'], 'topk'] and 'absorption, full' in table and 'probing' not in table
-    assert 'absorption' not in json.loads(done('evaluate', rows[0]['sae'], '--metrics', 'core', '--json', '-q'))[0]
+        assert (score["method"], score["model"], score["layer"]) == (row["method"], "planted", None)
+        assert (
+            score["core"] == {k: row["metrics"][k] for k in score["core"]}
+            and score["core"]["l0"] > 0
+        )
+        assert score["absorption"] == dict(
+            full=row["metrics"]["absorption"], miss_rate=row["metrics"]["miss_rate"], n_parents=2
+        )
+    table = done("evaluate", rows[0]["sae"], "-q")
+    assert (
+        table.splitlines()[1].split()[:2] == [rows[0]["sae"], "topk"]
+        and "absorption, full" in table
+        and "probing" not in table
+    )
+    assert (
+        "absorption"
+        not in json.loads(done("evaluate", rows[0]["sae"], "--metrics", "core", "--json", "-q"))[0]
+    )
 
 
 def test_evaluate_a_cached_run_and_one_without_a_record():
-    place, = (r['sae'] for r in json.loads(done('train', 'atm', *SMALL, '--json', '-q')))
-    assert json.loads(done('evaluate', place, '--json', '-q'))[0]['method'] == 'atm'
-    bare = SAE(SAEConfig(64, 80, 'topk', k=4)).save('bare')
-    row, = json.loads(done('evaluate', bare, '--model', 'planted', '--json', '-q'))
-    assert row['method'] == 'topk' and row['absorption']['full'] == planted_metrics(SAE.load(bare), PlantedWorld(WorldConfig()))['absorption']
+    (place,) = (r["sae"] for r in json.loads(done("train", "atm", *SMALL, "--json", "-q")))
+    assert json.loads(done("evaluate", place, "--json", "-q"))[0]["method"] == "atm"
+    bare = SAE(SAEConfig(64, 80, "topk", k=4)).save("bare")
+    (row,) = json.loads(done("evaluate", bare, "--model", "planted", "--json", "-q"))
+    assert (
+        row["method"] == "topk"
+        and row["absorption"]["full"]
+        == planted_metrics(SAE.load(bare), PlantedWorld(WorldConfig()))["absorption"]
+    )
 
 
 @pytest.fixture
@@ -284,211 +482,409 @@ def letters(monkeypatch):
     letter = torch.arange(26).repeat_interleave(20)
     x = torch.zeros(520, 48)
     x[range(520), letter] = x[range(520), 26 + torch.arange(20).repeat(26)] = 1
-    task = task_from_activations(x, pd.DataFrame({'text': [f'{LETTERS[l]}{i}' for i, l in enumerate(letter)], 'letter': [LETTERS[l] for l in letter]}), model='tiny', layer=1)
-    monkeypatch.setattr('atm_sae.absorption.get_task', lambda lm, layer: task)
+    task = task_from_activations(
+        x,
+        pd.DataFrame(
+            {
+                "text": [f"{LETTERS[l]}{i}" for i, l in enumerate(letter)],
+                "letter": [LETTERS[l] for l in letter],
+            }
+        ),
+        model="tiny",
+        layer=1,
+    )
+    monkeypatch.setattr("atm_sae.evals.first_letter.get_task", lambda lm, layer: task)
     return task
 
 
 def test_evaluate_on_a_model(model, foreign, letters, monkeypatch, tmp_path):
     sae, folder = foreign
-    tasks = [t for t in probing_tasks(n_texts=24) if t.group == 'tools']
-    monkeypatch.setattr('atm_sae.probing.probing_tasks', lambda: tasks)
-    status, out, err = run('evaluate', folder, '--model', model, '--tokens', 3000, '--eval-seeds', 2, '--saebench', tmp_path/'bench', '--json')
-    assert status == 0 and 'metrics: 100%' in err, err
-    row, = json.loads(out)
-    assert (row['method'], row['model'], row['layer']) == ('topk', model, 1)
-    core = reconstruction_metrics(sae, held_out(get_activations(ActivationSpec(model=model, layer=1, n_tokens=3000)), 20_000))
-    assert {k: row['core'][k] for k in core} == core
+    tasks = [t for t in probing_tasks(n_texts=24) if t.group == "tools"]
+    monkeypatch.setattr("atm_sae.evals.probing.probing_tasks", lambda: tasks)
+    status, out, err = run(
+        "evaluate",
+        folder,
+        "--model",
+        model,
+        "--tokens",
+        3000,
+        "--eval-seeds",
+        2,
+        "--saebench",
+        tmp_path / "bench",
+        "--json",
+    )
+    assert status == 0 and "metrics: 100%" in err, err
+    (row,) = json.loads(out)
+    assert (row["method"], row["model"], row["layer"]) == ("topk", model, 1)
+    core = reconstruction_metrics(
+        sae, held_out(get_activations(ActivationSpec(model=model, layer=1, n_tokens=3000)), 20_000)
+    )
+    assert {k: row["core"][k] for k in core} == core
     result = evaluate_absorption(sae, letters, eval_seeds=2)
-    assert (row['absorption']['full'], row['absorption']['fraction'], row['absorption']['eval_seeds']) == (result.full, result.fraction, 2)
-    assert row['absorption']['n_letters'] == 26 and row['absorption']['full_noise'] == result.noise['full']
+    assert (
+        row["absorption"]["full"],
+        row["absorption"]["fraction"],
+        row["absorption"]["eval_seeds"],
+    ) == (result.full, result.fraction, 2)
+    assert (
+        row["absorption"]["n_letters"] == 26
+        and row["absorption"]["full_noise"] == result.noise["full"]
+    )
     probing = evaluate_probing(sae, load_lm(model), 1, tasks).summary
-    assert {k: row['probing'][k] for k in probing} == probing and row['probing']['n_tasks'] == len(tasks)
-    bench = read_saebench(tmp_path/'bench').set_index('eval_type')
-    assert set(bench.index) == {'core', 'absorption_first_letter', 'sparse_probing'} and set(bench.sae_id) == {'mine'} and set(bench.layer) == {1}
-    assert bench.mean_full_absorption_score['absorption_first_letter'] == result.full and bench.l0['core'] == core['l0']
+    assert {k: row["probing"][k] for k in probing} == probing and row["probing"]["n_tasks"] == len(
+        tasks
+    )
+    bench = read_saebench(tmp_path / "bench").set_index("eval_type")
+    assert (
+        set(bench.index) == {"core", "absorption_first_letter", "sparse_probing"}
+        and set(bench.sae_id) == {"mine"}
+        and set(bench.layer) == {1}
+    )
+    assert (
+        bench.mean_full_absorption_score["absorption_first_letter"] == result.full
+        and bench.l0["core"] == core["l0"]
+    )
 
 
-@pytest.mark.parametrize('args, message', [
-    (['none'], 'none'), (['{planted}', '--metrics', 'core,loss'], "no metric 'loss'; there are core, absorption, probing"),
-    (['{planted}', '--metrics', 'probing'], 'the planted world has no texts'), (['{planted}', '--saebench', 'x'], 'SAEBench has no planted world'),
-    (['{planted}', '--model', '{model}'], 'give --model and --layer'), (['{planted}', '--model', '{model}', '--layer', '1', '--tokens', '3000', '--metrics', 'core'], 'the SAE reads width 8'),
-    (['{foreign}'], 'tiny is not in the local Hub cache'), (['{bare}'], 'does not say which model and layer'), (['{foreign}', '--eval-seeds', '0'], "Invalid value for '--eval-seeds'"),
-    (['{foreign}', '--model', '{model}', '--layer', '9'], 'has no layer 9')])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["none"], "none"),
+        (
+            ["{planted}", "--metrics", "core,loss"],
+            "no metric 'loss'; there are core, absorption, probing",
+        ),
+        (["{planted}", "--metrics", "probing"], "the planted world has no texts"),
+        (["{planted}", "--saebench", "x"], "SAEBench has no planted world"),
+        (["{planted}", "--model", "{model}"], "give --model and --layer"),
+        (
+            [
+                "{planted}",
+                "--model",
+                "{model}",
+                "--layer",
+                "1",
+                "--tokens",
+                "3000",
+                "--metrics",
+                "core",
+            ],
+            "the SAE reads width 8",
+        ),
+        (["{foreign}"], "tiny is not in the local Hub cache"),
+        (["{bare}"], "does not say which model and layer"),
+        (["{foreign}", "--eval-seeds", "0"], "Invalid value for '--eval-seeds'"),
+        (["{foreign}", "--model", "{model}", "--layer", "9"], "has no layer 9"),
+    ],
+)
 def test_wrong_evaluation(args, message, planted, model, foreign):
-    bare = SAE(SAEConfig(8, 16, 'topk', k=2)).save('bare')
-    assert message in fails('evaluate', *(a.format(planted=planted[1][0]['sae'], model=model, foreign=foreign[1], bare=bare) for a in args))
+    bare = SAE(SAEConfig(8, 16, "topk", k=2)).save("bare")
+    assert message in fails(
+        "evaluate",
+        *(
+            a.format(planted=planted[1][0]["sae"], model=model, foreign=foreign[1], bare=bare)
+            for a in args
+        ),
+    )
 
 
 # ---- reproduce
 
+
 def test_list_and_summary(toy):
-    code, out, _ = toy.cli('--list')
-    assert code == 0 and 'count   Counting  [never run]' in out and not toy.out.exists()
+    code, out, _ = toy.cli("--list")
+    assert code == 0 and "count   Counting  [never run]" in out and not toy.out.exists()
     code, out, _ = toy.cli()
-    assert code == 0 and '2 objects: 2 ok' in out and f'results: {toy.out/"index.md"}' in out
-    assert 'count   Counting  [up to date, took 0:0' in toy.cli('--list')[1]
-    assert toy.cli('--force', '--only', 'count')[1].count(' ok in ') == 1
+    assert code == 0 and "2 objects: 2 ok" in out and f"results: {toy.out / 'index.md'}" in out
+    assert "count   Counting  [up to date, took 0:0" in toy.cli("--list")[1]
+    assert toy.cli("--force", "--only", "count")[1].count(" ok in ") == 1
 
 
 def test_unknown_profile(toy):
-    for more in ([], ['--list']):
-        code, _, err = toy.cli('--profile', 'huge', *more)
+    for more in ([], ["--list"]):
+        code, _, err = toy.cli("--profile", "huge", *more)
         assert code == 2 and "unknown profile 'huge'; the manifest has smoke, default" in err
 
+
 def test_reproduce_json(toy):
-    rows = json.loads(toy.cli('--list', '--json')[1])
-    assert rows == [dict(name=n, title=t, state='never run', seconds=None) for n, t in (('double', 'Doubling'), ('count', 'Counting'))] and not toy.out.exists()
-    status, out, err = toy.cli('--json')
-    assert status == 0 and [(r['name'], r['state']) for r in json.loads(out)] == [('count', 'ok'), ('double', 'ok')]
-    assert '2 objects: 2 ok' in err and 'running 10_count.ipynb' in err
+    rows = json.loads(toy.cli("--list", "--json")[1])
+    assert (
+        rows
+        == [
+            dict(name=n, title=t, state="never run", seconds=None)
+            for n, t in (("double", "Doubling"), ("count", "Counting"))
+        ]
+        and not toy.out.exists()
+    )
+    status, out, err = toy.cli("--json")
+    assert status == 0 and [(r["name"], r["state"]) for r in json.loads(out)] == [
+        ("count", "ok"),
+        ("double", "ok"),
+    ]
+    assert "2 objects: 2 ok" in err and "running 10_count.ipynb" in err
 
 
 def test_only_takes_several_names(toy):
-    for args in (['--only', 'count', 'double'], ['--only', 'count', '--only', 'double'], ['count', 'double']):
-        assert [r['name'] for r in json.loads(toy.cli('--dry-run', '--json', *args)[1])] == ['count', 'double']
-    assert [r['name'] for r in json.loads(toy.cli('--dry-run', '--json', '--only', 'double')[1])] == ['double']
-    code, _, err = toy.cli('--only', 'triple')
+    for args in (
+        ["--only", "count", "double"],
+        ["--only", "count", "--only", "double"],
+        ["count", "double"],
+    ):
+        assert [r["name"] for r in json.loads(toy.cli("--dry-run", "--json", *args)[1])] == [
+            "count",
+            "double",
+        ]
+    assert [
+        r["name"] for r in json.loads(toy.cli("--dry-run", "--json", "--only", "double")[1])
+    ] == ["double"]
+    code, _, err = toy.cli("--only", "triple")
     assert code == 2 and "no object 'triple' in the manifest; it has double, count" in err
 
 
 def test_reproduce_says_what_failed(toy, monkeypatch):
-    (toy.path.parent/'10_count.ipynb').write_text((toy.path.parent/'10_count.ipynb').read_text().replace('head = ', 'head = nothing + '))
+    (toy.path.parent / "10_count.ipynb").write_text(
+        (toy.path.parent / "10_count.ipynb").read_text().replace("head = ", "head = nothing + ")
+    )
     code, out, _ = toy.cli()
-    assert code == 1 and '2 objects: 1 FAILED, 1 skipped' in out and '  FAILED count: NameError' in out
+    assert (
+        code == 1 and "2 objects: 1 FAILED, 1 skipped" in out and "  FAILED count: NameError" in out
+    )
 
 
 # ---- export and push
 
+
 def test_export(planted, tmp_path):
-    place = planted[1][0]['sae']
-    told = json.loads(done('export', place, tmp_path/'dl', '--format', 'dictionary-learning', '--json'))
-    assert told == dict(folder=str(tmp_path/'dl'), format='dictionary-learning', files=sorted(p.name for p in (tmp_path/'dl').iterdir()))
-    assert torch.allclose(from_pretrained(tmp_path/'dl').W_dec, SAE.load(place).W_dec, atol=1e-6)
-    assert done('export', place, tmp_path/'sl').startswith(f'{tmp_path/"sl"}: cfg.json, ')
+    place = planted[1][0]["sae"]
+    told = json.loads(
+        done("export", place, tmp_path / "dl", "--format", "dictionary-learning", "--json")
+    )
+    assert told == dict(
+        folder=str(tmp_path / "dl"),
+        format="dictionary-learning",
+        files=sorted(p.name for p in (tmp_path / "dl").iterdir()),
+    )
+    assert torch.allclose(from_pretrained(tmp_path / "dl").W_dec, SAE.load(place).W_dec, atol=1e-6)
+    assert done("export", place, tmp_path / "sl").startswith(f"{tmp_path / 'sl'}: cfg.json, ")
 
 
-@pytest.mark.parametrize('args, message', [
-    (['{sae}', 'new', '--format', 'gguf'], "unknown format 'gguf': choose one of saelens"), (['{sae}', '{sae}'], 'is there already'), (['./none', 'new'], 'no folder none')])
-def test_wrong_export(args, message, planted): assert message in fails('export', *(a.format(sae=planted[1][0]['sae']) for a in args))
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["{sae}", "new", "--format", "gguf"], "unknown format 'gguf': choose one of saelens"),
+        (["{sae}", "{sae}"], "is there already"),
+        (["./none", "new"], "no folder none"),
+    ],
+)
+def test_wrong_export(args, message, planted):
+    assert message in fails("export", *(a.format(sae=planted[1][0]["sae"]) for a in args))
 
 
 def test_push_dry_run_shows_card_and_files(foreign, tmp_path):
-    scores = [dict(sae='x', model='m', layer=1, core=dict(l0=4.97, fvu=.3, explained_variance=.7), absorption=dict(full=.012, n_letters=22, full_noise=None))]
-    (tmp_path/'scores.json').write_text(json.dumps(scores))
-    shown = done('push', foreign[1], 'me/mine', '--metrics', tmp_path/'scores.json', '--dry-run')
-    assert shown.startswith('would send to me/mine: README.md, cfg.json, sae_weights.safetensors\n\n---\n')
-    named = dict(l0=4.97, explained_variance=.7, mean_full_absorption_score=.012)
-    assert cli._card_scores(tmp_path/'scores.json') == named and shown.endswith(model_card(foreign[0], named, 'me/mine') + '\n')
-    (tmp_path/'scores.json').write_text(json.dumps(scores * 2))
-    assert 'does not hold the metrics of one SAE' in fails('push', foreign[1], 'me/mine', '--metrics', tmp_path/'scores.json', '--dry-run')
+    scores = [
+        dict(
+            sae="x",
+            model="m",
+            layer=1,
+            core=dict(l0=4.97, fvu=0.3, explained_variance=0.7),
+            absorption=dict(full=0.012, n_letters=22, full_noise=None),
+        )
+    ]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    shown = done("push", foreign[1], "me/mine", "--metrics", tmp_path / "scores.json", "--dry-run")
+    assert shown.startswith(
+        "would send to me/mine: README.md, cfg.json, sae_weights.safetensors\n\n---\n"
+    )
+    named = dict(l0=4.97, explained_variance=0.7, mean_full_absorption_score=0.012)
+    assert cli._card_scores(tmp_path / "scores.json") == named and shown.endswith(
+        model_card(foreign[0], named, "me/mine") + "\n"
+    )
+    (tmp_path / "scores.json").write_text(json.dumps(scores * 2))
+    assert "does not hold the metrics of one SAE" in fails(
+        "push", foreign[1], "me/mine", "--metrics", tmp_path / "scores.json", "--dry-run"
+    )
 
 
 def test_push_hands_everything_on(foreign, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr('atm_sae.pretrained.push_to_hub', lambda *a, **k: asked.append((a, k)) or 'https://the.hub/me/mine')
-    (tmp_path/'flat.json').write_text('{"l0": 5.0, "note": "x"}')
-    args = ['--private', '--revision', 'v2', '--message', 'hello', '--metrics', tmp_path/'flat.json']
-    assert done('push', foreign[1], 'me/mine', *args) == 'https://the.hub/me/mine\n'
+    monkeypatch.setattr(
+        "atm_sae.sae.formats.push_to_hub",
+        lambda *a, **k: asked.append((a, k)) or "https://the.hub/me/mine",
+    )
+    (tmp_path / "flat.json").write_text('{"l0": 5.0, "note": "x"}')
+    args = [
+        "--private",
+        "--revision",
+        "v2",
+        "--message",
+        "hello",
+        "--metrics",
+        tmp_path / "flat.json",
+    ]
+    assert done("push", foreign[1], "me/mine", *args) == "https://the.hub/me/mine\n"
     (sae, repo), more = asked[0]
-    assert torch.equal(sae.W_dec, foreign[0].W_dec) and repo == 'me/mine'
-    assert more == dict(metrics={'l0': 5.}, private=True, revision='v2', commit_message='hello')
+    assert torch.equal(sae.W_dec, foreign[0].W_dec) and repo == "me/mine"
+    assert more == dict(metrics={"l0": 5.0}, private=True, revision="v2", commit_message="hello")
 
 
-def test_push_without_network(foreign): assert 'me/mine' in fails('push', foreign[1], 'me/mine') and 'no folder' in fails('push', './none', 'me/mine')
+def test_push_without_network(foreign):
+    assert "me/mine" in fails("push", foreign[1], "me/mine") and "no folder" in fails(
+        "push", "./none", "me/mine"
+    )
 
 
 # ---- completion
 
-def completed(words, kind='bash'):
+
+def completed(words, kind="bash"):
     "What the program offers for the last of the words."
-    words = f'atm-sae {words}'
-    env = dict(bash=dict(COMP_WORDS=words, COMP_CWORD=str(len(words.split(' ')) - 1)), zsh=dict(_TYPER_COMPLETE_ARGS=words),
-               fish=dict(_TYPER_COMPLETE_ARGS=words, _TYPER_COMPLETE_FISH_ACTION='get-args'))[kind]
+    words = f"atm-sae {words}"
+    env = dict(
+        bash=dict(COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)),
+        zsh=dict(_TYPER_COMPLETE_ARGS=words),
+        fish=dict(_TYPER_COMPLETE_ARGS=words, _TYPER_COMPLETE_FISH_ACTION="get-args"),
+    )[kind]
     code = 'import sys; from atm_sae.cli import main; sys.argv = ["atm-sae"]; status = main(); sys.exit(9 if "torch" in sys.modules else status)'
-    return ended(shell(code=code, _ATM_SAE_COMPLETE=f'complete_{kind}', **env))[1]
+    return ended(shell(code=code, _ATM_SAE_COMPLETE=f"complete_{kind}", **env))[1]
 
 
 def test_completion_of_names():
-    assert completed('train bat').split() == [m for m in METHODS if m.startswith('bat')]
-    assert completed('reproduce --only pla').split() == ['planted'] == completed('reproduce --only evaluator pla').split()
-    assert completed('reproduce --profile ').split() == ['smoke', 'default', 'full', 'gemma', 'gemma-long']
-    assert completed('export a b --format g').split() == ['gemma-scope'] and 'evaluate' in completed('ev')
+    assert completed("train bat").split() == [m for m in METHODS if m.startswith("bat")]
+    assert (
+        completed("reproduce --only pla").split()
+        == ["planted"]
+        == completed("reproduce --only evaluator pla").split()
+    )
+    assert completed("reproduce --profile ").split() == [
+        "smoke",
+        "default",
+        "full",
+        "gemma",
+        "gemma-long",
+    ]
+    assert completed("export a b --format g").split() == [
+        "gemma-scope"
+    ] and "evaluate" in completed("ev")
 
 
-@pytest.mark.parametrize('kind, shape', [('zsh', '"planted":"Absorption where'), ('fish', 'planted\tAbsorption where')])
-def test_completion_of_other_shells(kind, shape): assert shape in completed('reproduce --only pla', kind)
+@pytest.mark.parametrize(
+    "kind, shape", [("zsh", '"planted":"Absorption where'), ("fish", "planted\tAbsorption where")]
+)
+def test_completion_of_other_shells(kind, shape):
+    assert shape in completed("reproduce --only pla", kind)
 
 
-@pytest.mark.parametrize('kind, word', [('bash', 'complete -o default -F'), ('zsh', '#compdef atm-sae'), ('fish', 'complete --command atm-sae')])
+@pytest.mark.parametrize(
+    "kind, word",
+    [
+        ("bash", "complete -o default -F"),
+        ("zsh", "#compdef atm-sae"),
+        ("fish", "complete --command atm-sae"),
+    ],
+)
 def test_completion_scripts(kind, word):
-    status, out, _ = ended(shell(_ATM_SAE_COMPLETE=f'source_{kind}'))
+    status, out, _ = ended(shell(_ATM_SAE_COMPLETE=f"source_{kind}"))
     assert status == 0 and word in out
 
 
 def test_completion_reads_the_given_manifest_and_survives_a_broken_one(tmp_path):
-    path = tmp_path/'m.yaml'
-    path.write_text('profiles: {quick: {}}\nobjects: [{name: one, title: One}]')
-    assert completed(f'reproduce --manifest {path} --only o').split() == ['one'] and completed(f'reproduce --manifest {path} --profile ').split() == ['quick']
-    path.write_text('objects: [')
-    assert completed(f'reproduce --manifest {path} --only ').split() == []
+    path = tmp_path / "m.yaml"
+    path.write_text("profiles: {quick: {}}\nobjects: [{name: one, title: One}]")
+    assert completed(f"reproduce --manifest {path} --only o").split() == ["one"] and completed(
+        f"reproduce --manifest {path} --profile "
+    ).split() == ["quick"]
+    path.write_text("objects: [")
+    assert completed(f"reproduce --manifest {path} --only ").split() == []
 
 
 # ---- the package's names
 
+
 def test_names_are_lazy_and_the_same_for_type_checkers():
-    tree = ast.parse((ROOT/'atm_sae/__init__.py').read_text())
-    block, = (node for node in tree.body if isinstance(node, ast.If))
-    seen = {node.module.removeprefix('atm_sae.'): [a.name for a in node.names] for node in block.body}
-    assert all(a.name == a.asname for node in block.body for a in node.names) and seen == atm_sae._NAMES
+    tree = ast.parse((ROOT / "atm_sae/__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        node.module.removeprefix("atm_sae."): [a.name for a in node.names] for node in block.body
+    }
+    assert (
+        all(a.name == a.asname for node in block.body for a in node.names)
+        and seen == atm_sae._NAMES
+    )
     code = 'import sys, atm_sae; assert "torch" not in sys.modules; from atm_sae import *; assert SAE and set(atm_sae.__all__) <= set(dir(atm_sae)) & globals().keys()'
-    assert ended(shell(code=code)) == (0, '', '')
+    assert ended(shell(code=code)) == (0, "", "")
 
 
 def test_names_are_those_of_their_modules():
     for module, names in atm_sae._NAMES.items():
-        for name in names: assert getattr(atm_sae, name) is getattr(sys.modules[f'atm_sae.{module}'], name)
-    with pytest.raises(AttributeError, match="module 'atm_sae' has no attribute 'nothing'"): atm_sae.nothing
-    with pytest.raises(ImportError): exec('from atm_sae import nothing')
+        for name in names:
+            assert getattr(atm_sae, name) is getattr(sys.modules[f"atm_sae.{module}"], name)
+    with pytest.raises(AttributeError, match="module 'atm_sae' has no attribute 'nothing'"):
+        atm_sae.nothing
+    with pytest.raises(ImportError):
+        exec("from atm_sae import nothing")
 
 
 def test_train_is_the_function_whatever_was_imported_first():
     code = 'import atm_sae.train, atm_sae; from atm_sae import train; assert callable(train) and atm_sae.train is train is sys.modules["atm_sae.train"].train'
-    assert ended(shell(code=f'import sys; {code}'))[0] == 0
-    assert isinstance(sys.modules['atm_sae.sae'], type(sys)) and atm_sae.sae is sys.modules['atm_sae.sae']
+    assert ended(shell(code=f"import sys; {code}"))[0] == 0
+    assert (
+        isinstance(sys.modules["atm_sae.sae"], type(sys))
+        and atm_sae.sae is sys.modules["atm_sae.sae"]
+    )
 
 
 # ---- files that describe the package
 
+
 def test_citation():
-    citation = yaml.safe_load((ROOT/'CITATION.cff').read_text())
-    assert citation['cff-version'] == '1.2.0' and citation['version'] == atm_sae.__version__ and {'message', 'title', 'authors'} <= citation.keys()
-    paper, = citation['references']
-    assert paper['identifiers'][0]['value'] == 'arXiv:2510.08855' and paper['type'] and paper['title'] in (ROOT/'README.md').read_text().replace('\n', ' ')
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (
+        citation["cff-version"] == "1.2.0"
+        and citation["version"] == atm_sae.__version__
+        and {"message", "title", "authors"} <= citation.keys()
+    )
+    (paper,) = citation["references"]
+    assert (
+        paper["identifiers"][0]["value"] == "arXiv:2510.08855"
+        and paper["type"]
+        and paper["title"] in (ROOT / "README.md").read_text().replace("\n", " ")
+    )
 
 
 def test_changelog_names_the_version():
-    versions = re.findall(r'^## \[([^\]]+)\] - (\S+)$', (ROOT/'CHANGELOG.md').read_text(), re.M)
-    assert versions[0][0] == atm_sae.__version__ and all(date == 'Unreleased' or re.fullmatch(r'\d{4}-\d\d-\d\d', date) for _, date in versions)
+    versions = re.findall(r"^## \[([^\]]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert versions[0][0] == atm_sae.__version__ and all(
+        date == "Unreleased" or re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in versions
+    )
 
 
 def test_pyproject_names_command_and_types():
-    project = tomllib.loads((ROOT/'pyproject.toml').read_text())
-    assert project['project']['scripts'] == {'atm-sae': 'atm_sae.cli:main'} and 'Typing :: Typed' in project['project']['classifiers']
-    assert any(d.startswith('typer') for d in project['project']['dependencies'])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (
+        project["project"]["scripts"] == {"atm-sae": "atm_sae.cli:main"}
+        and "Typing :: Typed" in project["project"]["classifiers"]
+    )
+    assert any(d.startswith("typer") for d in project["project"]["dependencies"])
 
 
 def test_wheel_holds_the_types_marker(tmp_path):
     import shutil
-    setuptools = pytest.importorskip('setuptools', minversion='77')
-    copy = tmp_path/'project'
-    shutil.copytree(ROOT/'atm_sae', copy/'atm_sae', ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, copy)
-    code = 'import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])'
-    built = subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=copy, capture_output=True, text=True)
+
+    setuptools = pytest.importorskip("setuptools", minversion="77")
+    copy = tmp_path / "project"
+    shutil.copytree(
+        ROOT / "atm_sae", copy / "atm_sae", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    built = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=copy, capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr
-    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
-        assert 'atm_sae/py.typed' in names and 'atm_sae/cli.py' in names
-        entry = next(n for n in names if n.endswith('entry_points.txt'))
-        assert 'atm-sae = atm_sae.cli:main' in wheel.read(entry).decode()
+        assert "atm_sae/py.typed" in names and "atm_sae/cli.py" in names
+        entry = next(n for n in names if n.endswith("entry_points.txt"))
+        assert "atm-sae = atm_sae.cli:main" in wheel.read(entry).decode()

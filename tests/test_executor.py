@@ -1,4 +1,5 @@
 "Grids of runs on a real Dask cluster of two workers: the same SAEs, sent back from caches elsewhere; what is made only once; errors."
+
 import json
 import os
 import subprocess
@@ -9,194 +10,335 @@ import time
 import distributed
 import pytest
 
-from atm_sae.core import folder_sha256
-from atm_sae.train import executor_pool, get_run, is_complete, recipe, run_folder, run_grid
+from atm_sae.artefacts import folder_sha256
+from atm_sae.train.runs import executor_pool, get_run, is_complete, recipe, run_folder, run_grid
 from test_cli import SMALL, done, fails, spec as cli_spec
-from test_train import WORLD, cache, small, training, weights   # cache is a fixture, of every test
+from test_train import WORLD, cache, small, training, weights  # cache is a fixture, of every test
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def client():
     "Two processes with one thread each."
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=':0') as cluster, distributed.Client(cluster) as client: yield client
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=":0"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
 
 def settle(client, places):
     "Give each worker a cache."
-    for worker, place in zip(client.scheduler_info()['workers'], places, strict=True):
-        client.run(lambda place: os.environ.update(ATM_SAE_CACHE=place), str(place), workers=[worker])
+    for worker, place in zip(client.scheduler_info()["workers"], places, strict=True):
+        client.run(
+            lambda place: os.environ.update(ATM_SAE_CACHE=place), str(place), workers=[worker]
+        )
+
 
 @pytest.fixture
 def far(client, tmp_path):
     "The caches of two workers that have no disk in common with the client, nor with each other."
-    settle(client, places := [tmp_path / 'a', tmp_path / 'b'])
+    settle(client, places := [tmp_path / "a", tmp_path / "b"])
     return places
 
+
 @pytest.fixture
-def dask(client): return f'dask:{client.scheduler.address}'
+def dask(client):
+    return f"dask:{client.scheduler.address}"
+
 
 @pytest.fixture
 def quick(monkeypatch):
     "Clients that wait for a fifth of a second instead of twenty."
-    monkeypatch.setattr(distributed, 'Client', lambda address, timeout, client=distributed.Client: client(address, timeout=timeout / 100))
+    monkeypatch.setattr(
+        distributed,
+        "Client",
+        lambda address, timeout, client=distributed.Client: client(address, timeout=timeout / 100),
+    )
 
-NOBODY = 'dask:tcp://127.0.0.1:1'   # no scheduler listens there
 
-def made_by(place): return {p.name for p in place.glob('runs/*') if (p / 'run.json').exists()}
-def snapshots(run): return {step: {n: t.tolist() for n, t in s.items()} for step, s in run.history.snapshots.items()}
-def keys(specs): return {s.key for s in specs}
+NOBODY = "dask:tcp://127.0.0.1:1"  # no scheduler listens there
+
+
+def made_by(place):
+    return {p.name for p in place.glob("runs/*") if (p / "run.json").exists()}
+
+
+def snapshots(run):
+    return {
+        step: {n: t.tolist() for n, t in s.items()} for step, s in run.history.snapshots.items()
+    }
+
+
+def keys(specs):
+    return {s.key for s in specs}
 
 
 # ---- the same runs
 
+
 def test_a_grid_on_two_workers_is_the_grid_in_this_process(far, dask, cache, monkeypatch, tmp_path):
-    specs = [small('topk'), small('atm'), small('matryoshka+atm', draw='nested', rescale=True), small('jumprelu'), small('topk')]
+    specs = [
+        small("topk"),
+        small("atm"),
+        small("matryoshka+atm", draw="nested", rescale=True),
+        small("jumprelu"),
+        small("topk"),
+    ]
     many = run_grid(specs, progress=False, executor=dask)
-    assert [r.spec for r in many] == specs and {r.folder.parent for r in many} == {cache / 'runs'}
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path / 'alone'))
+    assert [r.spec for r in many] == specs and {r.folder.parent for r in many} == {cache / "runs"}
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
     for a, b in zip(many, run_grid(specs, workers=1, progress=False)):
-        assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table) and a.history.scale == b.history.scale
+        assert (
+            weights(a.sae) == weights(b.sae)
+            and a.history.table.equals(b.history.table)
+            and a.history.scale == b.history.scale
+        )
         assert snapshots(a) == snapshots(b)
-    assert {r.spec.method for r in many if snapshots(r).keys() == {10, 30}} == {'atm', 'matryoshka+atm'}   # others have no mask
+    assert {r.spec.method for r in many if snapshots(r).keys() == {10, 30}} == {
+        "atm",
+        "matryoshka+atm",
+    }  # others have no mask
+
 
 def test_workers_with_disks_of_their_own_send_whole_runs_back(far, dask, cache):
-    specs = [small('topk', seed=s) for s in range(4)]
+    specs = [small("topk", seed=s) for s in range(4)]
     run_grid(specs, progress=False, executor=dask)
     here, there = made_by(cache), [made_by(place) for place in far]
-    assert here == keys(specs) and all(there) and there[0] | there[1] == here and not there[0] & there[1]   # both worked, on runs of their own
+    assert (
+        here == keys(specs)
+        and all(there)
+        and there[0] | there[1] == here
+        and not there[0] & there[1]
+    )  # both worked, on runs of their own
     for place in far:
-        for key in made_by(place): assert folder_sha256(place / 'runs' / key) == folder_sha256(cache / 'runs' / key)
-    assert {p.name for p in (cache / 'runs').iterdir()} == here
+        for key in made_by(place):
+            assert folder_sha256(place / "runs" / key) == folder_sha256(cache / "runs" / key)
+    assert {p.name for p in (cache / "runs").iterdir()} == here
 
-def test_a_blind_control_finds_or_makes_its_twin_where_it_is_trained(far, dask, cache, monkeypatch, tmp_path):
-    blind, twin = [[small(m, seed=s) for s in (0, 1)] for m in ('dropout', 'atm')]
+
+def test_a_blind_control_finds_or_makes_its_twin_where_it_is_trained(
+    far, dask, cache, monkeypatch, tmp_path
+):
+    blind, twin = [[small(m, seed=s) for s in (0, 1)] for m in ("dropout", "atm")]
     many = run_grid(blind, progress=False, executor=dask)
     assert made_by(cache) == keys(blind + twin)
-    for place in far: assert keys([training._twin(s) for s in blind if s.key in made_by(place)]) <= made_by(place)
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path / 'alone'))
-    for run in many: assert weights(run.sae) == weights(get_run(run.spec).sae)
+    for place in far:
+        assert keys([training._twin(s) for s in blind if s.key in made_by(place)]) <= made_by(place)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
+    for run in many:
+        assert weights(run.sae) == weights(get_run(run.spec).sae)
+
 
 def test_workers_on_a_common_disk_leave_runs_where_they_are(client, dask, cache, monkeypatch):
     settle(client, [cache, cache])
-    monkeypatch.setattr(training, 'atomic_folder', None)   # nothing can be received
-    assert [r.spec.seed for r in run_grid([small('topk'), small('topk', seed=1)], progress=False, executor=dask)] == [0, 1]
+    monkeypatch.setattr(training, "atomic_folder", None)  # nothing can be received
+    assert [
+        r.spec.seed
+        for r in run_grid([small("topk"), small("topk", seed=1)], progress=False, executor=dask)
+    ] == [0, 1]
 
 
 # ---- what is there already
 
+
 def test_complete_runs_are_not_made_again(far, dask, cache):
-    old, new = small('topk'), small('topk', seed=1)
-    record = get_run(old).folder / 'run.json'
+    old, new = small("topk"), small("topk", seed=1)
+    record = get_run(old).folder / "run.json"
     before = record.stat().st_mtime_ns
     run_grid([old, new], progress=False, executor=dask)
     assert made_by(far[0]) | made_by(far[1]) == {new.key} and record.stat().st_mtime_ns == before
-    assert [r.spec for r in run_grid([old, new], progress=False, executor=NOBODY)] == [old, new]   # needs no cluster
+    assert [r.spec for r in run_grid([old, new], progress=False, executor=NOBODY)] == [
+        old,
+        new,
+    ]  # needs no cluster
+
 
 def test_what_comes_back_takes_the_place_of_a_run_that_was_stopped(far, dask, monkeypatch):
-    spec = small('atm')
+    spec = small("atm")
     with monkeypatch.context() as patch:
-        patch.setattr(training, '_save_history', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt): get_run(spec)
-    assert (run_folder(spec) / 'checkpoint.safetensors').exists() and not is_complete(spec)
-    run, = run_grid([spec], progress=False, executor=dask)
-    assert sorted(p.name for p in run.folder.iterdir()) == ['history.csv', 'run.json', 'sae', 'snapshots.safetensors']
+        patch.setattr(
+            training, "_save_history", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            get_run(spec)
+    assert (run_folder(spec) / "checkpoint.safetensors").exists() and not is_complete(spec)
+    (run,) = run_grid([spec], progress=False, executor=dask)
+    assert sorted(p.name for p in run.folder.iterdir()) == [
+        "history.csv",
+        "run.json",
+        "sae",
+        "snapshots.safetensors",
+    ]
+
 
 def test_a_run_is_received_wholly_or_not_at_all(cache):
-    spec = small('topk')
-    with pytest.raises(TypeError): training._receive(spec, {'run.json': json.dumps(dict(key=spec.key)).encode(), 'sae/cfg.json': 'not bytes'})
-    assert list(cache.rglob('*')) == [cache / 'runs']
+    spec = small("topk")
+    with pytest.raises(TypeError):
+        training._receive(
+            spec, {"run.json": json.dumps(dict(key=spec.key)).encode(), "sae/cfg.json": "not bytes"}
+        )
+    assert list(cache.rglob("*")) == [cache / "runs"]
+
 
 def test_a_run_that_other_code_made_is_not_received(far, dask, client, cache):
     "A worker whose package is another version hashes to another key."
+
     def other_code(version):
-        import atm_sae.train, sys   # noqa: E401
-        sys.modules['atm_sae.train']._code = lambda: version
-    client.run(other_code, 'older')
+        import atm_sae.train.runs, sys  # noqa: E401
+
+        sys.modules["atm_sae.train.runs"]._code = lambda: version
+
+    client.run(other_code, "older")
     try:
-        with pytest.raises(RuntimeError, match=r'a worker trained "topk, L0 3, seed 0" with other code \(key [0-9a-f]{16}, here [0-9a-f]{16}\): install the same atm-sae'):
-            run_grid([small('topk')], progress=False, executor=dask)
-    finally: client.run(other_code, training._code())
-    assert not is_complete(small('topk'))
+        with pytest.raises(
+            RuntimeError,
+            match=r'a worker trained "topk, L0 3, seed 0" with other code \(key [0-9a-f]{16}, here [0-9a-f]{16}\): install the same atm-sae',
+        ):
+            run_grid([small("topk")], progress=False, executor=dask)
+    finally:
+        client.run(other_code, training._code())
+    assert not is_complete(small("topk"))
 
 
 # ---- which executor
 
-@pytest.mark.parametrize('name, pool, address', [('processes', '_processes', ''), ('dask', '_dask', ''), ('dask:tcp://10.0.0.1:8786', '_dask', 'tcp://10.0.0.1:8786')])
-def test_names_of_executors(name, pool, address): assert executor_pool(name) == (getattr(training, pool), address)
 
-@pytest.mark.parametrize('name', ['slurm', 'Dask', 'processes:2', ':tcp://10.0.0.1:8786'])
+@pytest.mark.parametrize(
+    "name, pool, address",
+    [
+        ("processes", "_processes", ""),
+        ("dask", "_dask", ""),
+        ("dask:tcp://10.0.0.1:8786", "_dask", "tcp://10.0.0.1:8786"),
+    ],
+)
+def test_names_of_executors(name, pool, address):
+    assert executor_pool(name) == (getattr(training, pool), address)
+
+
+@pytest.mark.parametrize("name", ["slurm", "Dask", "processes:2", ":tcp://10.0.0.1:8786"])
 def test_unknown_executor(name, cache):
-    with pytest.raises(ValueError, match=f"unknown executor '{name}': use 'processes', 'dask' or 'dask:ADDRESS'"): run_grid([small('topk')], executor=name)
+    with pytest.raises(
+        ValueError, match=f"unknown executor '{name}': use 'processes', 'dask' or 'dask:ADDRESS'"
+    ):
+        run_grid([small("topk")], executor=name)
     assert not cache.exists()
 
+
 def test_the_environment_names_an_executor(far, dask, monkeypatch):
-    spec, other = small('topk'), small('topk', seed=1)
-    monkeypatch.setenv('ATM_SAE_EXECUTOR', dask)
+    spec, other = small("topk"), small("topk", seed=1)
+    monkeypatch.setenv("ATM_SAE_EXECUTOR", dask)
     run_grid([spec], progress=False)
     assert made_by(far[0]) | made_by(far[1]) == {spec.key}
-    run_grid([other], workers=1, progress=False, executor='processes')   # the argument goes first
+    run_grid([other], workers=1, progress=False, executor="processes")  # the argument goes first
     assert is_complete(other) and made_by(far[0]) | made_by(far[1]) == {spec.key}
-    monkeypatch.setenv('ATM_SAE_EXECUTOR', 'slurm')
-    with pytest.raises(ValueError, match="unknown executor 'slurm'"): run_grid([spec], progress=False)
-    monkeypatch.setenv('ATM_SAE_EXECUTOR', '')
+    monkeypatch.setenv("ATM_SAE_EXECUTOR", "slurm")
+    with pytest.raises(ValueError, match="unknown executor 'slurm'"):
+        run_grid([spec], progress=False)
+    monkeypatch.setenv("ATM_SAE_EXECUTOR", "")
     assert run_grid([spec], progress=False)[0].spec == spec
 
 
 # ---- errors
 
+
 def test_the_run_that_failed_is_named(far, dask):
-    bad = [recipe('topk', WORLD, d_in=9, d_sae=16, l0=3, steps=5, seed=s) for s in (3, 4)]
-    with pytest.raises(RuntimeError, match=r'run "topk, L0 3, seed [34]" \([0-9a-f]{16}\) failed: ValueError: the data are 8 wide, but the SAE has d_in = 9'):
+    bad = [recipe("topk", WORLD, d_in=9, d_sae=16, l0=3, steps=5, seed=s) for s in (3, 4)]
+    with pytest.raises(
+        RuntimeError,
+        match=r'run "topk, L0 3, seed [34]" \([0-9a-f]{16}\) failed: ValueError: the data are 8 wide, but the SAE has d_in = 9',
+    ):
         run_grid(bad, progress=False, executor=dask)
+
 
 def test_a_failure_does_not_wait_for_the_others(cache):
     "The long run would take hours on the second worker of a cluster that ends with the grid."
-    bad, long = recipe('topk', WORLD, d_in=9, d_sae=16, l0=3, steps=5), small('topk', steps=10**7)
-    with pytest.raises(RuntimeError, match='the data are 8 wide'): run_grid([long, bad], progress=False, executor='dask')
+    bad, long = recipe("topk", WORLD, d_in=9, d_sae=16, l0=3, steps=5), small("topk", steps=10**7)
+    with pytest.raises(RuntimeError, match="the data are 8 wide"):
+        run_grid([long, bad], progress=False, executor="dask")
+
 
 def test_the_scheduler_is_lost(tmp_path, cache):
-    where = tmp_path / 'scheduler.json'
-    command = [sys.executable, '-m', 'distributed.cli.dask_scheduler', '--port', '0', '--no-dashboard', '--scheduler-file', str(where)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as scheduler:
-        while not where.exists() or not where.read_text(): time.sleep(.1)
-        threading.Timer(3, scheduler.kill).start()    # no worker ever comes, so the run waits
-        with pytest.raises(ConnectionError, match='the Dask scheduler was lost: 1 runs are to be made'):
-            run_grid([small('topk')], progress=False, executor=f'dask:{json.loads(where.read_text())["address"]}')
+    where = tmp_path / "scheduler.json"
+    command = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--port",
+        "0",
+        "--no-dashboard",
+        "--scheduler-file",
+        str(where),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as scheduler:
+        while not where.exists() or not where.read_text():
+            time.sleep(0.1)
+        threading.Timer(3, scheduler.kill).start()  # no worker ever comes, so the run waits
+        with pytest.raises(
+            ConnectionError, match="the Dask scheduler was lost: 1 runs are to be made"
+        ):
+            run_grid(
+                [small("topk")],
+                progress=False,
+                executor=f"dask:{json.loads(where.read_text())['address']}",
+            )
+
 
 def test_no_scheduler_answers(quick, cache):
-    with pytest.raises(ConnectionError, match=r'no Dask scheduler answers at tcp://127.0.0.1:1 \(.*\): start one \(dask scheduler\), or check the address'):
-        run_grid([small('topk')], progress=False, executor=NOBODY)
-    assert not is_complete(small('topk'))
+    with pytest.raises(
+        ConnectionError,
+        match=r"no Dask scheduler answers at tcp://127.0.0.1:1 \(.*\): start one \(dask scheduler\), or check the address",
+    ):
+        run_grid([small("topk")], progress=False, executor=NOBODY)
+    assert not is_complete(small("topk"))
+
 
 def test_distributed_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'distributed', None)
-    for name in ('dask', NOBODY):
-        with pytest.raises(ImportError, match=r'the executor dask needs Dask distributed: pip install "atm-sae\[cluster\]"'): run_grid([small('topk')], progress=False, executor=name)
-    assert run_grid([small('topk')], workers=1, progress=False)   # others do without
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    for name in ("dask", NOBODY):
+        with pytest.raises(
+            ImportError,
+            match=r'the executor dask needs Dask distributed: pip install "atm-sae\[cluster\]"',
+        ):
+            run_grid([small("topk")], progress=False, executor=name)
+    assert run_grid([small("topk")], workers=1, progress=False)  # others do without
 
 
 # ---- from the command line
 
+
 def test_train_on_a_cluster_of_its_own():
-    out = done('train', 'topk', 'atm', *SMALL, '--workers', 2, '--executor', 'dask', '-q')
-    for method in ('topk', 'atm'):
+    out = done("train", "topk", "atm", *SMALL, "--workers", 2, "--executor", "dask", "-q")
+    for method in ("topk", "atm"):
         spec = cli_spec(method)
-        assert is_complete(spec) and str(run_folder(spec) / 'sae') in out
+        assert is_complete(spec) and str(run_folder(spec) / "sae") in out
+
 
 def test_train_a_single_run_on_a_given_cluster(far, dask):
-    done('train', 'topk', *SMALL, '--executor', dask, '-q')
+    done("train", "topk", *SMALL, "--executor", dask, "-q")
     assert made_by(far[0]) | made_by(far[1]) == {cli_spec().key}
 
+
 def test_wrong_executors(quick):
-    assert "unknown executor 'slurm': use 'processes', 'dask' or 'dask:ADDRESS'" in fails('train', 'topk', *SMALL, '--executor', 'slurm')
-    assert 'no Dask scheduler answers at tcp://127.0.0.1:1' in fails('train', 'topk', *SMALL, '-q', '--executor', NOBODY)
-    assert "unknown executor 'slurm'" in fails('reproduce', '--dry-run', '--executor', 'slurm')
+    assert "unknown executor 'slurm': use 'processes', 'dask' or 'dask:ADDRESS'" in fails(
+        "train", "topk", *SMALL, "--executor", "slurm"
+    )
+    assert "no Dask scheduler answers at tcp://127.0.0.1:1" in fails(
+        "train", "topk", *SMALL, "-q", "--executor", NOBODY
+    )
+    assert "unknown executor 'slurm'" in fails("reproduce", "--dry-run", "--executor", "slurm")
+
 
 def test_a_missing_distributed_is_no_surprise(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'distributed', None)
-    said = fails('train', 'topk', *SMALL, '-q', '--executor', 'dask')
-    assert 'pip install "atm-sae[cluster]"' in said and 'unexpected' not in said
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    said = fails("train", "topk", *SMALL, "-q", "--executor", "dask")
+    assert 'pip install "atm-sae[cluster]"' in said and "unexpected" not in said
+
 
 def test_a_single_run_obeys_the_environment(far, dask, monkeypatch):
-    monkeypatch.setenv('ATM_SAE_EXECUTOR', dask)
-    done('train', 'topk', *SMALL, '-q')
+    monkeypatch.setenv("ATM_SAE_EXECUTOR", dask)
+    done("train", "topk", *SMALL, "-q")
     assert made_by(far[0]) | made_by(far[1]) == {cli_spec().key}

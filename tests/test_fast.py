@@ -1,145 +1,241 @@
 "Skipping the zeros gives what the dense loss gives: loss, gradients, ATM's statistics and whole trainings."
+
 import pytest
 import torch
 
-from atm_sae import sae as sae_module
-from atm_sae.atm import ATMConfig, contribution, make_masker
-from atm_sae.sae import ARCHITECTURES, SAE, Entries, Everywhere, SAEConfig, find_entries, nested_share
-from atm_sae.train import TrainConfig, keep_freed_memory, train
+from atm_sae.sae import sae as sae_module
+from atm_sae.sae.atm import ATMConfig, contribution, make_masker
+from atm_sae.sae.sae import ARCHITECTURES, SAE, SAEConfig, nested_share
+from atm_sae.sae.sparse import Entries, Everywhere, find_entries
+from atm_sae.train.loop import TrainConfig, keep_freed_memory, train
 
 D, F, B = 24, 300, 50
-SIZES = dict(standard=dict(l1=.1), tanh=dict(l1=.1, penalty='tanh'), topk=dict(k=4), batchtopk=dict(k=4), matryoshka=dict(k=4), jumprelu=dict(target_l0=5., init_threshold=.5))
+SIZES = dict(
+    standard=dict(l1=0.1),
+    tanh=dict(l1=0.1, penalty="tanh"),
+    topk=dict(k=4),
+    batchtopk=dict(k=4),
+    matryoshka=dict(k=4),
+    jumprelu=dict(target_l0=5.0, init_threshold=0.5),
+)
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
 
 def sparse_sae(architecture):
     "An SAE of which some 2% of the latents fire on `samples()`, with biases that are not zero."
-    sae = SAE(SAEConfig(D, F, 'standard' if architecture == 'tanh' else architecture, seed=2, **SIZES[architecture]))
-    sae.b_dec.data = .05 * torch.randn(D, generator=gen(1))
-    sae.b_enc.data = .02 * torch.randn(F, generator=gen(2)) - (.4 if architecture in ('standard', 'tanh') else 0)
+    sae = SAE(
+        SAEConfig(
+            D,
+            F,
+            "standard" if architecture == "tanh" else architecture,
+            seed=2,
+            **SIZES[architecture],
+        )
+    )
+    sae.b_dec.data = 0.05 * torch.randn(D, generator=gen(1))
+    sae.b_enc.data = 0.02 * torch.randn(F, generator=gen(2)) - (
+        0.4 if architecture in ("standard", "tanh") else 0
+    )
     return sae
 
-def samples(seed=0): return .2 * torch.randn(B, D, generator=gen(seed))
+
+def samples(seed=0):
+    return 0.2 * torch.randn(B, D, generator=gen(seed))
+
 
 def mask(per):
-    if per is None: return None
-    if per == 'rescaled': return mask('sample') / torch.linspace(.4, .8, F)
-    return torch.rand((F,) if per == 'batch' else (B, F), generator=gen(3)) < .6
+    if per is None:
+        return None
+    if per == "rescaled":
+        return mask("sample") / torch.linspace(0.4, 0.8, F)
+    return torch.rand((F,) if per == "batch" else (B, F), generator=gen(3)) < 0.6
+
 
 def both(architecture, per):
     "(loss, gradients) dense and fast."
     out = []
     for fast in (False, True):
         sae = sparse_sae(architecture)
-        loss = sae.loss(samples(), mask(per), .7, torch.tensor([3, 5, 299]), fast)
+        loss = sae.loss(samples(), mask(per), 0.7, torch.tensor([3, 5, 299]), fast)
         loss.total.backward()
         out.append((loss, {n: p.grad for n, p in sae.named_parameters()}))
     return out
 
 
-@pytest.mark.parametrize('per', [None, 'batch', 'sample', 'rescaled'])
-@pytest.mark.parametrize('architecture', [*ARCHITECTURES, 'tanh'])
+@pytest.mark.parametrize("per", [None, "batch", "sample", "rescaled"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "tanh"])
 def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
     (dense, d), (fast, f) = both(architecture, per)
     assert isinstance(dense.where, Everywhere) and isinstance(fast.where, Entries)
-    for part in ('total', 'reconstruction', 'penalty', 'auxiliary'):
-        assert getattr(fast, part).item() == pytest.approx(getattr(dense, part).item(), rel=1e-5), part
+    for part in ("total", "reconstruction", "penalty", "auxiliary"):
+        assert getattr(fast, part).item() == pytest.approx(getattr(dense, part).item(), rel=1e-5), (
+            part
+        )
     assert torch.allclose(fast.x_hat, dense.x_hat, atol=1e-5)
     for n in d:
         assert d[n].abs().max() > 0, n
         assert torch.allclose(f[n], d[n], rtol=0, atol=1e-5 * d[n].abs().max().item()), n
     rows, cols = fast.where.rows, fast.where.cols
-    assert torch.allclose(dense.z[rows, cols], fast.z, atol=1e-6) and dense.z.count_nonzero() == fast.z.count_nonzero() > 0
+    assert (
+        torch.allclose(dense.z[rows, cols], fast.z, atol=1e-6)
+        and dense.z.count_nonzero() == fast.z.count_nonzero() > 0
+    )
     fires = fast.h != 0
     assert torch.allclose(dense.h.grad[rows, cols][fires], fast.h.grad[fires], atol=1e-6)
 
-@pytest.mark.parametrize('per', [None, 'batch', 'sample'])
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("per", [None, "batch", "sample"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_masker_sees_the_same(architecture, per):
     maskers = []
     for loss, _ in both(architecture, per):
-        maskers.append(make_masker(ATMConfig(per=per or 'batch'), F, 10))
+        maskers.append(make_masker(ATMConfig(per=per or "batch"), F, 10))
         W_dec = sparse_sae(architecture).W_dec
-        maskers[-1].observe(loss.z, contribution(loss.h, loss.h.grad, W_dec, loss.where, nested_share(sparse_sae(architecture).config)), mask(per), loss.where)
+        maskers[-1].observe(
+            loss.z,
+            contribution(
+                loss.h,
+                loss.h.grad,
+                W_dec,
+                loss.where,
+                nested_share(sparse_sae(architecture).config),
+            ),
+            mask(per),
+            loss.where,
+        )
     for n, dense in maskers[0].state_dict().items():
-        assert torch.allclose(torch.as_tensor(dense), torch.as_tensor(maskers[1].state_dict()[n]), atol=1e-6), n
+        assert torch.allclose(
+            torch.as_tensor(dense), torch.as_tensor(maskers[1].state_dict()[n]), atol=1e-6
+        ), n
     assert maskers[0].contribution.abs().max() > 0
 
+
 def test_places_by_hand():
-    sae = SAE(SAEConfig(2, 40, 'topk', k=2))
+    sae = SAE(SAEConfig(2, 40, "topk", k=2))
     pre = torch.zeros(2, 40)
-    pre[0, [3, 7]], pre[1, [0, 39]] = torch.tensor([2., 1.]), torch.tensor([1., 5.])
+    pre[0, [3, 7]], pre[1, [0, 39]] = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 5.0])
     found = find_entries(sae, pre)
-    assert found.rows.tolist() == [0, 0, 1, 1] and sorted(found.cols[:2].tolist()) == [3, 7] and sorted(found.cols[2:].tolist()) == [0, 39]
+    assert (
+        found.rows.tolist() == [0, 0, 1, 1]
+        and sorted(found.cols[:2].tolist()) == [3, 7]
+        and sorted(found.cols[2:].tolist()) == [0, 39]
+    )
     assert found.at(torch.arange(40)).tolist() == found.cols.tolist()
-    assert found.mean(torch.tensor([1., 1., 1., 3.]))[found.cols[3]] == 1.5    # 3 over two samples
-    assert find_entries(SAE(SAEConfig(2, 40, 'batchtopk', k=1)), pre).cols.tolist() == [3, 39]
+    assert (
+        found.mean(torch.tensor([1.0, 1.0, 1.0, 3.0]))[found.cols[3]] == 1.5
+    )  # 3 over two samples
+    assert find_entries(SAE(SAEConfig(2, 40, "batchtopk", k=1)), pre).cols.tolist() == [3, 39]
+
 
 def test_pieces_of_a_dictionary_by_hand():
     "Latents 0, 2 and 3 of two samples; the second sample has none before 2, and no sample any from 4 on."
-    where, W = Entries(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3]), 2, 5), torch.tensor([[1.], [10.], [100.], [1000.], [9.]])
-    h = torch.tensor([1., 2., 3.], requires_grad=True)
+    where, W = (
+        Entries(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3]), 2, 5),
+        torch.tensor([[1.0], [10.0], [100.0], [1000.0], [9.0]]),
+    )
+    h = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     pieces = {(a, b): where.decode(h, W, a, b) for a, b in [(0, 2), (2, 3), (2, 5), (3, 3), (4, 5)]}
-    assert {k: p.flatten().tolist() for k, p in pieces.items()} == {(0, 2): [1, 0], (2, 3): [200, 0], (2, 5): [200, 3000], (3, 3): [0, 0], (4, 5): [0, 0]}
+    assert {k: p.flatten().tolist() for k, p in pieces.items()} == {
+        (0, 2): [1, 0],
+        (2, 3): [200, 0],
+        (2, 5): [200, 3000],
+        (3, 3): [0, 0],
+        (4, 5): [0, 0],
+    }
     sum(p.sum() for p in pieces.values()).backward()
-    assert h.grad.tolist() == [1, 2 * 100, 1000]     # the piece from 2 to 3 lies in the one from 2 to 5
-    full = torch.tensor([[1., 0, 2, 0, 0], [0, 0, 0, 3, 0]])
-    for (a, b), p in pieces.items(): assert torch.equal(Everywhere(2).decode(full, W, a, b), p)
+    assert h.grad.tolist() == [
+        1,
+        2 * 100,
+        1000,
+    ]  # the piece from 2 to 3 lies in the one from 2 to 5
+    full = torch.tensor([[1.0, 0, 2, 0, 0], [0, 0, 0, 3, 0]])
+    for (a, b), p in pieces.items():
+        assert torch.equal(Everywhere(2).decode(full, W, a, b), p)
+
 
 def test_dense_where_skipping_does_not_pay():
     x = samples()
-    crowded = SAE(SAEConfig(D, F, 'standard', l1=.1))                    # about half of all places fire
+    crowded = SAE(SAEConfig(D, F, "standard", l1=0.1))  # about half of all places fire
     assert isinstance(crowded.loss(x, fast=True).where, Everywhere)
-    assert isinstance(SAE(SAEConfig(D, F, 'topk', k=F // 4)).loss(x, fast=True).where, Everywhere)
-    with torch.autocast('cpu', torch.bfloat16): assert isinstance(sparse_sae('topk').loss(x, fast=True).where, Everywhere)
+    assert isinstance(SAE(SAEConfig(D, F, "topk", k=F // 4)).loss(x, fast=True).where, Everywhere)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(sparse_sae("topk").loss(x, fast=True).where, Everywhere)
+
 
 def test_nothing_fires():
-    sae = sparse_sae('standard')
-    sae.b_enc.data.fill_(-9.)
+    sae = sparse_sae("standard")
+    sae.b_enc.data.fill_(-9.0)
     loss = sae.loss(samples(), fast=True)
     loss.total.backward()
     assert len(loss.z) == 0 and loss.penalty == 0 and sae.W_enc.grad.abs().max() == 0
     assert torch.allclose(loss.x_hat, sae.b_dec.expand(B, D))
 
+
 class Same:
     "Batches that repeat every five steps."
-    def __init__(self): self.i = 0
-    def __next__(self): self.i += 1; return samples(self.i % 5)
+
+    def __init__(self):
+        self.i = 0
+
+    def __next__(self):
+        self.i += 1
+        return samples(self.i % 5)
+
 
 def trained(architecture, **settings):
     sae = sparse_sae(architecture)
-    masker = make_masker(ATMConfig(warmup=.2), F, 40)
-    history = train(sae, Same(), TrainConfig(40, B, lr=1e-3, log_every=10, dead_after=.2, **settings), masker, progress=False)
+    masker = make_masker(ATMConfig(warmup=0.2), F, 40)
+    history = train(
+        sae,
+        Same(),
+        TrainConfig(40, B, lr=1e-3, log_every=10, dead_after=0.2, **settings),
+        masker,
+        progress=False,
+    )
     return sae, history
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_training_ends_alike(architecture, monkeypatch):
     chosen = []
-    monkeypatch.setattr(sae_module, 'find_entries', lambda *a: chosen.append(find_entries(*a)) or chosen[-1])
+    monkeypatch.setattr(
+        sae_module, "find_entries", lambda *a: chosen.append(find_entries(*a)) or chosen[-1]
+    )
     dense, slow = trained(architecture, fast=False)
     assert not chosen
     fast, quick = trained(architecture)
     assert any(chosen)
-    assert torch.allclose(fast.W_dec, dense.W_dec, atol=1e-3) and torch.allclose(fast.W_enc, dense.W_enc, atol=1e-3)
+    assert torch.allclose(fast.W_dec, dense.W_dec, atol=1e-3) and torch.allclose(
+        fast.W_enc, dense.W_enc, atol=1e-3
+    )
     assert slow.table.loss.values == pytest.approx(quick.table.loss.values, rel=1e-3)
-    assert slow.table.mask_rate.values == pytest.approx(quick.table.mask_rate.values, abs=.02)
+    assert slow.table.mask_rate.values == pytest.approx(quick.table.mask_rate.values, abs=0.02)
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_trains_and_keeps_its_weights_in_fp32(architecture):
-    sae, history = trained(architecture, precision='bf16')
+    sae, history = trained(architecture, precision="bf16")
     assert {p.dtype for p in sae.parameters()} == {torch.float32}
     assert history.table.loss.iloc[-1] < history.table.loss.iloc[0] * 1.05
     exact = trained(architecture)[1].table
-    assert history.table.reconstruction.values == pytest.approx(exact.reconstruction.values, rel=.05)
+    assert history.table.reconstruction.values == pytest.approx(
+        exact.reconstruction.values, rel=0.05
+    )
+
 
 def test_precision_is_one_of_three():
-    with pytest.raises(ValueError, match="precision must be 'auto', 'fp32' or 'bf16', not 'half'"): TrainConfig(1, precision='half')
+    with pytest.raises(ValueError, match="precision must be 'auto', 'fp32' or 'bf16', not 'half'"):
+        TrainConfig(1, precision="half")
+
 
 def test_the_encoder_lies_in_memory_as_its_gradient_does():
-    sae = sparse_sae('topk')
+    sae = sparse_sae("topk")
     sae.loss(samples(), fast=True).total.backward()
     assert sae.W_enc.stride() == sae.W_enc.grad.stride() == (1, D)
+
 
 def test_freed_memory_is_kept_or_not_with_an_answer():
     assert keep_freed_memory() in (True, False)

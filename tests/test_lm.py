@@ -1,176 +1,270 @@
 "Loading models, reading the residual stream, splicing."
+
 import json, math, shutil
 
 import pytest
 import torch
 
-from atm_sae import lm as module
-from atm_sae.lm import (LM, compile_blocks, hook_layer, load_lm, model_checksum, next_token_logits, next_token_losses, residual_stream, save_lm, splice, tiny_lm)
+from atm_sae.data import lm as module
+from atm_sae.data.lm import (
+    LM,
+    compile_blocks,
+    hook_layer,
+    load_lm,
+    model_checksum,
+    next_token_logits,
+    next_token_losses,
+    residual_stream,
+    save_lm,
+    splice,
+    tiny_lm,
+)
 
 
-@pytest.fixture(scope='module')
-def lm(): return tiny_lm()
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
 
 
-@pytest.fixture(scope='module')
-def tokens(lm): return torch.cat([torch.full((5, 1), 2), torch.randint(3, 1024, (5, 11), generator=torch.Generator().manual_seed(0))], 1)
+@pytest.fixture(scope="module")
+def tokens(lm):
+    return torch.cat(
+        [
+            torch.full((5, 1), 2),
+            torch.randint(3, 1024, (5, 11), generator=torch.Generator().manual_seed(0)),
+        ],
+        1,
+    )
 
 
-def ours(layer_module): return [h for h in layer_module._forward_hooks.values() if h.__module__ == module.__name__]
+def ours(layer_module):
+    return [h for h in layer_module._forward_hooks.values() if h.__module__ == module.__name__]
 
 
-@pytest.fixture(scope='module')
-def saved(lm, tmp_path_factory): return save_lm(lm, tmp_path_factory.mktemp('models')/'tiny')
+@pytest.fixture(scope="module")
+def saved(lm, tmp_path_factory):
+    return save_lm(lm, tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
-def copy(saved, tmp_path): return shutil.copytree(saved, tmp_path/'copy')
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
 
 
 # ---- tiny_lm
+
 
 def test_tiny_is_reproducible_and_frozen(lm):
     before = torch.get_rng_state()
     assert tiny_lm().checksum == lm.checksum != tiny_lm(seed=1).checksum
     assert torch.equal(before, torch.get_rng_state())
     assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
-    assert (lm.n_layers, lm.d_model, lm.device.type) == (3, 32, 'cpu')
+    assert (lm.n_layers, lm.d_model, lm.device.type) == (3, 32, "cpu")
     assert tiny_lm(n_layers=2, d_model=16).d_model == 16
 
 
 # ---- loading
 
+
 def test_round_trip(lm, saved, tokens):
     again = load_lm(saved)
     assert torch.equal(next_token_losses(lm, tokens), next_token_losses(again, tokens))
-    assert again.tokenizer.get_vocab() == lm.tokenizer.get_vocab() and again.tokenizer.bos_token_id == 2
+    assert (
+        again.tokenizer.get_vocab() == lm.tokenizer.get_vocab()
+        and again.tokenizer.bos_token_id == 2
+    )
     assert model_checksum(saved) == again.checksum and len(again.checksum) == 64
 
 
 def test_float32_whatever_is_stored(lm, tmp_path):
-    folder = save_lm(lm, tmp_path/'half', dtype='bfloat16')
-    assert json.loads((folder/'config.json').read_text())['dtype'] == 'bfloat16'
+    folder = save_lm(lm, tmp_path / "half", dtype="bfloat16")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert {p.dtype for p in load_lm(folder).model.parameters()} == {torch.float32}
-    assert {p.dtype for p in load_lm(folder, dtype='bfloat16').model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_lm(folder, dtype="bfloat16").model.parameters()} == {
+        torch.bfloat16
+    }
     assert lm.model.dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype 'int8' is unknown"): load_lm(folder, dtype='int8')
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown"):
+        load_lm(folder, dtype="int8")
 
 
 def test_checksum_follows_the_weights(copy, tmp_path):
-    (copy/'README.md').write_text('says nothing about weights')
+    (copy / "README.md").write_text("says nothing about weights")
     plain = model_checksum(copy)
-    (copy/'README.md').write_text('still does not'); assert model_checksum(copy) == plain
-    save_lm(tiny_lm(seed=1), copy); assert model_checksum(copy) != plain
+    (copy / "README.md").write_text("still does not")
+    assert model_checksum(copy) == plain
+    save_lm(tiny_lm(seed=1), copy)
+    assert model_checksum(copy) != plain
 
 
 def test_eager_attention_and_no_bars(saved, capfd):
-    assert load_lm(saved).model.config._attn_implementation == 'eager'
-    assert '%' not in capfd.readouterr().err
+    assert load_lm(saved).model.config._attn_implementation == "eager"
+    assert "%" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize('name', ['./nowhere', '/no/such/folder', '~/no/such/model', 'a/b/c', 'nano-gemma2'])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/such/folder", "~/no/such/model", "a/b/c", "nano-gemma2"]
+)
 def test_missing_folder(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, 'data_dir', lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match='no model folder .*; give a folder, an id on the Hub'): load_lm(name)
+    monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="no model folder .*; give a folder, an id on the Hub"
+    ):
+        load_lm(name)
 
 
 def test_folder_without_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no config.json'): load_lm(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        load_lm(tmp_path)
 
 
 def test_pickles_are_refused(copy):
-    (copy/'model.safetensors').unlink(); (copy/'pytorch_model.bin').write_bytes(b'\x80')
-    with pytest.raises(ValueError, match='no \\*.safetensors; other weight formats can run code'): load_lm(copy)
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match="no \\*.safetensors; other weight formats can run code"):
+        load_lm(copy)
 
 
 def test_damaged_weights(copy):
-    (copy/'model.safetensors').write_bytes((copy/'model.safetensors').read_bytes()[:1000])
-    with pytest.raises(ValueError, match='no readable safetensors'): load_lm(copy)
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no readable safetensors"):
+        load_lm(copy)
 
 
 def test_missing_weights_are_an_error(copy):
     from safetensors.torch import load_file, save_file
-    weights = load_file(copy/'model.safetensors'); del weights['model.layers.1.mlp.up_proj.weight']
-    save_file(weights, copy/'model.safetensors', metadata={'format': 'pt'})
-    with pytest.raises(ValueError, match='lack 1 of the tensors .* model.layers.1.mlp.up_proj.weight'): load_lm(copy)
+
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="lack 1 of the tensors .* model.layers.1.mlp.up_proj.weight"
+    ):
+        load_lm(copy)
 
 
 def test_weights_of_another_shape(copy):
-    config = json.loads((copy/'config.json').read_text()); config['intermediate_size'] = 64
-    (copy/'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='other shapes than its config.json says'): load_lm(copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["intermediate_size"] = 64
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="other shapes than its config.json says"):
+        load_lm(copy)
 
 
 def test_folder_without_tokenizer(copy):
-    for p in copy.glob('tokenizer*'): p.unlink()
-    with pytest.raises(ValueError, match='tokenizer files are missing'): load_lm(copy)
+    for p in copy.glob("tokenizer*"):
+        p.unlink()
+    with pytest.raises(ValueError, match="tokenizer files are missing"):
+        load_lm(copy)
 
 
-@pytest.mark.parametrize('change', [dict(architectures=['BertForMaskedLM'], model_type='bert'), dict(architectures=None)])
+@pytest.mark.parametrize(
+    "change", [dict(architectures=["BertForMaskedLM"], model_type="bert"), dict(architectures=None)]
+)
 def test_not_a_causal_lm(copy, change):
-    config = json.loads((copy/'config.json').read_text()) | change
-    (copy/'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='not a causal language model'): load_lm(copy)
+    config = json.loads((copy / "config.json").read_text()) | change
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="not a causal language model"):
+        load_lm(copy)
 
 
-@pytest.mark.parametrize('change', [dict(model_type='brand_new'), dict(model_type='brand_new', auto_map={'AutoConfig': 'evil.Config'})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(model_type="brand_new"),
+        dict(model_type="brand_new", auto_map={"AutoConfig": "evil.Config"}),
+    ],
+)
 def test_no_remote_code(copy, change):
-    config = json.loads((copy/'config.json').read_text()) | change
-    (copy/'config.json').write_text(json.dumps(config))
-    (copy/'evil.py').write_text('raise SystemExit("ran")')
-    with pytest.raises(ValueError, match='remote code is never run'): load_lm(copy)
+    config = json.loads((copy / "config.json").read_text()) | change
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "evil.py").write_text('raise SystemExit("ran")')
+    with pytest.raises(ValueError, match="remote code is never run"):
+        load_lm(copy)
 
 
 # ---- the Hub, simulated
+
 
 def fail(monkeypatch, kind, wrapped):
     "AutoConfig.from_pretrained fails as it does when huggingface_hub raises `kind`."
     import huggingface_hub.errors as errors
     from transformers import AutoConfig
-    inner = getattr(errors, kind).__new__(getattr(errors, kind)); inner.args = ('reason',)
+
+    inner = getattr(errors, kind).__new__(getattr(errors, kind))
+    inner.args = ("reason",)
+
     def from_pretrained(*a, **k):
-        if wrapped: raise OSError('a long message') from inner
+        if wrapped:
+            raise OSError("a long message") from inner
         raise inner
-    monkeypatch.setattr(AutoConfig, 'from_pretrained', from_pretrained)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
 
 
-@pytest.mark.parametrize('wrapped', [True, False])
-@pytest.mark.parametrize('kind, error, message', [
-    ('GatedRepoError', PermissionError, 'google/gemma-2-2b is gated: accept its licence at https://huggingface.co/google/gemma-2-2b'),
-    ('RepositoryNotFoundError', FileNotFoundError, 'neither a folder here nor a model on the Hub'),
-    ('LocalEntryNotFoundError', ConnectionError, 'the Hub cannot be reached'),
-    ('OfflineModeIsEnabled', ConnectionError, 'HF_HUB_OFFLINE')])
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize(
+    "kind, error, message",
+    [
+        (
+            "GatedRepoError",
+            PermissionError,
+            "google/gemma-2-2b is gated: accept its licence at https://huggingface.co/google/gemma-2-2b",
+        ),
+        (
+            "RepositoryNotFoundError",
+            FileNotFoundError,
+            "neither a folder here nor a model on the Hub",
+        ),
+        ("LocalEntryNotFoundError", ConnectionError, "the Hub cannot be reached"),
+        ("OfflineModeIsEnabled", ConnectionError, "HF_HUB_OFFLINE"),
+    ],
+)
 def test_hub_errors(monkeypatch, kind, error, message, wrapped):
     fail(monkeypatch, kind, wrapped)
-    with pytest.raises(error, match=message): load_lm('google/gemma-2-2b')
-    with pytest.raises(error, match=message): model_checksum('google/gemma-2-2b')
+    with pytest.raises(error, match=message):
+        load_lm("google/gemma-2-2b")
+    with pytest.raises(error, match=message):
+        model_checksum("google/gemma-2-2b")
 
 
 def test_really_offline(monkeypatch, tmp_path):
     import huggingface_hub.constants as constants
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(ConnectionError, match='cannot be reached'): load_lm('nobody/no-such-model-anywhere')
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        load_lm("nobody/no-such-model-anywhere")
 
 
 def test_unknown_errors_pass_unchanged(monkeypatch):
     from transformers import AutoConfig
-    def from_pretrained(*a, **k): raise KeyError('surprise')
-    monkeypatch.setattr(AutoConfig, 'from_pretrained', from_pretrained)
-    with pytest.raises(KeyError, match='surprise'): load_lm('some/model')
-    with pytest.raises(KeyError, match='surprise'): model_checksum('some/model')
+
+    def from_pretrained(*a, **k):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(KeyError, match="surprise"):
+        load_lm("some/model")
+    with pytest.raises(KeyError, match="surprise"):
+        model_checksum("some/model")
 
 
 def test_disk_full_while_saving(lm, tmp_path, monkeypatch):
-    from atm_sae.core import OutputError
-    def full(*a, **k): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(lm.tokenizer, 'save_pretrained', full, raising=False)
-    with pytest.raises(OutputError, match='the disk is full'): save_lm(lm, tmp_path/'model')
+    from atm_sae.artefacts import OutputError
+
+    def full(*a, **k):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lm.tokenizer, "save_pretrained", full, raising=False)
+    with pytest.raises(OutputError, match="the disk is full"):
+        save_lm(lm, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 # ---- reading
 
-@pytest.mark.parametrize('layer', [0, 1])
+
+@pytest.mark.parametrize("layer", [0, 1])
 def test_equals_hidden_states(lm, tokens, layer):
     full = lm.model(input_ids=tokens, output_hidden_states=True).hidden_states
     assert torch.allclose(residual_stream(lm, tokens, layer), full[layer + 1], atol=1e-6)
@@ -179,22 +273,34 @@ def test_equals_hidden_states(lm, tokens, layer):
 def test_last_layer_is_read_before_the_final_norm(lm, tokens):
     full = lm.model(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
     x = residual_stream(lm, tokens, 2)
-    assert torch.allclose(lm.model.model.norm(x), full, atol=1e-6) and not torch.allclose(x, full, atol=1e-2)
+    assert torch.allclose(lm.model.model.norm(x), full, atol=1e-6) and not torch.allclose(
+        x, full, atol=1e-2
+    )
 
 
 def test_stops_after_the_layer(lm, tokens):
     called = []
-    handles = [m.register_forward_hook(lambda *_, n=n: called.append(n)) for n, m in
-               (('later', hook_layer(lm, 2)), ('head', lm.model.lm_head), ('norm', lm.model.model.norm), ('earlier', hook_layer(lm, 0)))]
+    handles = [
+        m.register_forward_hook(lambda *_, n=n: called.append(n))
+        for n, m in (
+            ("later", hook_layer(lm, 2)),
+            ("head", lm.model.lm_head),
+            ("norm", lm.model.model.norm),
+            ("earlier", hook_layer(lm, 0)),
+        )
+    ]
     residual_stream(lm, tokens, 1)
-    for h in handles: h.remove()
-    assert called == ['earlier'] and not ours(hook_layer(lm, 1))
+    for h in handles:
+        h.remove()
+    assert called == ["earlier"] and not ours(hook_layer(lm, 1))
 
 
 def test_hooks_are_removed_after_an_error(lm, tokens, monkeypatch):
-    monkeypatch.setattr(lm.model.model.layers[0], 'forward', lambda *a, **k: 1 / 0)
-    with splice(lm, 1, lambda r: r): assert len(ours(hook_layer(lm, 1))) == 1     # so `ours` sees them
-    with pytest.raises(ZeroDivisionError): residual_stream(lm, tokens, 1)
+    monkeypatch.setattr(lm.model.model.layers[0], "forward", lambda *a, **k: 1 / 0)
+    with splice(lm, 1, lambda r: r):
+        assert len(ours(hook_layer(lm, 1))) == 1  # so `ours` sees them
+    with pytest.raises(ZeroDivisionError):
+        residual_stream(lm, tokens, 1)
     assert not ours(hook_layer(lm, 1))
 
 
@@ -203,95 +309,171 @@ def test_batches_and_positions(lm, tokens):
     assert x.shape == (5, 12, 32) and not x.requires_grad
     assert torch.allclose(residual_stream(lm, tokens, 1, batch_size=2), x, atol=1e-6)
     at = torch.tensor([3, 0, 11, 5, 7])
-    assert torch.allclose(residual_stream(lm, tokens, 1, batch_size=2, at=at), x[torch.arange(5), at], atol=1e-6)
-    assert residual_stream(lm, tokens[:0], 1).shape == (0, 12, 32) and residual_stream(lm, tokens[:0], 1, at=at[:0]).shape == (0, 32)
+    assert torch.allclose(
+        residual_stream(lm, tokens, 1, batch_size=2, at=at), x[torch.arange(5), at], atol=1e-6
+    )
+    assert residual_stream(lm, tokens[:0], 1).shape == (0, 12, 32) and residual_stream(
+        lm, tokens[:0], 1, at=at[:0]
+    ).shape == (0, 32)
 
 
 def test_a_tuple_as_block_output(lm, tokens, monkeypatch):
-    x = residual_stream(lm, tokens, 2); loss = next_token_losses(lm, tokens)
+    x = residual_stream(lm, tokens, 2)
+    loss = next_token_losses(lm, tokens)
     block, after = lm.model.model.layers[1], lm.model.model.layers[2]
     plain, plain_after = block.forward, after.forward
-    monkeypatch.setattr(block, 'forward', lambda *a, **k: (plain(*a, **k), 'cache'))
-    monkeypatch.setattr(after, 'forward', lambda h, *a, **k: plain_after(h[0] if isinstance(h, tuple) else h, *a, **k))
+    monkeypatch.setattr(block, "forward", lambda *a, **k: (plain(*a, **k), "cache"))
+    monkeypatch.setattr(
+        after,
+        "forward",
+        lambda h, *a, **k: plain_after(h[0] if isinstance(h, tuple) else h, *a, **k),
+    )
     assert residual_stream(lm, tokens, 1).shape == (5, 12, 32)
-    with splice(lm, 1, lambda r: r): assert torch.equal(next_token_losses(lm, tokens), loss)
-    with splice(lm, 1, torch.zeros_like): assert torch.allclose(next_token_losses(lm, tokens), torch.tensor(math.log(1024)), atol=1e-4)
+    with splice(lm, 1, lambda r: r):
+        assert torch.equal(next_token_losses(lm, tokens), loss)
+    with splice(lm, 1, torch.zeros_like):
+        assert torch.allclose(
+            next_token_losses(lm, tokens), torch.tensor(math.log(1024)), atol=1e-4
+        )
     assert torch.equal(residual_stream(lm, tokens, 2), x)
 
 
-@pytest.mark.parametrize('layer', [3, -1, 1.0, '1', None])
+@pytest.mark.parametrize("layer", [3, -1, 1.0, "1", None])
 def test_no_such_layer(lm, tokens, layer):
-    for call in (lambda: hook_layer(lm, layer), lambda: residual_stream(lm, tokens, layer), lambda: splice(lm, layer, None).__enter__()):
-        with pytest.raises(ValueError, match='has no layer .*; its layers are 0 to 2'): call()
+    for call in (
+        lambda: hook_layer(lm, layer),
+        lambda: residual_stream(lm, tokens, layer),
+        lambda: splice(lm, layer, None).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="has no layer .*; its layers are 0 to 2"):
+            call()
 
 
-@pytest.mark.parametrize('bad, message', [(torch.tensor([1, 2]), 'shape'), (torch.ones(1, 2), 'whole numbers'), (torch.tensor([[1, 1024]]), 'another tokenizer'), (torch.tensor([[-1]]), 'another tokenizer')])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.tensor([1, 2]), "shape"),
+        (torch.ones(1, 2), "whole numbers"),
+        (torch.tensor([[1, 1024]]), "another tokenizer"),
+        (torch.tensor([[-1]]), "another tokenizer"),
+    ],
+)
 def test_bad_tokens(lm, bad, message):
-    for call in (lambda: residual_stream(lm, bad, 0), lambda: next_token_losses(lm, bad), lambda: next_token_logits(lm, bad)):
-        with pytest.raises(ValueError, match=message): call()
+    for call in (
+        lambda: residual_stream(lm, bad, 0),
+        lambda: next_token_losses(lm, bad),
+        lambda: next_token_logits(lm, bad),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
-@pytest.mark.parametrize('family', ['gpt2', 'llama', 'neox'])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
 def test_other_families(family, lm, tokens):
     import transformers as t
-    make = {'gpt2': lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=1024, n_embd=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=1)),
-            'llama': lambda: t.LlamaForCausalLM(t.LlamaConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)),
-            'neox': lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))}[family]
-    torch.manual_seed(0); other = LM(make().eval(), lm.tokenizer, family, family, '')
+
+    make = {
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(
+                vocab_size=1024, n_embd=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=1
+            )
+        ),
+        "llama": lambda: t.LlamaForCausalLM(
+            t.LlamaConfig(
+                vocab_size=1024,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            )
+        ),
+        "neox": lambda: t.GPTNeoXForCausalLM(
+            t.GPTNeoXConfig(
+                vocab_size=1024,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            )
+        ),
+    }[family]
+    torch.manual_seed(0)
+    other = LM(make().eval(), lm.tokenizer, family, family, "")
     full = other.model(input_ids=tokens, output_hidden_states=True).hidden_states
-    assert other.n_layers == 2 and torch.allclose(residual_stream(other, tokens, 0), full[1], atol=1e-5)
+    assert other.n_layers == 2 and torch.allclose(
+        residual_stream(other, tokens, 0), full[1], atol=1e-5
+    )
     loss = next_token_losses(other, tokens)
-    with splice(other, 0, lambda r: r): assert torch.equal(next_token_losses(other, tokens), loss)
-    with splice(other, 0, torch.zeros_like): assert not torch.allclose(next_token_losses(other, tokens), loss)
+    with splice(other, 0, lambda r: r):
+        assert torch.equal(next_token_losses(other, tokens), loss)
+    with splice(other, 0, torch.zeros_like):
+        assert not torch.allclose(next_token_losses(other, tokens), loss)
 
 
 # ---- losses and splicing
+
 
 def test_losses_by_hand(lm, tokens):
     logits = lm.model(input_ids=tokens).logits
     by_hand = -logits[0, 3].log_softmax(0)[tokens[0, 4]]
     assert torch.allclose(next_token_losses(lm, tokens)[0, 3], by_hand, atol=1e-6)
-    assert torch.allclose(next_token_losses(lm, tokens, batch_size=2), next_token_losses(lm, tokens), atol=1e-5)
+    assert torch.allclose(
+        next_token_losses(lm, tokens, batch_size=2), next_token_losses(lm, tokens), atol=1e-5
+    )
     assert torch.allclose(next_token_logits(lm, tokens), logits[:, -1], atol=1e-6)
 
 
-@pytest.mark.parametrize('layer', [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, 1, 2])
 def test_zero_makes_a_blind_guess(lm, tokens, layer):
-    with splice(lm, layer, torch.zeros_like): blind = next_token_losses(lm, tokens)
+    with splice(lm, layer, torch.zeros_like):
+        blind = next_token_losses(lm, tokens)
     assert torch.allclose(blind, torch.full((5, 11), math.log(1024)), atol=1e-4)
 
 
 def test_splice_reaches_readers_at_and_behind_it(lm, tokens):
     x = residual_stream(lm, tokens, 1)
-    with splice(lm, 1, lambda r: r + 1): assert torch.allclose(residual_stream(lm, tokens, 1), x + 1)
-    with splice(lm, 1, lambda r: r + 1): assert torch.equal(residual_stream(lm, tokens, 0), residual_stream(lm, tokens, 0))
+    with splice(lm, 1, lambda r: r + 1):
+        assert torch.allclose(residual_stream(lm, tokens, 1), x + 1)
+    with splice(lm, 1, lambda r: r + 1):
+        assert torch.equal(residual_stream(lm, tokens, 0), residual_stream(lm, tokens, 0))
     assert torch.equal(residual_stream(lm, tokens, 1), x)
 
 
 def test_splice_checks_shape_and_cleans_up(lm, tokens):
     loss = next_token_losses(lm, tokens)
-    with pytest.raises(ValueError, match='splice at layer 1: .*\\(5, 12, 31\\) for a stream of shape \\(5, 12, 32\\)'):
-        with splice(lm, 1, lambda r: r[..., 1:]): next_token_losses(lm, tokens)
+    with pytest.raises(
+        ValueError,
+        match="splice at layer 1: .*\\(5, 12, 31\\) for a stream of shape \\(5, 12, 32\\)",
+    ):
+        with splice(lm, 1, lambda r: r[..., 1:]):
+            next_token_losses(lm, tokens)
     assert torch.equal(next_token_losses(lm, tokens), loss)
 
 
 def test_splice_keeps_the_models_dtype(saved, tokens):
-    half = load_lm(saved, dtype='bfloat16')
-    with splice(half, 1, lambda r: r.float() * .5): assert next_token_losses(half, tokens).dtype == torch.float32
+    half = load_lm(saved, dtype="bfloat16")
+    with splice(half, 1, lambda r: r.float() * 0.5):
+        assert next_token_losses(half, tokens).dtype == torch.float32
 
 
 def test_gradients_flow_through_a_splice(lm, tokens):
     delta = torch.zeros(32, requires_grad=True)
+
     def loss(d):
-        with splice(lm, 1, lambda r: r + d): return next_token_losses(lm, tokens).double().mean()
+        with splice(lm, 1, lambda r: r + d):
+            return next_token_losses(lm, tokens).double().mean()
+
     loss(delta).backward()
     assert all(p.grad is None for p in lm.model.parameters())
-    direction = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(0)), dim=0)
-    slope = (loss(.05 * direction) - loss(-.05 * direction)) / .1
-    assert abs(slope - delta.grad @ direction) < .05 * delta.grad.norm()
+    direction = torch.nn.functional.normalize(
+        torch.randn(32, generator=torch.Generator().manual_seed(0)), dim=0
+    )
+    slope = (loss(0.05 * direction) - loss(-0.05 * direction)) / 0.1
+    assert abs(slope - delta.grad @ direction) < 0.05 * delta.grad.norm()
 
 
-def test_without_a_splice_no_graph_is_kept(lm, tokens): assert not next_token_losses(lm, tokens).requires_grad
+def test_without_a_splice_no_graph_is_kept(lm, tokens):
+    assert not next_token_losses(lm, tokens).requires_grad
 
 
 def test_compiled_blocks_give_the_same_stream():
@@ -299,7 +481,8 @@ def test_compiled_blocks_give_the_same_stream():
     tokens = torch.randint(3, 1024, (3, 16), generator=torch.Generator().manual_seed(0))
     plain = residual_stream(lm, tokens, 2)
     torch._dynamo.reset()
-    compile_blocks(lm, 2, backend='eager')
+    compile_blocks(lm, 2, backend="eager")
     assert torch.allclose(residual_stream(lm, tokens, 2), plain, atol=1e-5)
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] >= 1
-    with pytest.raises(ValueError, match='no layer 4'): compile_blocks(lm, 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    with pytest.raises(ValueError, match="no layer 4"):
+        compile_blocks(lm, 4)

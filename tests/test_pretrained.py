@@ -1,4 +1,5 @@
 "SAEs of other libraries: recorded files of the real ones, exports, damaged files one by one, the Hub without a network."
+
 import json, os, pickle, shutil, subprocess, sys, venv
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,44 +13,59 @@ from safetensors.torch import load_file, save_file
 
 from atm_sae import from_pretrained, export_sae, model_card, push_to_hub
 from atm_sae.core import cache_dir
-from atm_sae.lm import hook_point
-from atm_sae.report import score_runs, summary_table, pretty
-from atm_sae.sae import SAE, SAEConfig
+from atm_sae.data.lm import hook_point
+from atm_sae.report.tables import score_runs, summary_table, pretty
+from atm_sae.sae.sae import SAE, SAEConfig
 
-FIXTURES = Path(__file__).parent/'fixtures'
-RECORDED = sorted(p.parent for p in (FIXTURES/'pretrained').rglob('recorded.safetensors'))
-GEMMA = FIXTURES/'pretrained/gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_7'
-STANDARD, JUMP, TOPK, TRAINED = (FIXTURES/f'pretrained/saelens-{n}' for n in ('standard', 'jumprelu', 'topk', 'batchtopk-checkpoint'))
-THEIRS = FIXTURES/'pretrained/dictionary-learning-AutoEncoderTopK'
-FORMATS = ('saelens', 'gemma-scope', 'dictionary-learning')
-ARCHITECTURES = ('standard', 'topk', 'batchtopk', 'jumprelu')
-PLACE = hook_point('google/gemma-2-2b', 3)
+FIXTURES = Path(__file__).parent / "fixtures"
+RECORDED = sorted(p.parent for p in (FIXTURES / "pretrained").rglob("recorded.safetensors"))
+GEMMA = FIXTURES / "pretrained/gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_7"
+STANDARD, JUMP, TOPK, TRAINED = (
+    FIXTURES / f"pretrained/saelens-{n}"
+    for n in ("standard", "jumprelu", "topk", "batchtopk-checkpoint")
+)
+THEIRS = FIXTURES / "pretrained/dictionary-learning-AutoEncoderTopK"
+FORMATS = ("saelens", "gemma-scope", "dictionary-learning")
+ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
+PLACE = hook_point("google/gemma-2-2b", 3)
 
 
-def same(sae, folder, file='recorded.safetensors', latents=True):
+def same(sae, folder, file="recorded.safetensors", latents=True):
     "Latents and reconstruction are those in a file, within 1e-5."
-    want = load_file(folder/file)
-    x = want['x'] if 'x' in want else load_file(folder/'x.safetensors')['x']
-    with torch.no_grad(): z = sae.encode(x)
-    assert want['z'].count_nonzero() > 0 and want['x_hat'].std() > .1
-    if latents: torch.testing.assert_close(z, want['z'], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sae.decode(z).detach(), want['x_hat'], atol=1e-5, rtol=1e-5)
+    want = load_file(folder / file)
+    x = want["x"] if "x" in want else load_file(folder / "x.safetensors")["x"]
+    with torch.no_grad():
+        z = sae.encode(x)
+    assert want["z"].count_nonzero() > 0 and want["x_hat"].std() > 0.1
+    if latents:
+        torch.testing.assert_close(z, want["z"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sae.decode(z).detach(), want["x_hat"], atol=1e-5, rtol=1e-5)
 
 
 def make(architecture, d_in=6, d_sae=12, seed=0):
     "A random SAE, with rows that are not of unit length where that is allowed."
-    sae = SAE(SAEConfig(d_in, d_sae, architecture, k=3 if 'topk' in architecture else None, seed=seed), dict(PLACE))
+    sae = SAE(
+        SAEConfig(d_in, d_sae, architecture, k=3 if "topk" in architecture else None, seed=seed),
+        dict(PLACE),
+    )
     g = torch.Generator().manual_seed(seed)
-    for p in (sae.b_enc, sae.b_dec): p.data = torch.randn(p.shape, generator=g) * .5
-    if architecture == 'batchtopk': sae.threshold.fill_(.3)
-    if architecture == 'jumprelu': sae.threshold.data = torch.rand(d_sae, generator=g)
-    if architecture in ('standard', 'jumprelu'): sae.W_dec.data *= torch.linspace(.5, 2, d_sae)[:, None]
+    for p in (sae.b_enc, sae.b_dec):
+        p.data = torch.randn(p.shape, generator=g) * 0.5
+    if architecture == "batchtopk":
+        sae.threshold.fill_(0.3)
+    if architecture == "jumprelu":
+        sae.threshold.data = torch.rand(d_sae, generator=g)
+    if architecture in ("standard", "jumprelu"):
+        sae.W_dec.data *= torch.linspace(0.5, 2, d_sae)[:, None]
     return sae
 
 
 # ---- recorded files of the real libraries
 
-@pytest.mark.parametrize('folder', RECORDED, ids=lambda f: f.relative_to(FIXTURES/'pretrained').parts[0])
+
+@pytest.mark.parametrize(
+    "folder", RECORDED, ids=lambda f: f.relative_to(FIXTURES / "pretrained").parts[0]
+)
 def test_recorded(folder):
     sae = from_pretrained(folder)
     same(sae, folder)
@@ -60,372 +76,647 @@ def test_recorded(folder):
 def test_recorded_architectures():
     assert len(RECORDED) == 27
     found = {f.name: from_pretrained(f).config.architecture for f in RECORDED}
-    assert found['saelens-gated'] == found['saelens-batchtopk'] == 'jumprelu' and found['saelens-matryoshka-checkpoint'] == 'batchtopk'
-    assert found['dictionary-learning-BatchTopKSAE'] == 'batchtopk' and found['saelens-old-topk'] == 'topk' and found['average_l0_7'] == 'jumprelu'
-    sae = from_pretrained(FIXTURES/'pretrained/saelens-batchtopk-checkpoint')
+    assert (
+        found["saelens-gated"] == found["saelens-batchtopk"] == "jumprelu"
+        and found["saelens-matryoshka-checkpoint"] == "batchtopk"
+    )
+    assert (
+        found["dictionary-learning-BatchTopKSAE"] == "batchtopk"
+        and found["saelens-old-topk"] == "topk"
+        and found["average_l0_7"] == "jumprelu"
+    )
+    sae = from_pretrained(FIXTURES / "pretrained/saelens-batchtopk-checkpoint")
     assert sae.config.k == 3 and sae.threshold.ndim == 0
 
 
 def test_a_file_or_a_subfolder_will_do():
-    assert torch.equal(from_pretrained(GEMMA/'params.npz').W_dec, from_pretrained(GEMMA).W_dec)
-    assert torch.equal(from_pretrained(FIXTURES/'pretrained', subfolder='saelens-topk').W_dec, from_pretrained(str(TOPK/'cfg.json')).W_dec)
+    assert torch.equal(from_pretrained(GEMMA / "params.npz").W_dec, from_pretrained(GEMMA).W_dec)
+    assert torch.equal(
+        from_pretrained(FIXTURES / "pretrained", subfolder="saelens-topk").W_dec,
+        from_pretrained(str(TOPK / "cfg.json")).W_dec,
+    )
 
 
 def test_gemma_scope_by_hand():
     "z and x_hat written out with numpy, in double precision, as Gemma Scope's own example computes them."
-    w, x = np.load(GEMMA/'params.npz'), load_file(GEMMA/'recorded.safetensors')['x']
-    pre = x.numpy().astype(float) @ w['W_enc'] + w['b_enc']
-    z = (pre > w['threshold']) * np.maximum(pre, 0)
+    w, x = np.load(GEMMA / "params.npz"), load_file(GEMMA / "recorded.safetensors")["x"]
+    pre = x.numpy().astype(float) @ w["W_enc"] + w["b_enc"]
+    z = (pre > w["threshold"]) * np.maximum(pre, 0)
     sae = from_pretrained(GEMMA)
     np.testing.assert_allclose(sae.encode(x).detach(), z, atol=1e-5)
-    np.testing.assert_allclose(sae(x).detach(), z @ w['W_dec'] + w['b_dec'], atol=1e-5)
+    np.testing.assert_allclose(sae(x).detach(), z @ w["W_dec"] + w["b_dec"], atol=1e-5)
 
 
 def test_finetuned_factor_is_moved_into_the_decoder(tmp_path):
-    w, factor = load_file(STANDARD/'sae_weights.safetensors'), torch.linspace(.5, 2, 12)
+    w, factor = load_file(STANDARD / "sae_weights.safetensors"), torch.linspace(0.5, 2, 12)
     cfg = dict(d_in=6, d_sae=12, finetuning_scaling_factor=True)
-    old = folder_with(tmp_path/'a', cfg, w | dict(scaling_factor=factor))
+    old = folder_with(tmp_path / "a", cfg, w | dict(scaling_factor=factor))
     x, z = torch.randn(8, 6), from_pretrained(STANDARD).encode
-    assert torch.allclose(from_pretrained(old)(x), (z(x) * factor) @ w['W_dec'] + w['b_dec'], atol=1e-5)
-    with pytest.raises(ValueError, match='scaling_factor that cfg.json does not speak of'):
-        from_pretrained(folder_with(tmp_path/'b', cfg | dict(finetuning_scaling_factor=False), w | dict(scaling_factor=factor)))
-    one = folder_with(tmp_path/'c', dict(d_in=6, d_sae=12), w | dict(scaling_factor=torch.ones(12)))
-    assert torch.equal(from_pretrained(one).W_dec, w['W_dec'])
+    assert torch.allclose(
+        from_pretrained(old)(x), (z(x) * factor) @ w["W_dec"] + w["b_dec"], atol=1e-5
+    )
+    with pytest.raises(ValueError, match="scaling_factor that cfg.json does not speak of"):
+        from_pretrained(
+            folder_with(
+                tmp_path / "b",
+                cfg | dict(finetuning_scaling_factor=False),
+                w | dict(scaling_factor=factor),
+            )
+        )
+    one = folder_with(
+        tmp_path / "c", dict(d_in=6, d_sae=12), w | dict(scaling_factor=torch.ones(12))
+    )
+    assert torch.equal(from_pretrained(one).W_dec, w["W_dec"])
 
 
 # ---- our own folders, and exports
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_own_folder(tmp_path, architecture):
     sae = make(architecture)
-    again = from_pretrained(sae.save(tmp_path/'sae'))
+    again = from_pretrained(sae.save(tmp_path / "sae"))
     assert again.config == sae.config and again.metadata == PLACE
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), sae.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), sae.state_dict().values())
+    )
 
 
 def test_own_batchtopk_with_thresholds_that_another_tool_changed_is_a_jumprelu(tmp_path):
-    folder = make('batchtopk').save(tmp_path/'sae')
-    w = load_file(folder/'sae_weights.safetensors')
-    w['threshold'] = torch.linspace(.1, 1, 12)
-    save_file(w, folder/'sae_weights.safetensors')
-    assert from_pretrained(folder).config.architecture == 'jumprelu' and torch.equal(from_pretrained(folder).threshold, w['threshold'])
+    folder = make("batchtopk").save(tmp_path / "sae")
+    w = load_file(folder / "sae_weights.safetensors")
+    w["threshold"] = torch.linspace(0.1, 1, 12)
+    save_file(w, folder / "sae_weights.safetensors")
+    assert from_pretrained(folder).config.architecture == "jumprelu" and torch.equal(
+        from_pretrained(folder).threshold, w["threshold"]
+    )
 
 
-@pytest.mark.parametrize('format', FORMATS)
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_export(tmp_path, architecture, format):
     sae, x = make(architecture), torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
     before = {n: t.clone() for n, t in sae.state_dict().items()}
-    if architecture == 'topk' and format == 'gemma-scope':
-        with pytest.raises(ValueError, match='knows only JumpReLU'): export_sae(sae, tmp_path/'out', format)
+    if architecture == "topk" and format == "gemma-scope":
+        with pytest.raises(ValueError, match="knows only JumpReLU"):
+            export_sae(sae, tmp_path / "out", format)
         return
-    again = from_pretrained(export_sae(sae, tmp_path/'out', format))
+    again = from_pretrained(export_sae(sae, tmp_path / "out", format))
     torch.testing.assert_close(again(x), sae(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(12))
     assert all(torch.equal(t, before[n]) for n, t in sae.state_dict().items())
-    assert format == 'gemma-scope' or again.metadata == PLACE
-    if format == 'gemma-scope': assert again.config.architecture == 'jumprelu'
-    else: assert again.config.architecture == sae.config.architecture and again.config.k == sae.config.k
+    assert format == "gemma-scope" or again.metadata == PLACE
+    if format == "gemma-scope":
+        assert again.config.architecture == "jumprelu"
+    else:
+        assert (
+            again.config.architecture == sae.config.architecture and again.config.k == sae.config.k
+        )
 
 
 def test_export_of_a_large_b_dec(tmp_path):
-    sae = make('jumprelu')
+    sae = make("jumprelu")
     sae.b_dec.data *= 100
     x = torch.randn(64, 6) + sae.b_dec.detach()
     for format in FORMATS:
-        torch.testing.assert_close(from_pretrained(export_sae(sae, tmp_path/format, format))(x), sae(x), atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(
+            from_pretrained(export_sae(sae, tmp_path / format, format))(x),
+            sae(x),
+            atol=1e-3,
+            rtol=1e-5,
+        )
 
 
 def test_export_refuses(tmp_path):
-    with pytest.raises(ValueError, match="unknown format 'onnx': choose one of saelens, gemma-scope, dictionary-learning"): export_sae(make('topk'), tmp_path/'x', 'onnx')
+    with pytest.raises(
+        ValueError,
+        match="unknown format 'onnx': choose one of saelens, gemma-scope, dictionary-learning",
+    ):
+        export_sae(make("topk"), tmp_path / "x", "onnx")
     assert not list(tmp_path.iterdir())
 
 
 # ---- damaged and foreign files
 
+
 def folder_with(folder, cfg, weights):
     folder.mkdir(parents=True)
-    (folder/'cfg.json').write_text(json.dumps(cfg) if not isinstance(cfg, str) else cfg)
-    save_file({n: t.contiguous() for n, t in weights.items()}, folder/'sae_weights.safetensors')
+    (folder / "cfg.json").write_text(json.dumps(cfg) if not isinstance(cfg, str) else cfg)
+    save_file({n: t.contiguous() for n, t in weights.items()}, folder / "sae_weights.safetensors")
     return folder
 
+
 def copy(source, tmp_path):
-    return Path(shutil.copytree(source, tmp_path/source.name))
+    return Path(shutil.copytree(source, tmp_path / source.name))
+
 
 def cfg_change(**change):
     def do(folder):
-        cfg = json.loads((folder/'cfg.json').read_text()) | change
-        (folder/'cfg.json').write_text(json.dumps({k: v for k, v in cfg.items() if v != 'GONE'}))
+        cfg = json.loads((folder / "cfg.json").read_text()) | change
+        (folder / "cfg.json").write_text(json.dumps({k: v for k, v in cfg.items() if v != "GONE"}))
+
     return do
+
 
 def trainer_change(**change):
     def do(folder):
-        cfg = json.loads((folder/'config.json').read_text())
-        cfg['trainer'] |= change
-        (folder/'config.json').write_text(json.dumps(cfg))
+        cfg = json.loads((folder / "config.json").read_text())
+        cfg["trainer"] |= change
+        (folder / "config.json").write_text(json.dumps(cfg))
+
     return do
+
 
 def weights_change(file, change):
     def do(folder):
-        w = load_file(folder/file)
+        w = load_file(folder / file)
         change(w)
-        save_file({n: t.contiguous() for n, t in w.items()}, folder/file)
+        save_file({n: t.contiguous() for n, t in w.items()}, folder / file)
+
     return do
+
 
 def npz_change(change):
     def do(folder):
-        w = dict(np.load(folder/'params.npz'))
+        w = dict(np.load(folder / "params.npz"))
         change(w)
-        np.savez(folder/'params.npz', **w)
+        np.savez(folder / "params.npz", **w)
+
     return do
 
+
 def write(file, content):
-    return lambda folder: (folder/file).write_bytes(content)
+    return lambda folder: (folder / file).write_bytes(content)
+
 
 def cut(file):
-    return lambda folder: (folder/file).write_bytes((folder/file).read_bytes()[:200])
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:200])
+
 
 def to_pickle(folder):
-    torch.save(load_file(folder/'ae.safetensors'), folder/'ae.pt')
-    (folder/'ae.safetensors').unlink()
+    torch.save(load_file(folder / "ae.safetensors"), folder / "ae.pt")
+    (folder / "ae.safetensors").unlink()
+
 
 def remove(*files):
-    return lambda folder: [(folder/f).unlink() for f in files]
+    return lambda folder: [(folder / f).unlink() for f in files]
 
-def nan(w): w['W_dec'][0, :3] = torch.nan
-def objects(w): w['W_enc'] = np.array([[{}]], dtype=object)
-def below(w): w['threshold'][:2] = -1
 
-WEIGHTS = 'sae_weights.safetensors'
+def nan(w):
+    w["W_dec"][0, :3] = torch.nan
+
+
+def objects(w):
+    w["W_enc"] = np.array([[{}]], dtype=object)
+
+
+def below(w):
+    w["threshold"][:2] = -1
+
+
+WEIGHTS = "sae_weights.safetensors"
 DAMAGE = dict(
-    wrong_shape=(STANDARD, weights_change(WEIGHTS, lambda w: w.update(W_dec=torch.zeros(5, 6))), r'W_dec is \(5, 6\) where \(12, 6\) was expected \(d_in = 6, d_sae = 12\)'),
-    wrong_size=(STANDARD, cfg_change(d_sae=13), r'W_enc is \(6, 12\) where \(6, 13\) was expected'),
-    transposed=(STANDARD, weights_change(WEIGHTS, lambda w: w.update(W_enc=w['W_enc'].T)), r'W_enc is \(12, 6\) where'),
-    missing=(JUMP, weights_change(WEIGHTS, lambda w: w.pop('threshold')), 'has no threshold: it is damaged, or no jumprelu SAE'),
-    nan=(STANDARD, weights_change(WEIGHTS, nan), 'W_dec holds 3 values that are NaN or infinite'),
-    cut=(STANDARD, cut(WEIGHTS), 'is no readable safetensors file'),
-    pickled=(STANDARD, write(WEIGHTS, pickle.dumps([1])), 'no readable safetensors file.*is a pickle'),
-    no_weights=(STANDARD, remove(WEIGHTS), f'no {WEIGHTS} in .*not complete'),
-    no_json=(STANDARD, write('cfg.json', b'{"d_in": 6, '), 'cfg.json is not valid JSON'),
-    list_json=(STANDARD, write('cfg.json', b'[1]'), 'holds a list'),
-    no_d_in=(STANDARD, cfg_change(d_in='GONE'), 'd_in is None, where a number'),
-    text_d_sae=(STANDARD, cfg_change(d_sae='12'), "d_sae is '12', where a number"),
-    no_k=(TOPK, cfg_change(k='GONE'), 'k is None'),
-    large_k=(TOPK, cfg_change(k=13), 'needs k.*not 13'),
-    temporal=(STANDARD, cfg_change(architecture='temporal'), "unknown architecture 'temporal'; these can be loaded: standard, topk, jumprelu"),
-    transcoder=(STANDARD, cfg_change(architecture='transcoder'), "unknown architecture 'transcoder'"),
-    tanh=(STANDARD, cfg_change(metadata='GONE', activation_fn='tanh-relu'), "unknown architecture 'tanh-relu'"),
-    layer_norm=(STANDARD, cfg_change(normalize_activations='layer_norm'), "normalize_activations is 'layer_norm'.*let SAELens fold it"),
-    rescale=(STANDARD, cfg_change(normalize_activations='constant_norm_rescale'), "normalize_activations is 'constant_norm_rescale'"),
-    unfolded=(TRAINED, remove('activation_scaler.json'), "normalize_activations is 'expected_average_only_in'"),
-    no_factor=(TRAINED, write('activation_scaler.json', b'{"scaling_factor": null}'), "normalize_activations is 'expected_average_only_in'"),
-    npz_objects=(GEMMA, npz_change(objects), 'no readable npz file.*pickle'),
-    npz_pickle=(GEMMA, write('params.npz', pickle.dumps({'W_enc': 1})), 'no readable npz file.*pickle'),
-    npz_cut=(GEMMA, cut('params.npz'), 'no readable npz file'),
-    npz_empty=(GEMMA, write('params.npz', b''), 'no readable npz file'),
-    npz_nan=(GEMMA, npz_change(lambda w: w['b_enc'].fill(np.nan)), 'b_enc holds 12 values that are NaN'),
-    npz_missing=(GEMMA, npz_change(lambda w: w.pop('b_dec')), 'has no b_dec'),
-    npz_other=(GEMMA, npz_change(lambda w: w.pop('W_enc')), 'has no matrix W_enc; it has W_dec, b_dec'),
-    npz_shape=(GEMMA, npz_change(lambda w: w.update(threshold=np.ones(7, np.float32))), r'threshold is \(7,\) where \(12,\)'),
-    npz_negative=(GEMMA, npz_change(below), '2 thresholds are negative'),
+    wrong_shape=(
+        STANDARD,
+        weights_change(WEIGHTS, lambda w: w.update(W_dec=torch.zeros(5, 6))),
+        r"W_dec is \(5, 6\) where \(12, 6\) was expected \(d_in = 6, d_sae = 12\)",
+    ),
+    wrong_size=(STANDARD, cfg_change(d_sae=13), r"W_enc is \(6, 12\) where \(6, 13\) was expected"),
+    transposed=(
+        STANDARD,
+        weights_change(WEIGHTS, lambda w: w.update(W_enc=w["W_enc"].T)),
+        r"W_enc is \(12, 6\) where",
+    ),
+    missing=(
+        JUMP,
+        weights_change(WEIGHTS, lambda w: w.pop("threshold")),
+        "has no threshold: it is damaged, or no jumprelu SAE",
+    ),
+    nan=(STANDARD, weights_change(WEIGHTS, nan), "W_dec holds 3 values that are NaN or infinite"),
+    cut=(STANDARD, cut(WEIGHTS), "is no readable safetensors file"),
+    pickled=(
+        STANDARD,
+        write(WEIGHTS, pickle.dumps([1])),
+        "no readable safetensors file.*is a pickle",
+    ),
+    no_weights=(STANDARD, remove(WEIGHTS), f"no {WEIGHTS} in .*not complete"),
+    no_json=(STANDARD, write("cfg.json", b'{"d_in": 6, '), "cfg.json is not valid JSON"),
+    list_json=(STANDARD, write("cfg.json", b"[1]"), "holds a list"),
+    no_d_in=(STANDARD, cfg_change(d_in="GONE"), "d_in is None, where a number"),
+    text_d_sae=(STANDARD, cfg_change(d_sae="12"), "d_sae is '12', where a number"),
+    no_k=(TOPK, cfg_change(k="GONE"), "k is None"),
+    large_k=(TOPK, cfg_change(k=13), "needs k.*not 13"),
+    temporal=(
+        STANDARD,
+        cfg_change(architecture="temporal"),
+        "unknown architecture 'temporal'; these can be loaded: standard, topk, jumprelu",
+    ),
+    transcoder=(
+        STANDARD,
+        cfg_change(architecture="transcoder"),
+        "unknown architecture 'transcoder'",
+    ),
+    tanh=(
+        STANDARD,
+        cfg_change(metadata="GONE", activation_fn="tanh-relu"),
+        "unknown architecture 'tanh-relu'",
+    ),
+    layer_norm=(
+        STANDARD,
+        cfg_change(normalize_activations="layer_norm"),
+        "normalize_activations is 'layer_norm'.*let SAELens fold it",
+    ),
+    rescale=(
+        STANDARD,
+        cfg_change(normalize_activations="constant_norm_rescale"),
+        "normalize_activations is 'constant_norm_rescale'",
+    ),
+    unfolded=(
+        TRAINED,
+        remove("activation_scaler.json"),
+        "normalize_activations is 'expected_average_only_in'",
+    ),
+    no_factor=(
+        TRAINED,
+        write("activation_scaler.json", b'{"scaling_factor": null}'),
+        "normalize_activations is 'expected_average_only_in'",
+    ),
+    npz_objects=(GEMMA, npz_change(objects), "no readable npz file.*pickle"),
+    npz_pickle=(
+        GEMMA,
+        write("params.npz", pickle.dumps({"W_enc": 1})),
+        "no readable npz file.*pickle",
+    ),
+    npz_cut=(GEMMA, cut("params.npz"), "no readable npz file"),
+    npz_empty=(GEMMA, write("params.npz", b""), "no readable npz file"),
+    npz_nan=(
+        GEMMA,
+        npz_change(lambda w: w["b_enc"].fill(np.nan)),
+        "b_enc holds 12 values that are NaN",
+    ),
+    npz_missing=(GEMMA, npz_change(lambda w: w.pop("b_dec")), "has no b_dec"),
+    npz_other=(
+        GEMMA,
+        npz_change(lambda w: w.pop("W_enc")),
+        "has no matrix W_enc; it has W_dec, b_dec",
+    ),
+    npz_shape=(
+        GEMMA,
+        npz_change(lambda w: w.update(threshold=np.ones(7, np.float32))),
+        r"threshold is \(7,\) where \(12,\)",
+    ),
+    npz_negative=(GEMMA, npz_change(below), "2 thresholds are negative"),
     their_pickle=(THEIRS, to_pickle, r"ae.pt is a pickle.*torch.load\('ae.pt'.*'ae.safetensors'"),
-    their_class=(THEIRS, trainer_change(dict_class='IdentityDict'), "unknown architecture 'IdentityDict'; these can be loaded: AutoEncoder"),
-    their_size=(THEIRS, trainer_change(dict_size=None), 'd_sae is None'),
-    their_shape=(THEIRS, trainer_change(dict_size=11), r'W_enc is \(6, 12\) where \(6, 11\)'),
-    their_missing=(THEIRS, weights_change('ae.safetensors', lambda w: w.pop('encoder.bias')), 'ae.safetensors has no b_enc'),
-    a_model=(THEIRS, write('config.json', b'{"model_type": "gemma2"}'), 'names no trainer.dict_class'),
-    nothing=(STANDARD, remove('cfg.json', WEIGHTS), 'no SAE in .*found recorded.safetensors'),
-    only_a_pickle=(STANDARD, lambda f: (remove('cfg.json', WEIGHTS)(f), write('sae.pt', b'1')(f)), 'no SAE in .*sae.pt is a pickle'))
+    their_class=(
+        THEIRS,
+        trainer_change(dict_class="IdentityDict"),
+        "unknown architecture 'IdentityDict'; these can be loaded: AutoEncoder",
+    ),
+    their_size=(THEIRS, trainer_change(dict_size=None), "d_sae is None"),
+    their_shape=(THEIRS, trainer_change(dict_size=11), r"W_enc is \(6, 12\) where \(6, 11\)"),
+    their_missing=(
+        THEIRS,
+        weights_change("ae.safetensors", lambda w: w.pop("encoder.bias")),
+        "ae.safetensors has no b_enc",
+    ),
+    a_model=(
+        THEIRS,
+        write("config.json", b'{"model_type": "gemma2"}'),
+        "names no trainer.dict_class",
+    ),
+    nothing=(STANDARD, remove("cfg.json", WEIGHTS), "no SAE in .*found recorded.safetensors"),
+    only_a_pickle=(
+        STANDARD,
+        lambda f: (remove("cfg.json", WEIGHTS)(f), write("sae.pt", b"1")(f)),
+        "no SAE in .*sae.pt is a pickle",
+    ),
+)
 
-@pytest.mark.parametrize('case', DAMAGE)
+
+@pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_named(tmp_path, case):
     source, damage, says = DAMAGE[case]
     folder = copy(source, tmp_path)
     damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=f'(?s){says}') as e: from_pretrained(folder)
-    assert str(folder) in str(e.value) or case == 'large_k'
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){says}") as e:
+        from_pretrained(folder)
+    assert str(folder) in str(e.value) or case == "large_k"
 
 
 def test_other_wrong_sources(tmp_path):
-    (tmp_path/'notes.txt').write_text('hello')
-    with pytest.raises(ValueError, match='notes.txt is a file that this library does not read'): from_pretrained(tmp_path/'notes.txt')
-    (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='no SAE in .*found nothing'): from_pretrained(tmp_path/'empty')
-    with pytest.raises(FileNotFoundError, match='no folder .*nowhere'): from_pretrained(tmp_path/'nowhere')
-    with pytest.raises(FileNotFoundError, match='no folder my-sae: give the folder'): from_pretrained('my-sae')
-    with pytest.raises(ValueError, match='is a local folder, and revision='): from_pretrained(STANDARD, revision='main')
-    away = tmp_path/'gemma-scope-2b-pt-transcoders/layer_3'
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match="notes.txt is a file that this library does not read"):
+        from_pretrained(tmp_path / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no SAE in .*found nothing"):
+        from_pretrained(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no folder my-sae: give the folder"):
+        from_pretrained("my-sae")
+    with pytest.raises(ValueError, match="is a local folder, and revision="):
+        from_pretrained(STANDARD, revision="main")
+    away = tmp_path / "gemma-scope-2b-pt-transcoders/layer_3"
     shutil.copytree(GEMMA, away)
-    with pytest.raises(ValueError, match='transcoders of Gemma Scope, which are no SAEs'): from_pretrained(away)
+    with pytest.raises(ValueError, match="transcoders of Gemma Scope, which are no SAEs"):
+        from_pretrained(away)
 
 
 def test_the_line_that_converts_a_pickle_works(tmp_path):
     folder = copy(THEIRS, tmp_path)
     to_pickle(folder)
-    with pytest.raises(FileNotFoundError) as e: from_pretrained(folder)
+    with pytest.raises(FileNotFoundError) as e:
+        from_pretrained(folder)
     code = str(e.value).split('python -c "')[1].rsplit('"', 1)[0]
-    subprocess.run([sys.executable, '-c', code], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
     same(from_pretrained(folder), folder)
 
 
 # ---- the Hub, without one
 
+
 def http_error(kind, status=404):
     "An error of the Hub's client as if it came from a response."
     e = kind.__new__(kind)
-    Exception.__init__(e, 'the Hub said no')
+    Exception.__init__(e, "the Hub said no")
     e.response = SimpleNamespace(status_code=status)
     return e
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     "A repository in a folder: what is asked of it is recorded, and only that is there."
-    repo, asked = tmp_path/'repo', []
+    repo, asked = tmp_path / "repo", []
+
     def snapshot_download(repo_id, revision=None, allow_patterns=None):
         asked.append((repo_id, revision, allow_patterns))
-        for f in (p for p in repo.rglob('*') if p.relative_to(repo).as_posix() in allow_patterns):
-            (tmp_path/'models--google--gemma-scope-2b-pt-res'/f.relative_to(repo)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(f, tmp_path/'models--google--gemma-scope-2b-pt-res'/f.relative_to(repo))
-        return str(tmp_path/'models--google--gemma-scope-2b-pt-res')
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
-    monkeypatch.setattr(huggingface_hub.HfApi, 'list_repo_files', lambda self, repo_id, revision=None: [p.relative_to(repo).as_posix() for p in repo.rglob('*') if p.is_file()])
+        for f in (p for p in repo.rglob("*") if p.relative_to(repo).as_posix() in allow_patterns):
+            (tmp_path / "models--google--gemma-scope-2b-pt-res" / f.relative_to(repo)).parent.mkdir(
+                parents=True, exist_ok=True
+            )
+            shutil.copy(f, tmp_path / "models--google--gemma-scope-2b-pt-res" / f.relative_to(repo))
+        return str(tmp_path / "models--google--gemma-scope-2b-pt-res")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "list_repo_files",
+        lambda self, repo_id, revision=None: [
+            p.relative_to(repo).as_posix() for p in repo.rglob("*") if p.is_file()
+        ],
+    )
     return SimpleNamespace(repo=repo, asked=asked)
 
 
 def test_only_the_needed_files_are_fetched(hub):
-    at = 'layer_3/width_16k/average_l0_7'
-    shutil.copytree(GEMMA, hub.repo/at)
-    (hub.repo/at/'activations.bin').write_text('large')
-    for args in ([f'google/gemma-scope-2b-pt-res/{at}'], ['google/gemma-scope-2b-pt-res', at, 'v1']):
+    at = "layer_3/width_16k/average_l0_7"
+    shutil.copytree(GEMMA, hub.repo / at)
+    (hub.repo / at / "activations.bin").write_text("large")
+    for args in (
+        [f"google/gemma-scope-2b-pt-res/{at}"],
+        ["google/gemma-scope-2b-pt-res", at, "v1"],
+    ):
         sae = from_pretrained(*args)
         same(sae, GEMMA)
         assert sae.metadata == PLACE
     repo, revision, patterns = hub.asked[-1]
-    assert repo == 'google/gemma-scope-2b-pt-res' and revision == 'v1' and f'{at}/params.npz' in patterns and not any('*' in p for p in patterns)
-    with pytest.raises(FileNotFoundError, match=f'no SAE in google/gemma-scope-2b-pt-res; it has one in {at}: name the folder'): from_pretrained('google/gemma-scope-2b-pt-res')
+    assert (
+        repo == "google/gemma-scope-2b-pt-res"
+        and revision == "v1"
+        and f"{at}/params.npz" in patterns
+        and not any("*" in p for p in patterns)
+    )
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"no SAE in google/gemma-scope-2b-pt-res; it has one in {at}: name the folder",
+    ):
+        from_pretrained("google/gemma-scope-2b-pt-res")
 
 
-@pytest.mark.parametrize('error, kind, says', [
-    (errors.LocalEntryNotFoundError('offline'), ConnectionError, 'cannot be reached .no network, or HF_HUB_OFFLINE is set.'),
-    (errors.OfflineModeIsEnabled('offline'), ConnectionError, 'cannot be reached'),
-    (http_error(errors.RepositoryNotFoundError), FileNotFoundError, 'neither a folder here nor a repository on the Hub that you may see'),
-    (http_error(errors.RevisionNotFoundError), FileNotFoundError, "has no revision 'v9'"),
-    (http_error(errors.GatedRepoError, 403), PermissionError, 'is gated: accept its terms'),
-    (errors.HFValidationError('bad'), ValueError, 'neither a folder here nor the name of a repository'),
-    (RuntimeError('unforeseen'), RuntimeError, 'unforeseen')])
+@pytest.mark.parametrize(
+    "error, kind, says",
+    [
+        (
+            errors.LocalEntryNotFoundError("offline"),
+            ConnectionError,
+            "cannot be reached .no network, or HF_HUB_OFFLINE is set.",
+        ),
+        (errors.OfflineModeIsEnabled("offline"), ConnectionError, "cannot be reached"),
+        (
+            http_error(errors.RepositoryNotFoundError),
+            FileNotFoundError,
+            "neither a folder here nor a repository on the Hub that you may see",
+        ),
+        (http_error(errors.RevisionNotFoundError), FileNotFoundError, "has no revision 'v9'"),
+        (http_error(errors.GatedRepoError, 403), PermissionError, "is gated: accept its terms"),
+        (
+            errors.HFValidationError("bad"),
+            ValueError,
+            "neither a folder here nor the name of a repository",
+        ),
+        (RuntimeError("unforeseen"), RuntimeError, "unforeseen"),
+    ],
+)
 def test_hub_errors(monkeypatch, error, kind, says):
-    def fail(*args, **kwargs): raise error
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
-    with pytest.raises(kind, match=says): from_pretrained('owner/name', revision='v9')
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(kind, match=says):
+        from_pretrained("owner/name", revision="v9")
 
 
 def test_offline_for_real(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(ConnectionError, match='atm-sae-no-owner/no-name is not in the local Hub cache'): from_pretrained('atm-sae-no-owner/no-name')
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConnectionError, match="atm-sae-no-owner/no-name is not in the local Hub cache"
+    ):
+        from_pretrained("atm-sae-no-owner/no-name")
 
 
 class FakeApi:
     "Records what would be done to the Hub."
+
     calls, files, fails = [], {}, None
+
     def create_repo(self, repo_id, **more):
-        if self.fails: raise self.fails
-        self.calls.append(('create_repo', repo_id, more))
-        return f'https://huggingface.co/{repo_id}'
-    def create_branch(self, repo_id, **more): self.calls.append(('create_branch', repo_id, more))
+        if self.fails:
+            raise self.fails
+        self.calls.append(("create_repo", repo_id, more))
+        return f"https://huggingface.co/{repo_id}"
+
+    def create_branch(self, repo_id, **more):
+        self.calls.append(("create_branch", repo_id, more))
+
     def upload_folder(self, repo_id, folder_path, **more):
-        self.calls.append(('upload_folder', repo_id, more))
+        self.calls.append(("upload_folder", repo_id, more))
         self.files.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
+
 
 @pytest.fixture
 def api(monkeypatch):
-    fake = type('Api', (FakeApi,), dict(calls=[], files={}))
-    monkeypatch.setattr(huggingface_hub, 'HfApi', fake)
+    fake = type("Api", (FakeApi,), dict(calls=[], files={}))
+    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
     return fake
 
 
 def test_push_is_one_commit(api, tmp_path):
-    sae = make('batchtopk')
-    assert push_to_hub(sae, 'me/mine', dict(l0=3.2), private=True, commit_message='first') == 'https://huggingface.co/me/mine'
-    assert api.calls == [('create_repo', 'me/mine', dict(private=True, exist_ok=True)), ('upload_folder', 'me/mine', dict(revision=None, commit_message='first'))]
-    assert set(api.files) == {'cfg.json', WEIGHTS, 'README.md'}
-    for name, content in api.files.items(): (tmp_path/name).write_bytes(content)
+    sae = make("batchtopk")
+    assert (
+        push_to_hub(sae, "me/mine", dict(l0=3.2), private=True, commit_message="first")
+        == "https://huggingface.co/me/mine"
+    )
+    assert api.calls == [
+        ("create_repo", "me/mine", dict(private=True, exist_ok=True)),
+        ("upload_folder", "me/mine", dict(revision=None, commit_message="first")),
+    ]
+    assert set(api.files) == {"cfg.json", WEIGHTS, "README.md"}
+    for name, content in api.files.items():
+        (tmp_path / name).write_bytes(content)
     assert torch.equal(from_pretrained(tmp_path).W_enc, sae.W_enc)
-    assert 'from_pretrained("me/mine")' in api.files['README.md'].decode()
+    assert 'from_pretrained("me/mine")' in api.files["README.md"].decode()
 
 
 def test_push_of_a_folder_to_a_branch(api):
-    assert push_to_hub(GEMMA, 'me/mine', revision='v2') == 'https://huggingface.co/me/mine/tree/v2'
-    assert [c[0] for c in api.calls] == ['create_repo', 'create_branch', 'upload_folder'] and api.calls[-1][2]['revision'] == 'v2'
-    assert json.loads(api.files['cfg.json'])['architecture'] == 'jumprelu' and b'from_pretrained("me/mine", revision="v2")' in api.files['README.md']
+    assert push_to_hub(GEMMA, "me/mine", revision="v2") == "https://huggingface.co/me/mine/tree/v2"
+    assert [c[0] for c in api.calls] == [
+        "create_repo",
+        "create_branch",
+        "upload_folder",
+    ] and api.calls[-1][2]["revision"] == "v2"
+    assert (
+        json.loads(api.files["cfg.json"])["architecture"] == "jumprelu"
+        and b'from_pretrained("me/mine", revision="v2")' in api.files["README.md"]
+    )
 
 
 def test_nothing_is_sent_of_a_damaged_folder(api, tmp_path):
     folder = copy(STANDARD, tmp_path)
     cut(WEIGHTS)(folder)
-    with pytest.raises(ValueError, match='no readable safetensors'): push_to_hub(folder, 'me/mine')
+    with pytest.raises(ValueError, match="no readable safetensors"):
+        push_to_hub(folder, "me/mine")
     assert api.calls == []
 
 
-@pytest.mark.parametrize('error, kind, says', [(errors.OfflineModeIsEnabled('x'), ConnectionError, 'cannot be reached'), (errors.LocalTokenNotFoundError('x'), PermissionError, 'hf auth login'),
-                                               (http_error(errors.HfHubHTTPError, 403), PermissionError, 'the Hub refused'), (KeyError('x'), KeyError, 'x')])
+@pytest.mark.parametrize(
+    "error, kind, says",
+    [
+        (errors.OfflineModeIsEnabled("x"), ConnectionError, "cannot be reached"),
+        (errors.LocalTokenNotFoundError("x"), PermissionError, "hf auth login"),
+        (http_error(errors.HfHubHTTPError, 403), PermissionError, "the Hub refused"),
+        (KeyError("x"), KeyError, "x"),
+    ],
+)
 def test_push_errors(api, error, kind, says):
     api.fails = error
-    with pytest.raises(kind, match=says): push_to_hub(make('topk'), 'me/mine')
+    with pytest.raises(kind, match=says):
+        push_to_hub(make("topk"), "me/mine")
     assert api.calls == []
 
 
 def test_model_card():
-    sae = make('topk')
-    card = model_card(sae, dict(l0=3., explained_variance=(.75, .7, .8, 5), mean_full_absorption_score=(.0123, None, None, 1), mine=2), 'me/mine')
+    sae = make("topk")
+    card = model_card(
+        sae,
+        dict(
+            l0=3.0,
+            explained_variance=(0.75, 0.7, 0.8, 5),
+            mean_full_absorption_score=(0.0123, None, None, 1),
+            mine=2,
+        ),
+        "me/mine",
+    )
     loaded = huggingface_hub.ModelCard(card)
-    assert loaded.data.license == 'apache-2.0' and loaded.data.library_name == 'atm-sae' and 'topk' in loaded.data.tags
-    assert '| explained variance | 0.750 [0.700, 0.800] | 5 |' in card and '| first-letter absorption, full | 0.0123 | 1 |' in card and '| mine | 2.00 | 1 |' in card
-    assert 'gemma-2-2b at `blocks.3.hook_resid_post`: 6 inputs, 12 latents' in card and 'topk, k = 3' in card and 'SAE.load_from_disk(snapshot_download("me/mine"))' in card
-    bare = make('standard')
-    bare.metadata = dict(license='gemma')
-    assert 'license: gemma' in model_card(bare) and 'origin was not recorded' in model_card(bare) and '| metric |' not in model_card(bare)
+    assert (
+        loaded.data.license == "apache-2.0"
+        and loaded.data.library_name == "atm-sae"
+        and "topk" in loaded.data.tags
+    )
+    assert (
+        "| explained variance | 0.750 [0.700, 0.800] | 5 |" in card
+        and "| first-letter absorption, full | 0.0123 | 1 |" in card
+        and "| mine | 2.00 | 1 |" in card
+    )
+    assert (
+        "gemma-2-2b at `blocks.3.hook_resid_post`: 6 inputs, 12 latents" in card
+        and "topk, k = 3" in card
+        and 'SAE.load_from_disk(snapshot_download("me/mine"))' in card
+    )
+    bare = make("standard")
+    bare.metadata = dict(license="gemma")
+    assert (
+        "license: gemma" in model_card(bare)
+        and "origin was not recorded" in model_card(bare)
+        and "| metric |" not in model_card(bare)
+    )
 
 
 # ---- the real libraries: ATM_SAE_SAELENS and ATM_SAE_DICTIONARY_LEARNING name a Python that has them; ATM_SAE_PEERS=1 makes one in data/cache/peers
 
-PEERS = {'saelens': ('ATM_SAE_SAELENS', ['sae-lens==6.54.12', 'transformer-lens==3.9.0']),
-         'dictionary-learning': ('ATM_SAE_DICTIONARY_LEARNING', ['dictionary-learning==0.1.0', 'nnsight==0.3.7'])}
+PEERS = {
+    "saelens": ("ATM_SAE_SAELENS", ["sae-lens==6.54.12", "transformer-lens==3.9.0"]),
+    "dictionary-learning": (
+        "ATM_SAE_DICTIONARY_LEARNING",
+        ["dictionary-learning==0.1.0", "nnsight==0.3.7"],
+    ),
+}
+
 
 def peer(library):
     "A Python that has the library; skips the test if there is none and none may be made."
     name, packages = PEERS[library]
-    if name in os.environ: return os.environ[name]
-    if not os.environ.get('ATM_SAE_PEERS'): pytest.skip(f'{name} names no Python with {packages[0]}, and ATM_SAE_PEERS is not set')
-    home = cache_dir()/'peers'/library
-    if not (home/'ready').exists():
+    if name in os.environ:
+        return os.environ[name]
+    if not os.environ.get("ATM_SAE_PEERS"):
+        pytest.skip(f"{name} names no Python with {packages[0]}, and ATM_SAE_PEERS is not set")
+    home = cache_dir() / "peers" / library
+    if not (home / "ready").exists():
         venv.create(home, with_pip=True, clear=True)
-        subprocess.run([home/'bin/python', '-m', 'pip', 'install', '--quiet', *packages], check=True)
-        (home/'ready').touch()
-    return str(home/'bin/python')
+        subprocess.run(
+            [home / "bin/python", "-m", "pip", "install", "--quiet", *packages], check=True
+        )
+        (home / "ready").touch()
+    return str(home / "bin/python")
+
 
 def ask(library, *args, cwd):
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    done = subprocess.run([peer(library), FIXTURES/'record.py', library, *map(str, args)], capture_output=True, text=True, env=env, cwd=cwd)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [peer(library), FIXTURES / "record.py", library, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=cwd,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize('library', PEERS)
+@pytest.mark.parametrize("library", PEERS)
 def test_theirs_is_read_by_ours(tmp_path, library):
-    ask(library, 'record', tmp_path/'out', cwd=tmp_path)
-    folders = [p.parent for p in (tmp_path/'out').rglob('recorded.safetensors')]
-    for folder in folders: same(from_pretrained(folder), folder)
-    assert len(folders) == dict(saelens=20, **{'dictionary-learning': 7})[library]
+    ask(library, "record", tmp_path / "out", cwd=tmp_path)
+    folders = [p.parent for p in (tmp_path / "out").rglob("recorded.safetensors")]
+    for folder in folders:
+        same(from_pretrained(folder), folder)
+    assert len(folders) == dict(saelens=20, **{"dictionary-learning": 7})[library]
 
 
-@pytest.mark.parametrize('library, format', [('saelens', 'saelens'), ('saelens', 'gemma-scope'), ('dictionary-learning', 'dictionary-learning')])
+@pytest.mark.parametrize(
+    "library, format",
+    [
+        ("saelens", "saelens"),
+        ("saelens", "gemma-scope"),
+        ("dictionary-learning", "dictionary-learning"),
+    ],
+)
 def test_ours_is_read_by_theirs(tmp_path, library, format):
     x, folders = torch.randn(32, 6, generator=torch.Generator().manual_seed(2)), {}
     for a in ARCHITECTURES:
-        if (a, format) == ('topk', 'gemma-scope'): continue
-        folder = export_sae(make(a), tmp_path/a, format)
-        save_file(dict(x=x), folder/'x.safetensors')
+        if (a, format) == ("topk", "gemma-scope"):
+            continue
+        folder = export_sae(make(a), tmp_path / a, format)
+        save_file(dict(x=x), folder / "x.safetensors")
         folders[a] = folder
-    ask(library, 'read', *folders.values(), cwd=tmp_path)
+    ask(library, "read", *folders.values(), cwd=tmp_path)
     for a, folder in folders.items():
-        same(from_pretrained(folder), folder, 'theirs.safetensors')
-        same(make(a), folder, 'theirs.safetensors', latents=False)
+        same(from_pretrained(folder), folder, "theirs.safetensors")
+        same(make(a), folder, "theirs.safetensors", latents=False)

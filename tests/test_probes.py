@@ -1,11 +1,19 @@
 "Probes: against scikit-learn, by hand, and at their optimum."
+
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
-from atm_sae.probes import balanced_weights, f1_score, fit_l1_probes, fit_logistic, kkt_error, l1_max
+from atm_sae.evals.probes import (
+    balanced_weights,
+    f1_score,
+    fit_l1_probes,
+    fit_logistic,
+    kkt_error,
+    l1_max,
+)
 
 T = torch.tensor
 
@@ -14,13 +22,15 @@ def test_logistic_agrees_with_sklearn():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, 5, generator=g)
     y = x[:, 0] + torch.randn(200, generator=g) > 1
-    w, b = fit_logistic(x, y, l2=2.)
-    ref = LogisticRegression(C=.5, class_weight='balanced', tol=1e-10, max_iter=10000).fit(x.numpy(), y.numpy())
+    w, b = fit_logistic(x, y, l2=2.0)
+    ref = LogisticRegression(C=0.5, class_weight="balanced", tol=1e-10, max_iter=10000).fit(
+        x.numpy(), y.numpy()
+    )
     assert np.allclose(w, ref.coef_[0], atol=1e-4) and np.allclose(b, ref.intercept_, atol=1e-4)
 
 
 def test_logistic_converges_on_separable_data():
-    x, y = T([[-2.], [-1], [1], [2]]), T([False, False, True, True])
+    x, y = T([[-2.0], [-1], [1], [2]]), T([False, False, True, True])
     w, b = fit_logistic(x, y, l2=1e-4)
     pi = torch.sigmoid(-(y.double() * 2 - 1) * (x.double() @ w + b))
     gradient = 1e-4 * w - x.double().T @ ((y.double() * 2 - 1) * pi)
@@ -28,51 +38,69 @@ def test_logistic_converges_on_separable_data():
 
 
 def test_logistic_needs_both_classes():
-    with pytest.raises(ValueError, match='both classes; 3 of the 3 are positive'): fit_logistic(torch.ones(3, 1), torch.ones(3, dtype=bool))
+    with pytest.raises(ValueError, match="both classes; 3 of the 3 are positive"):
+        fit_logistic(torch.ones(3, 1), torch.ones(3, dtype=bool))
 
 
 def test_many_problems_at_once_are_the_same_as_each_by_itself():
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(3, 50, 4, generator=g), torch.rand(3, 50, generator=g) < .3
+    x, y = torch.randn(3, 50, 4, generator=g), torch.rand(3, 50, generator=g) < 0.3
     w, b = fit_logistic(x, y)
-    for i in range(3): assert torch.allclose(w[i], fit_logistic(x[i], y[i])[0], atol=1e-7) and torch.isclose(b[i], fit_logistic(x[i], y[i])[1], atol=1e-7)
+    for i in range(3):
+        assert torch.allclose(w[i], fit_logistic(x[i], y[i])[0], atol=1e-7) and torch.isclose(
+            b[i], fit_logistic(x[i], y[i])[1], atol=1e-7
+        )
 
 
 def test_f1():
-    assert f1_score(T([True, True, False]), T([True, False, True])) == .5 and f1_score(T([False]), T([False])) == 0
+    assert (
+        f1_score(T([True, True, False]), T([True, False, True])) == 0.5
+        and f1_score(T([False]), T([False])) == 0
+    )
 
 
 def test_l1_max_is_where_weights_vanish():
     rng = np.random.default_rng(0)
-    z = sparse.csr_matrix(rng.random((60, 8)) * (rng.random((60, 8)) < .3))
-    Y = rng.random((60, 3)) < .4
-    assert (fit_l1_probes(z, Y, share=1.01)[0] == 0).all() and (fit_l1_probes(z, Y, share=.98)[0] != 0).any(0).all()
+    z = sparse.csr_matrix(rng.random((60, 8)) * (rng.random((60, 8)) < 0.3))
+    Y = rng.random((60, 3)) < 0.4
+    assert (fit_l1_probes(z, Y, share=1.01)[0] == 0).all() and (
+        fit_l1_probes(z, Y, share=0.98)[0] != 0
+    ).any(0).all()
 
 
 def test_l1_probes_are_at_the_optimum_that_sklearn_finds():
     rng = np.random.default_rng(1)
-    z = sparse.csr_matrix(rng.exponential(size=(400, 60)) * (rng.random((400, 60)) < .1))
-    Y = np.stack([z[:, j].toarray()[:, 0] + .3 * rng.random(400) > .25 for j in range(4)], 1)
-    W, b = fit_l1_probes(z, Y, share=.02, tol=1e-8)
+    z = sparse.csr_matrix(rng.exponential(size=(400, 60)) * (rng.random((400, 60)) < 0.1))
+    Y = np.stack([z[:, j].toarray()[:, 0] + 0.3 * rng.random(400) > 0.25 for j in range(4)], 1)
+    W, b = fit_l1_probes(z, Y, share=0.02, tol=1e-8)
     for l in range(4):
         weights = balanced_weights(T(Y[:, l])).numpy()
-        probe = LogisticRegression(C=1 / (.02 * l1_max(z, Y)[l]), l1_ratio=1., solver='saga', tol=1e-10, max_iter=100_000)
+        probe = LogisticRegression(
+            C=1 / (0.02 * l1_max(z, Y)[l]), l1_ratio=1.0, solver="saga", tol=1e-10, max_iter=100_000
+        )
         w = probe.fit(z.toarray(), Y[:, l], sample_weight=weights).coef_[0]
-        assert np.allclose(W[:, l], w, atol=1e-4 * np.abs(w).max()) and abs(b[l] - probe.intercept_[0]) < 1e-3
+        assert (
+            np.allclose(W[:, l], w, atol=1e-4 * np.abs(w).max())
+            and abs(b[l] - probe.intercept_[0]) < 1e-3
+        )
         assert 0 < (W[:, l] != 0).sum() < 60
-    t, s = 2. * Y - 1, np.stack([balanced_weights(T(y)).numpy() for y in Y.T], 1)
+    t, s = 2.0 * Y - 1, np.stack([balanced_weights(T(y)).numpy() for y in Y.T], 1)
     G = z.T @ (-s * t / (1 + np.exp(t * (z @ W + b))))
-    assert kkt_error(G.T, W.T, .02 * l1_max(z, Y)).max() < 1e-7
+    assert kkt_error(G.T, W.T, 0.02 * l1_max(z, Y)).max() < 1e-7
 
 
 def test_l1_probes_that_do_not_converge_say_so():
     z = sparse.csr_matrix(np.random.default_rng(2).random((40, 5)))
-    with pytest.raises(RuntimeError, match='1 questions did not converge in 1 steps'): fit_l1_probes(z, z[:, [0]].toarray() > .5, max_steps=1)
+    with pytest.raises(RuntimeError, match="1 questions did not converge in 1 steps"):
+        fit_l1_probes(z, z[:, [0]].toarray() > 0.5, max_steps=1)
 
 
 def test_inputs_that_are_not_numbers_and_penalties_that_are_none():
     x, y = sparse.csr_matrix(np.eye(6)), np.arange(6)[:, None] < 3
-    with pytest.raises(ValueError, match='share = 0, but the penalty must be above 0'): fit_l1_probes(x, y, 0)
+    with pytest.raises(ValueError, match="share = 0, but the penalty must be above 0"):
+        fit_l1_probes(x, y, 0)
     x[0, 0] = np.nan
-    with pytest.raises(ValueError, match='fit_l1_probes: inputs are NaN or infinite'): fit_l1_probes(x, y)
-    with pytest.raises(ValueError, match='fit_logistic: inputs are NaN or infinite'): fit_logistic(T(x.toarray()), T(y[:, 0]))
+    with pytest.raises(ValueError, match="fit_l1_probes: inputs are NaN or infinite"):
+        fit_l1_probes(x, y)
+    with pytest.raises(ValueError, match="fit_logistic: inputs are NaN or infinite"):
+        fit_logistic(T(x.toarray()), T(y[:, 0]))

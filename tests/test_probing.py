@@ -1,68 +1,123 @@
 "Sparse probing: tasks, pooling, selection and probes by hand; the evaluation, its cache, its messages."
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from atm_sae import probing as pr
-from atm_sae.lm import residual_stream, tiny_lm
-from atm_sae.probing import (
-    GROUPS, ProbingData, ProbingTask, build_probing, evaluate_probing, fit_probe, get_probing, mean_pool, probe_accuracy, probe_activations,
-    probing_tasks, score_probing, token_rows, top_features, unique_texts)
+from atm_sae.evals import probing as pr
+from atm_sae.data.lm import residual_stream, tiny_lm
+from atm_sae.evals.probing import (
+    GROUPS,
+    ProbingData,
+    ProbingTask,
+    build_probing,
+    evaluate_probing,
+    fit_probe,
+    get_probing,
+    mean_pool,
+    probe_accuracy,
+    probe_activations,
+    probing_tasks,
+    score_probing,
+    token_rows,
+    top_features,
+    unique_texts,
+)
 
 T = torch.tensor
 
 
 class Toy:
     "z = relu(x W_enc)."
-    def __init__(self, W_enc, W_dec): self.W_enc, self.W_dec = W_enc, W_dec
-    def encode(self, x): return (x @ self.W_enc).relu()
+
+    def __init__(self, W_enc, W_dec):
+        self.W_enc, self.W_dec = W_enc, W_dec
+
+    def encode(self, x):
+        return (x @ self.W_enc).relu()
 
 
-DOCS = {name: [f'{name} {i} {"word " * (i % 7)}' for i in range(30)] for name in ('alpha', 'beta', 'gamma')}
-GREEK = {'greek': ('alpha', 'beta', 'gamma')}
+DOCS = {
+    name: [f"{name} {i} {'word ' * (i % 7)}" for i in range(30)]
+    for name in ("alpha", "beta", "gamma")
+}
+GREEK = {"greek": ("alpha", "beta", "gamma")}
 
-@pytest.fixture(scope='module')
-def lm(): return tiny_lm()
 
-@pytest.fixture(scope='module')
-def tasks(): return probing_tasks(DOCS, GREEK)
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
 
-@pytest.fixture(scope='module')
-def data(lm, tasks): return build_probing(lm, 1, tasks, context=24)
+
+@pytest.fixture(scope="module")
+def tasks():
+    return probing_tasks(DOCS, GREEK)
+
+
+@pytest.fixture(scope="module")
+def data(lm, tasks):
+    return build_probing(lm, 1, tasks, context=24)
+
 
 def hand_made(x, labels):
     "ProbingData of texts with one token each, and one task over them: first half train."
     texts, half = [str(i) for i in range(len(x))], len(x) // 2
-    task = ProbingTask('hand', 'made', tuple(texts[:half]), tuple(labels[:half]), tuple(texts[half:]), tuple(labels[half:]))
-    return ProbingData([task], x, torch.ones(len(x), dtype=torch.long), {t: i for i, t in enumerate(texts)})
+    task = ProbingTask(
+        "hand",
+        "made",
+        tuple(texts[:half]),
+        tuple(labels[:half]),
+        tuple(texts[half:]),
+        tuple(labels[half:]),
+    )
+    return ProbingData(
+        [task], x, torch.ones(len(x), dtype=torch.long), {t: i for i, t in enumerate(texts)}
+    )
 
 
 def test_thirty_five_tasks_from_python_itself():
     tasks = probing_tasks()
-    assert len(tasks) == 35 == len({t.name for t in tasks}) and {t.group for t in tasks} == set(GROUPS)
+    assert len(tasks) == 35 == len({t.name for t in tasks}) and {t.group for t in tasks} == set(
+        GROUPS
+    )
     for t in tasks:
-        assert sum(t.train_labels) * 2 == len(t.train_labels) == len(t.train_texts) and sum(t.test_labels) * 2 == len(t.test_labels)
+        assert sum(t.train_labels) * 2 == len(t.train_labels) == len(t.train_texts) and sum(
+            t.test_labels
+        ) * 2 == len(t.test_labels)
     assert not {x for t in tasks for x in t.train_texts} & {x for t in tasks for x in t.test_texts}
 
 
 def test_negatives_come_in_equal_parts(tasks):
     alpha = tasks[0]
     negatives = [t for t, label in zip(alpha.train_texts, alpha.train_labels) if not label]
-    assert abs(sum(t.startswith('beta') for t in negatives) - sum(t.startswith('gamma') for t in negatives)) <= 1
-    assert all(t.startswith('alpha') == label for t, label in zip(alpha.train_texts, alpha.train_labels))
+    assert (
+        abs(
+            sum(t.startswith("beta") for t in negatives)
+            - sum(t.startswith("gamma") for t in negatives)
+        )
+        <= 1
+    )
+    assert all(
+        t.startswith("alpha") == label for t, label in zip(alpha.train_texts, alpha.train_labels)
+    )
 
 
 def test_balance_by_hand():
     "Three positives need three negatives: b, c, b; with one negative class of one text, one positive is left."
-    texts, labels = pr._against('a', ('a', 'b', 'c'), dict(a=['a1', 'a2', 'a3'], b=['b1', 'b2', 'b3'], c=['c1', 'c2']))
-    assert texts == ('a1', 'a2', 'a3', 'b1', 'c1', 'b2') and labels == (True,) * 3 + (False,) * 3
-    assert pr._against('a', ('a', 'b'), dict(a=['a1', 'a2'], b=['b1'])) == (('a1', 'b1'), (True, False))
+    texts, labels = pr._against(
+        "a", ("a", "b", "c"), dict(a=["a1", "a2", "a3"], b=["b1", "b2", "b3"], c=["c1", "c2"])
+    )
+    assert texts == ("a1", "a2", "a3", "b1", "c1", "b2") and labels == (True,) * 3 + (False,) * 3
+    assert pr._against("a", ("a", "b"), dict(a=["a1", "a2"], b=["b1"])) == (
+        ("a1", "b1"),
+        (True, False),
+    )
 
 
 def test_two_classes_are_one_question():
-    assert [t.name for t in probing_tasks(DOCS, {'pair': ('alpha', 'beta')})] == ['alpha']
+    assert [t.name for t in probing_tasks(DOCS, {"pair": ("alpha", "beta")})] == ["alpha"]
 
 
 def test_tasks_are_seeded(tasks):
@@ -70,17 +125,25 @@ def test_tasks_are_seeded(tasks):
 
 
 def test_repeated_texts_count_once():
-    assert unique_texts({'a': ['x', 'y', 'y'], 'b': ['x', 'z']}) == {'a': ['y'], 'b': ['z']}
+    assert unique_texts({"a": ["x", "y", "y"], "b": ["x", "z"]}) == {"a": ["y"], "b": ["z"]}
 
 
 def test_group_with_too_few_texts():
-    with pytest.raises(ValueError, match="group 'greek': 'beta' has 3 different texts and 20 are needed"): probing_tasks(DOCS | {'beta': ['a', 'b', 'c']}, GREEK)
-    with pytest.raises(ValueError, match="'delta' has 0 different texts"): probing_tasks(DOCS, {'greek': ('alpha', 'delta')})
+    with pytest.raises(
+        ValueError, match="group 'greek': 'beta' has 3 different texts and 20 are needed"
+    ):
+        probing_tasks(DOCS | {"beta": ["a", "b", "c"]}, GREEK)
+    with pytest.raises(ValueError, match="'delta' has 0 different texts"):
+        probing_tasks(DOCS, {"greek": ("alpha", "delta")})
 
 
 def test_rows_are_cut_and_begin_with_bos(lm):
-    rows = token_rows(lm.tokenizer, ['one two three four five', 'x'], context=4)
-    assert [len(rows[0]), rows[0][0], rows[1][0]] == [4, lm.tokenizer.bos_token_id, lm.tokenizer.bos_token_id]
+    rows = token_rows(lm.tokenizer, ["one two three four five", "x"], context=4)
+    assert [len(rows[0]), rows[0][0], rows[1][0]] == [
+        4,
+        lm.tokenizer.bos_token_id,
+        lm.tokenizer.bos_token_id,
+    ]
 
 
 def test_activations_do_not_depend_on_the_batch(lm, tasks, data):
@@ -89,49 +152,59 @@ def test_activations_do_not_depend_on_the_batch(lm, tasks, data):
     i = 7
     text, start = list(data.texts)[i], int(data.lengths[:i].sum())
     single = residual_stream(lm, T(token_rows(lm.tokenizer, [text], 24)), 1)[0, 1:]
-    assert torch.allclose(data.x[start:start + int(data.lengths[i])], single, atol=1e-5)
+    assert torch.allclose(data.x[start : start + int(data.lengths[i])], single, atol=1e-5)
 
 
 def test_text_without_an_ordinary_token(lm):
-    task = ProbingTask('a', 'g', ('', 'x'), (True, False), ('y', 'z'), (True, False))
-    with pytest.raises(ValueError, match="no ordinary token of the text '': leave it out"): build_probing(lm, 1, [task])
+    task = ProbingTask("a", "g", ("", "x"), (True, False), ("y", "z"), (True, False))
+    with pytest.raises(ValueError, match="no ordinary token of the text '': leave it out"):
+        build_probing(lm, 1, [task])
 
 
 def test_no_tasks(lm):
-    with pytest.raises(ValueError, match='no texts to read'): build_probing(lm, 2, [])
+    with pytest.raises(ValueError, match="no texts to read"):
+        build_probing(lm, 2, [])
 
 
 def test_batches_of_a_wide_sae_are_small(data):
     "2 ** 24 latents at a time: 64 tokens of an SAE of 2 ** 18 latents."
+
     class Wide(Toy):
         seen = []
-        def encode(self, x): self.seen.append(len(x)); return x[:, :1]
+
+        def encode(self, x):
+            self.seen.append(len(x))
+            return x[:, :1]
+
     sae = Wide(None, torch.empty(2**18, 1).expand(2**18, 32))
     probe_activations(sae, data)
     assert set(sae.seen[:-1]) == {64} and sum(sae.seen) == len(data.x)
 
 
 def test_half_precision_is_pooled_in_single():
-    x = torch.full((300, 1), 1.0, dtype=torch.bfloat16)     # 256 + 1 = 256 in bfloat16
-    assert mean_pool(x, T([300])).tolist() == [[1.]] and mean_pool(x, T([300])).dtype == torch.float32
+    x = torch.full((300, 1), 1.0, dtype=torch.bfloat16)  # 256 + 1 = 256 in bfloat16
+    assert (
+        mean_pool(x, T([300])).tolist() == [[1.0]] and mean_pool(x, T([300])).dtype == torch.float32
+    )
 
 
 def test_mean_pool():
-    x, lengths = T([[1.], [3], [10], [20], [60]]), T([2, 1, 2])
-    for size in (1, 2, 3, 100): assert mean_pool(x, lengths, batch_size=size).tolist() == [[2], [10], [40]]
+    x, lengths = T([[1.0], [3], [10], [20], [60]]), T([2, 1, 2])
+    for size in (1, 2, 3, 100):
+        assert mean_pool(x, lengths, batch_size=size).tolist() == [[2], [10], [40]]
     assert mean_pool(x, lengths, lambda v: v * 2).tolist() == [[4], [20], [80]]
 
 
 def test_selection_by_hand():
-    x, y = T([[1., 0, 5], [3, 0, 5], [2, 3, 1]]), T([True, True, False])
+    x, y = T([[1.0, 0, 5], [3, 0, 5], [2, 3, 1]]), T([True, True, False])
     assert top_features(x, y, 2).tolist() == [2, 1] and len(top_features(x, y, 9)) == 3
 
 
 def test_of_equal_features_the_first_is_taken():
     "Differences 1, 2, 0, 2, 1, and a thousand dead latents behind them."
     x = torch.zeros(2, 1005)
-    x[0, :5] = T([1., 2, 0, 2, 1])
-    x[1, 3] = 4                                             # 2 - 4: the sign does not count
+    x[0, :5] = T([1.0, 2, 0, 2, 1])
+    x[1, 3] = 4  # 2 - 4: the sign does not count
     assert top_features(x, T([True, False]), 6).tolist() == [1, 3, 0, 4, 2, 5]
 
 
@@ -140,17 +213,21 @@ def test_a_wide_probe_is_fitted_by_blocks_of_columns():
     x, y = torch.randn(12, 9001, generator=g) / 50, torch.arange(12) % 2 == 0
     x[:, 8500] += y.float()
     w, b = fit_probe(x, y)
-    ref = LogisticRegression(C=1., tol=1e-10, max_iter=10000).fit(x.double().numpy(), y.numpy())
-    assert w.shape == (9001,) and np.allclose(w, ref.coef_[0], atol=1e-5) and int(w.abs().argmax()) == 8500
+    ref = LogisticRegression(C=1.0, tol=1e-10, max_iter=10000).fit(x.double().numpy(), y.numpy())
+    assert (
+        w.shape == (9001,)
+        and np.allclose(w, ref.coef_[0], atol=1e-5)
+        and int(w.abs().argmax()) == 8500
+    )
     assert torch.allclose(pr._logits(x, w, b), x.double() @ w + b, atol=1e-12)
 
 
 def test_equal_texts_do_not_disturb_a_wide_probe():
     "Rank 2 in 9 dimensions: the directions without any variance are dropped."
-    x = T([[1.] * 9, [1.] * 9, [-1.] * 9, [0.] * 8 + [1]])
+    x = T([[1.0] * 9, [1.0] * 9, [-1.0] * 9, [0.0] * 8 + [1]])
     y = T([True, True, False, False])
     w, b = fit_probe(x, y)
-    ref = LogisticRegression(C=1., tol=1e-12, max_iter=10000).fit(x.numpy(), y.numpy())
+    ref = LogisticRegression(C=1.0, tol=1e-12, max_iter=10000).fit(x.numpy(), y.numpy())
     assert np.allclose(w, ref.coef_[0], atol=1e-4) and np.isclose(b, ref.intercept_[0], atol=1e-4)
 
 
@@ -158,7 +235,7 @@ def test_wide_probe_is_the_same_probe():
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(20, 50, generator=g), torch.arange(20) % 2 == 0
     w, b = fit_probe(x, y)
-    ref = LogisticRegression(C=1., tol=1e-10, max_iter=10000).fit(x.numpy(), y.numpy())
+    ref = LogisticRegression(C=1.0, tol=1e-10, max_iter=10000).fit(x.numpy(), y.numpy())
     assert np.allclose(w, ref.coef_[0], atol=1e-4) and np.allclose(b, ref.intercept_, atol=1e-4)
 
 
@@ -166,8 +243,8 @@ def test_nothing_is_chosen_on_test_texts():
     g = torch.Generator().manual_seed(2)
     y = torch.arange(400) % 2 == 0
     x = torch.randn(400, 50, generator=g)
-    x[200:, 7] += 20 * y[200:]                      # tells everything, but only on test texts
-    assert probe_accuracy(x[:200], y[:200], x[200:], y[200:], k=1) < .75
+    x[200:, 7] += 20 * y[200:]  # tells everything, but only on test texts
+    assert probe_accuracy(x[:200], y[:200], x[200:], y[200:], k=1) < 0.75
 
 
 def test_one_latent_that_knows():
@@ -176,75 +253,118 @@ def test_one_latent_that_knows():
     x = torch.randn(80, 6, generator=g)
     x[:, 2] = T(labels).float() * 4
     result = score_probing(Toy(torch.eye(6), torch.eye(6)), hand_made(x, labels))
-    assert result.summary['sae_top_1_test_accuracy'] == 1 == result.summary['llm_top_1_test_accuracy']
+    assert (
+        result.summary["sae_top_1_test_accuracy"] == 1 == result.summary["llm_top_1_test_accuracy"]
+    )
     blind = torch.eye(6)
     blind[2] = 0
-    assert score_probing(Toy(blind, torch.eye(6)), hand_made(x, labels)).summary['sae_test_accuracy'] < .8
+    assert (
+        score_probing(Toy(blind, torch.eye(6)), hand_made(x, labels)).summary["sae_test_accuracy"]
+        < 0.8
+    )
 
 
 def test_summary_is_the_mean_over_groups(data):
-    two = [ProbingTask(t.name, g, t.train_texts, t.train_labels, t.test_texts, t.test_labels) for t, g in zip(data.tasks, ('a', 'a', 'b'))]
-    result = score_probing(Toy(torch.eye(32), torch.eye(32)), ProbingData(two, data.x, data.lengths, data.texts))
+    two = [
+        ProbingTask(t.name, g, t.train_texts, t.train_labels, t.test_texts, t.test_labels)
+        for t, g in zip(data.tasks, ("a", "a", "b"))
+    ]
+    result = score_probing(
+        Toy(torch.eye(32), torch.eye(32)), ProbingData(two, data.x, data.lengths, data.texts)
+    )
     score = result.tasks.sae_top_2_test_accuracy
-    assert result.summary['sae_top_2_test_accuracy'] == pytest.approx(((score[0] + score[1]) / 2 + score[2]) / 2)
-    assert result.tasks.group.tolist() == ['a', 'a', 'b']
-    for prefix in ('sae', 'llm'):
-        assert {f'{prefix}_test_accuracy', *(f'{prefix}_top_{k}_test_accuracy' for k in (1, 2, 5))} <= set(result.summary)
+    assert result.summary["sae_top_2_test_accuracy"] == pytest.approx(
+        ((score[0] + score[1]) / 2 + score[2]) / 2
+    )
+    assert result.tasks.group.tolist() == ["a", "a", "b"]
+    for prefix in ("sae", "llm"):
+        assert {
+            f"{prefix}_test_accuracy",
+            *(f"{prefix}_top_{k}_test_accuracy" for k in (1, 2, 5)),
+        } <= set(result.summary)
 
 
 def test_a_group_is_scored_as_if_it_were_alone(data):
     "Groups b, a, b: texts of one group only are pooled, and nothing changes."
-    mixed = [ProbingTask(t.name, g, t.train_texts, t.train_labels, t.test_texts, t.test_labels) for t, g in zip(data.tasks, ('b', 'a', 'b'))]
-    both = score_probing(Toy(torch.eye(32), torch.eye(32)), ProbingData(mixed, data.x, data.lengths, data.texts)).tasks
+    mixed = [
+        ProbingTask(t.name, g, t.train_texts, t.train_labels, t.test_texts, t.test_labels)
+        for t, g in zip(data.tasks, ("b", "a", "b"))
+    ]
+    both = score_probing(
+        Toy(torch.eye(32), torch.eye(32)), ProbingData(mixed, data.x, data.lengths, data.texts)
+    ).tasks
     single = score_probing(Toy(torch.eye(32), torch.eye(32)), data).tasks
     assert both.task.tolist() == [mixed[0].name, mixed[2].name, mixed[1].name]
-    scores = [c for c in single if c.endswith('accuracy')]
-    assert both.set_index('task')[scores].sort_index().equals(single.set_index('task')[scores].sort_index())
+    scores = [c for c in single if c.endswith("accuracy")]
+    assert (
+        both.set_index("task")[scores]
+        .sort_index()
+        .equals(single.set_index("task")[scores].sort_index())
+    )
 
 
 def test_decoder_norms_are_folded(data):
     rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     rows = rows / rows.norm(dim=1, keepdim=True)
-    assert torch.allclose(probe_activations(Toy(rows.T, rows), data), probe_activations(Toy(rows.T / 2, rows * 2), data), atol=1e-6)
+    assert torch.allclose(
+        probe_activations(Toy(rows.T, rows), data),
+        probe_activations(Toy(rows.T / 2, rows * 2), data),
+        atol=1e-6,
+    )
 
 
 def test_width_of_another_model(data):
-    with pytest.raises(ValueError, match='width 8, the probing data have width 32'): score_probing(Toy(torch.eye(8), torch.eye(8)), data)
+    with pytest.raises(ValueError, match="width 8, the probing data have width 32"):
+        score_probing(Toy(torch.eye(8), torch.eye(8)), data)
 
 
 def test_cache(lm, tasks, tmp_path, monkeypatch):
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
     first = evaluate_probing(Toy(torch.eye(32), torch.eye(32)), lm, 1, tasks)
-    monkeypatch.setattr(pr, 'build_probing', lambda *a, **k: pytest.fail('built again'))
-    assert evaluate_probing(Toy(torch.eye(32), torch.eye(32)), lm, 1, tasks).tasks.equals(first.tasks)
-    file, = tmp_path.glob('probing/*/probing.safetensors')
+    monkeypatch.setattr(pr, "build_probing", lambda *a, **k: pytest.fail("built again"))
+    assert evaluate_probing(Toy(torch.eye(32), torch.eye(32)), lm, 1, tasks).tasks.equals(
+        first.tasks
+    )
+    (file,) = tmp_path.glob("probing/*/probing.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match='probing.safetensors is truncated or changed'): get_probing(lm, 1, tasks)
+    with pytest.raises(ValueError, match="probing.safetensors is truncated or changed"):
+        get_probing(lm, 1, tasks)
 
 
 # ---- properties
 
+
 class Tiny(torch.nn.Module):
     "relu(x W_enc + b_enc)."
+
     def __init__(self, W_enc, b_enc, W_dec):
         super().__init__()
         self.W_enc, self.b_enc, self.W_dec = map(torch.nn.Parameter, (W_enc, b_enc, W_dec))
-    def encode(self, x): return (x @ self.W_enc + self.b_enc).relu()
+
+    def encode(self, x):
+        return (x @ self.W_enc + self.b_enc).relu()
+
 
 def world(seed, d_sae=9):
     "An SAE and a task of 16 training and 8 test texts of one to five tokens, all random."
     g = torch.Generator().manual_seed(seed)
-    sae = Tiny(torch.randn(6, d_sae, generator=g), torch.randn(d_sae, generator=g), torch.randn(d_sae, 6, generator=g))
+    sae = Tiny(
+        torch.randn(6, d_sae, generator=g),
+        torch.randn(d_sae, generator=g),
+        torch.randn(d_sae, 6, generator=g),
+    )
     data = hand_made(torch.zeros(24, 6), [bool(i % 2) for i in range(24)])
     task = data.tasks[0]
     texts, labels = task.train_texts + task.test_texts, task.train_labels + task.test_labels
-    data.tasks = [ProbingTask('random', 'made', texts[:16], labels[:16], texts[16:], labels[16:])]
+    data.tasks = [ProbingTask("random", "made", texts[:16], labels[:16], texts[16:], labels[16:])]
     data.lengths = torch.randint(1, 6, (24,), generator=g)
     data.x = torch.randn(int(data.lengths.sum()), 6, generator=g)
     return sae, data
 
+
 seeds = given(st.integers(0, 10_000))
 quick = settings(max_examples=25, deadline=None, derandomize=True)
+
 
 @seeds
 @quick
@@ -267,7 +387,10 @@ def test_order_of_latents_does_not_matter(seed):
     assert score_probing(other, data).summary == pytest.approx(score_probing(sae, data).summary)
 
 
-@given(st.integers(0, 10_000), st.lists(st.sampled_from([.25, .5, 1., 2., 4.]), min_size=9, max_size=9))
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0]), min_size=9, max_size=9),
+)
 @quick
 def test_scale_of_decoder_rows_does_not_matter(seed, scales):
     "Row i times s, its latent by s: the same dictionary (powers of two, so that it is exact)."
@@ -282,10 +405,20 @@ def test_scale_of_decoder_rows_does_not_matter(seed, scales):
 @quick
 def test_batch_size_of_pooling_does_not_matter(seed, size):
     sae, data = world(seed)
-    with torch.no_grad(): assert torch.allclose(mean_pool(data.x, data.lengths, sae.encode, size), mean_pool(data.x, data.lengths, sae.encode), atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(
+            mean_pool(data.x, data.lengths, sae.encode, size),
+            mean_pool(data.x, data.lengths, sae.encode),
+            atol=1e-6,
+        )
 
 
 def test_batch_size_of_the_model_does_not_matter_for_the_score(lm, tasks, data):
-    sae = Tiny(*(torch.randn(*s, generator=torch.Generator().manual_seed(5)) for s in ((32, 40), (40,), (40, 32))))
+    sae = Tiny(
+        *(
+            torch.randn(*s, generator=torch.Generator().manual_seed(5))
+            for s in ((32, 40), (40,), (40, 32))
+        )
+    )
     other = build_probing(lm, 1, tasks, context=24, batch_size=5)
     assert score_probing(sae, other).summary == pytest.approx(score_probing(sae, data).summary)

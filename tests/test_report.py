@@ -1,244 +1,418 @@
 "The report's numbers by hand, its verdicts, and the bytes of what it saves."
+
 import math
 import os
 from collections import namedtuple
 from types import SimpleNamespace
 
 import matplotlib
-matplotlib.use('Agg')
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from atm_sae import report
-from atm_sae.report import (METHOD_COLOURS, METHOD_NAMES, SMOKE, SUMMARY_COLUMNS, at_l0, claim_verdict, compare_published, difference_table,
-                            format_interval, format_number, mean_interval, method_name, method_style, paired_difference, plot_curves,
-                            plot_intervals, pretty, read_summary, reports_folder, save_figure, save_summary, save_table, score_runs, set_style,
-                            stamp, summarise, summary_table, to_latex, to_markdown)
+from atm_sae.report import figures as report
+from atm_sae.methods import METHOD_COLOURS, METHOD_NAMES, method_name, method_style
+from atm_sae.report.figures import SMOKE, plot_curves, plot_intervals, save_figure, set_style, stamp
+from atm_sae.report.tables import (
+    SUMMARY_COLUMNS,
+    compare_published,
+    difference_table,
+    pretty,
+    read_summary,
+    reports_folder,
+    save_summary,
+    save_table,
+    score_runs,
+    summarise,
+    summary_table,
+    to_latex,
+    to_markdown,
+)
+from atm_sae.stats import (
+    at_l0,
+    claim_verdict,
+    format_interval,
+    format_number,
+    mean_interval,
+    paired_difference,
+)
 
 
 @pytest.fixture
 def rows():
-    return pd.DataFrame({'world': 'planted', 'method': ['atm', 'atm', 'topk', 'topk'], 'sparsity': 8, 'seed': [0, 1, 0, 1],
-                         'l0': [8.2, 7.8, 8.0, 8.0], 'fvu': [.11, .13, .10, .12], 'absorption': [.05, .07, .20, .24]})
+    return pd.DataFrame(
+        {
+            "world": "planted",
+            "method": ["atm", "atm", "topk", "topk"],
+            "sparsity": 8,
+            "seed": [0, 1, 0, 1],
+            "l0": [8.2, 7.8, 8.0, 8.0],
+            "fvu": [0.11, 0.13, 0.10, 0.12],
+            "absorption": [0.05, 0.07, 0.20, 0.24],
+        }
+    )
 
 
 @pytest.fixture
-def summary(rows): return summary_table(rows, ['absorption', 'fvu'])
+def summary(rows):
+    return summary_table(rows, ["absorption", "fvu"])
 
 
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
-    plt.close('all')
+    plt.close("all")
 
 
 # intervals: mean of 1..5 is 3, s = sqrt(10/4), t_4 = 2.7764, half width 2.7764 * sqrt(2.5/5) = 1.9632
 def test_interval_by_hand():
     mean, low, high = mean_interval([1, 2, 3, 4, 5])
-    assert mean == 3 and high - 3 == pytest.approx(1.9632, abs=1e-4) and low + high == pytest.approx(6)
+    assert (
+        mean == 3 and high - 3 == pytest.approx(1.9632, abs=1e-4) and low + high == pytest.approx(6)
+    )
     # 80%, two values: t_1 = 3.0777, s/sqrt(2) = 1
-    assert mean_interval([0, 2], level=.8)[2] - 1 == pytest.approx(3.0777, abs=1e-4)
+    assert mean_interval([0, 2], level=0.8)[2] - 1 == pytest.approx(3.0777, abs=1e-4)
 
 
 def test_interval_of_one_or_none():
-    assert mean_interval([4.])[0] == 4 and all(map(math.isnan, mean_interval([4.])[1:]))
+    assert mean_interval([4.0])[0] == 4 and all(map(math.isnan, mean_interval([4.0])[1:]))
     assert all(map(math.isnan, mean_interval([])))
     assert mean_interval([1, math.nan, 3])[0] == 2
 
 
-@pytest.mark.parametrize('numbers, text', [
-    ((.1402, .1312, .1492), '0.1402 [0.1312, 0.1492]'), ((-.16, -.287, -.033), '-0.16 [-0.29, -0.03]'), ((2665.9, 2545.9, 2785.9), '2666 [2546, 2786]'),
-    ((.25, math.nan, math.nan, 1), '0.250 (n = 1)'), ((1., 1., 1.), '1.00 [1.00, 1.00]'), ((math.nan,), '–')])
-def test_format_interval(numbers, text): assert format_interval(*numbers) == text
+@pytest.mark.parametrize(
+    "numbers, text",
+    [
+        ((0.1402, 0.1312, 0.1492), "0.1402 [0.1312, 0.1492]"),
+        ((-0.16, -0.287, -0.033), "-0.16 [-0.29, -0.03]"),
+        ((2665.9, 2545.9, 2785.9), "2666 [2546, 2786]"),
+        ((0.25, math.nan, math.nan, 1), "0.250 (n = 1)"),
+        ((1.0, 1.0, 1.0), "1.00 [1.00, 1.00]"),
+        ((math.nan,), "–"),
+    ],
+)
+def test_format_interval(numbers, text):
+    assert format_interval(*numbers) == text
 
 
 def test_format_number():
-    assert [format_number(x) for x in (.0068, 40., 16384, 0., math.nan, None, 'a', True)] == ['0.00680', '40.0', '16384', '0.00', '–', '–', 'a', 'True']
-    assert format_number(1e-9) == '1.00e-09'
+    assert [format_number(x) for x in (0.0068, 40.0, 16384, 0.0, math.nan, None, "a", True)] == [
+        "0.00680",
+        "40.0",
+        "16384",
+        "0.00",
+        "–",
+        "–",
+        "a",
+        "True",
+    ]
+    assert format_number(1e-9) == "1.00e-09"
 
 
 def test_summary_has_l0_on_each_line(summary):
     assert tuple(summary) == SUMMARY_COLUMNS and len(summary) == 4
-    assert list(summary['mean'].round(10)) == [.06, .12, .22, .11] and list(summary.n) == [2]*4
+    assert (
+        list(summary["mean"].round(10)) == [0.06, 0.12, 0.22, 0.11] and list(summary.n) == [2] * 4
+    )
     assert summary.l0.round(9).eq(8).all()
     # atm's L0: 8 +- 12.706 * 0.2
-    assert summary.l0_high[0] == pytest.approx(8 + 12.7062*.2, abs=1e-3) and summary.l0_high[2] == 8
+    assert (
+        summary.l0_high[0] == pytest.approx(8 + 12.7062 * 0.2, abs=1e-3) and summary.l0_high[2] == 8
+    )
 
 
 def test_summary_without_sparsity_or_l0():
-    table = summary_table(pd.DataFrame({'world': 'w', 'method': 'random', 'fvu': [1., 3.]}), ['fvu'])
-    assert len(table) == 1 and table['mean'][0] == 2 and math.isnan(table.l0[0])
+    table = summary_table(
+        pd.DataFrame({"world": "w", "method": "random", "fvu": [1.0, 3.0]}), ["fvu"]
+    )
+    assert len(table) == 1 and table["mean"][0] == 2 and math.isnan(table.l0[0])
 
 
 def test_missing_column_is_named(rows):
-    with pytest.raises(ValueError, match="no column 'absorbtion'; the rows have 'world'"): summarise(rows, 'method', 'absorbtion')
+    with pytest.raises(ValueError, match="no column 'absorbtion'; the rows have 'world'"):
+        summarise(rows, "method", "absorbtion")
 
 
 def test_pretty(summary):
-    table = pretty(summary, metrics={'absorption': 'absorbed'})
-    assert list(table) == ['method', 'sparsity', 'L0', 'absorbed'] and list(table.method) == ['ATM', 'TopK']
-    assert table.absorbed[0] == '0.06 [-0.07, 0.19]'
+    table = pretty(summary, metrics={"absorption": "absorbed"})
+    assert list(table) == ["method", "sparsity", "L0", "absorbed"] and list(table.method) == [
+        "ATM",
+        "TopK",
+    ]
+    assert table.absorbed[0] == "0.06 [-0.07, 0.19]"
 
 
 def test_at_l0_is_linear_in_log_and_never_guesses():
-    curve = pd.DataFrame({'world': 'w', 'method': 'topk', 'seed': 0, 'l0': [16, 4], 'fvu': [.3, .1]})
-    assert at_l0(curve, 8, 'fvu').fvu[0] == pytest.approx(.2) and at_l0(curve, 4, 'fvu').fvu[0] == pytest.approx(.1)
-    assert math.isnan(at_l0(curve, 3, ['fvu']).fvu[0])
+    curve = pd.DataFrame(
+        {"world": "w", "method": "topk", "seed": 0, "l0": [16, 4], "fvu": [0.3, 0.1]}
+    )
+    assert at_l0(curve, 8, "fvu").fvu[0] == pytest.approx(0.2) and at_l0(curve, 4, "fvu").fvu[
+        0
+    ] == pytest.approx(0.1)
+    assert math.isnan(at_l0(curve, 3, ["fvu"]).fvu[0])
 
 
 def test_paired_difference(rows):
-    d = paired_difference(rows, 'atm', 'topk', 'absorption')
-    assert d.mean == pytest.approx(-.16) and d.low == pytest.approx(-.16 - 12.7062*.01, abs=1e-5) and d.n == 2
+    d = paired_difference(rows, "atm", "topk", "absorption")
+    assert (
+        d.mean == pytest.approx(-0.16)
+        and d.low == pytest.approx(-0.16 - 12.7062 * 0.01, abs=1e-5)
+        and d.n == 2
+    )
     # pairing: unpaired noise would be far larger than the constant shift of 1 between paired seeds
-    noisy = pd.DataFrame({'method': ['atm']*3 + ['topk']*3, 'seed': [0, 1, 2]*2, 'x': [10., 20., 30., 11., 21., 31.]})
-    assert paired_difference(noisy, 'atm', 'topk', 'x')[:3] == pytest.approx((-1, -1, -1))
+    noisy = pd.DataFrame(
+        {
+            "method": ["atm"] * 3 + ["topk"] * 3,
+            "seed": [0, 1, 2] * 2,
+            "x": [10.0, 20.0, 30.0, 11.0, 21.0, 31.0],
+        }
+    )
+    assert paired_difference(noisy, "atm", "topk", "x")[:3] == pytest.approx((-1, -1, -1))
 
 
 def test_paired_difference_refuses(rows):
-    with pytest.raises(ValueError, match="'atm' has more than one row for the same seed"): paired_difference(pd.concat([rows, rows]), 'atm', 'topk', 'fvu')
-    with pytest.raises(ValueError, match='share no seed'): paired_difference(rows, 'atm', 'jumprelu', 'fvu')
+    with pytest.raises(ValueError, match="'atm' has more than one row for the same seed"):
+        paired_difference(pd.concat([rows, rows]), "atm", "topk", "fvu")
+    with pytest.raises(ValueError, match="share no seed"):
+        paired_difference(rows, "atm", "jumprelu", "fvu")
 
 
 def test_difference_table(rows):
-    table = difference_table(rows, ['absorption'], [('atm', 'topk'), ('atm', 'random')])
-    assert list(table.method) == ['atm - topk'] and table['mean'][0] == pytest.approx(-.16) and table.l0[0] == pytest.approx(8)
+    table = difference_table(rows, ["absorption"], [("atm", "topk"), ("atm", "random")])
+    assert (
+        list(table.method) == ["atm - topk"]
+        and table["mean"][0] == pytest.approx(-0.16)
+        and table.l0[0] == pytest.approx(8)
+    )
 
 
-@pytest.mark.parametrize('interval, expect, verdict', [
-    ((-1, -2, -.1), 'lower', 'holds'), ((-1, -2, -.1), 'higher', 'fails'), ((1, .1, 2), 'lower', 'fails'), ((1, .1, 2), 'higher', 'holds'),
-    ((-1, -2, 0), 'lower', 'undecided'), ((-1, math.nan, math.nan), 'lower', 'undecided'), ((0, 0, 0), 'higher', 'undecided')])
-def test_claim_verdict(interval, expect, verdict): assert claim_verdict(interval, expect) == verdict
+@pytest.mark.parametrize(
+    "interval, expect, verdict",
+    [
+        ((-1, -2, -0.1), "lower", "holds"),
+        ((-1, -2, -0.1), "higher", "fails"),
+        ((1, 0.1, 2), "lower", "fails"),
+        ((1, 0.1, 2), "higher", "holds"),
+        ((-1, -2, 0), "lower", "undecided"),
+        ((-1, math.nan, math.nan), "lower", "undecided"),
+        ((0, 0, 0), "higher", "undecided"),
+    ],
+)
+def test_claim_verdict(interval, expect, verdict):
+    assert claim_verdict(interval, expect) == verdict
 
 
 def test_claim_verdict_of_a_table_line(rows):
-    line = difference_table(rows, ['absorption']).iloc[0]
-    assert claim_verdict(line[['mean', 'low', 'high']]) == 'holds'
+    line = difference_table(rows, ["absorption"]).iloc[0]
+    assert claim_verdict(line[["mean", "low", "high"]]) == "holds"
 
 
 def test_claim_verdict_refuses():
-    with pytest.raises(ValueError, match='higher'): claim_verdict((0, 0, 0), 'less')
+    with pytest.raises(ValueError, match="higher"):
+        claim_verdict((0, 0, 0), "less")
 
 
-def entry(**more): return {'method': 'topk', 'metric': 'absorption', 'value': .23, 'l0': 8} | more
+def entry(**more):
+    return {"method": "topk", "metric": "absorption", "value": 0.23, "l0": 8} | more
 
 
-@pytest.mark.parametrize('published, verdict, reason', [
-    (entry(), 'reproduced', 'at the published L0'), (entry(value=.25), 'differs', 'at the published L0'),
-    (entry(value=.25, tolerance=.05), 'reproduced', 'at the published L0'), (entry(l0=40), 'not comparable', 'published at L0 40.0, ours is at 8.00'),
-    (entry(l0=None), 'not comparable', 'published without its L0'), (entry(l0=None, at={'sparsity': 8}), 'reproduced', 'ours is at L0 8.00'),
-    (entry(method='jumprelu'), 'not comparable', 'no absorption of jumprelu'), (entry(metric='fvu', value=.11), 'not comparable', 'no tolerance'),
-    (entry(l0=9.9), 'reproduced', 'at the published L0'), (entry(l0=10.1), 'not comparable', 'published at L0 10.1')])
+@pytest.mark.parametrize(
+    "published, verdict, reason",
+    [
+        (entry(), "reproduced", "at the published L0"),
+        (entry(value=0.25), "differs", "at the published L0"),
+        (entry(value=0.25, tolerance=0.05), "reproduced", "at the published L0"),
+        (entry(l0=40), "not comparable", "published at L0 40.0, ours is at 8.00"),
+        (entry(l0=None), "not comparable", "published without its L0"),
+        (entry(l0=None, at={"sparsity": 8}), "reproduced", "ours is at L0 8.00"),
+        (entry(method="jumprelu"), "not comparable", "no absorption of jumprelu"),
+        (entry(metric="fvu", value=0.11), "not comparable", "no tolerance"),
+        (entry(l0=9.9), "reproduced", "at the published L0"),
+        (entry(l0=10.1), "not comparable", "published at L0 10.1"),
+    ],
+)
 def test_compare_published(summary, published, verdict, reason):
-    line = compare_published([published], summary, {'absorption': .015}).iloc[0]
+    line = compare_published([published], summary, {"absorption": 0.015}).iloc[0]
     assert line.verdict == verdict and reason in line.reason
 
 
 def test_compare_with_another_model(summary):
-    line = compare_published([entry()], summary, {'absorption': .02}, 'another model').iloc[0]
-    assert (line.verdict, line.reason) == ('not comparable', 'another model') and line.ours == pytest.approx(.22) and line.difference == pytest.approx(-.01)
+    line = compare_published([entry()], summary, {"absorption": 0.02}, "another model").iloc[0]
+    assert (
+        (line.verdict, line.reason) == ("not comparable", "another model")
+        and line.ours == pytest.approx(0.22)
+        and line.difference == pytest.approx(-0.01)
+    )
 
 
 def test_comparison_prefers_the_language_model_and_the_nearest_l0(summary):
-    lm = summary.assign(world='nano-gemma2')
-    both = pd.concat([summary, lm.assign(mean=.5, l0=20.), lm.assign(mean=.6, l0=9.)])
-    assert compare_published([entry()], both, {'absorption': 1}).ours[0] == .6
-    assert compare_published([entry(at={'world': 'planted'})], both, {'absorption': 1}).ours[0] == pytest.approx(.22)
+    lm = summary.assign(world="nano-gemma2")
+    both = pd.concat([summary, lm.assign(mean=0.5, l0=20.0), lm.assign(mean=0.6, l0=9.0)])
+    assert compare_published([entry()], both, {"absorption": 1}).ours[0] == 0.6
+    assert compare_published([entry(at={"world": "planted"})], both, {"absorption": 1}).ours[
+        0
+    ] == pytest.approx(0.22)
 
 
 def test_names_and_styles():
-    assert set(METHOD_NAMES) == set(METHOD_COLOURS) and len(set(METHOD_COLOURS.values())) == len(METHOD_COLOURS)
-    assert method_name('batchtopk+dropout') == 'BatchTopK + dropout' and method_name('atm c=1 - atm') == 'ATM c=1 − ATM'
-    assert method_style('topk')['marker'] != method_style('topk+atm')['marker']
-    with pytest.raises(ValueError, match="unknown method 'topq'.*topk"): method_name('topq')
+    assert set(METHOD_NAMES) == set(METHOD_COLOURS) and len(set(METHOD_COLOURS.values())) == len(
+        METHOD_COLOURS
+    )
+    assert (
+        method_name("batchtopk+dropout") == "BatchTopK + dropout"
+        and method_name("atm c=1 - atm") == "ATM c=1 − ATM"
+    )
+    assert method_style("topk")["marker"] != method_style("topk+atm")["marker"]
+    with pytest.raises(ValueError, match="unknown method 'topq'.*topk"):
+        method_name("topq")
 
 
 def test_every_trained_method_has_a_name():
-    train = pytest.importorskip('atm_sae.train')
-    for method in train.METHODS: method_name(method), method_style(method)
+    train = pytest.importorskip("atm_sae.train.runs")
+    for method in train.METHODS:
+        method_name(method), method_style(method)
 
 
 def test_spread_by_hand():
     assert report._spread([0, 10, 0], 2).tolist() == [-1, 10, 1]
-    assert report._spread([1, 1, 1], 3).tolist() == [-2, 1, 4] and report._spread([], 1).tolist() == []
+    assert (
+        report._spread([1, 1, 1], 3).tolist() == [-2, 1, 4] and report._spread([], 1).tolist() == []
+    )
     y = np.random.default_rng(0).normal(size=20)
-    assert np.diff(np.sort(report._spread(y, .5))).min() >= .5 - 1e-9
+    assert np.diff(np.sort(report._spread(y, 0.5))).min() >= 0.5 - 1e-9
 
 
 def test_figure_bytes_are_the_same_each_time(tmp_path, summary):
     set_style()
+
     def draw(folder):
         fig, ax = plt.subplots()
-        plot_curves(ax, summary, 'absorption')
-        return [p.read_bytes() for p in save_figure(fig, folder, 'f', summary, 'default')]
-    one, two = draw(tmp_path/'a'), draw(tmp_path/'b')
-    assert one == two and one[0][:4] == b'\x89PNG' and b'Matplotlib' not in one[0] + one[1] and b'<dc:date>' not in one[1]
-    assert one[2].startswith(b'world,method') and b'0.06,' in one[2]
-    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['f.csv', 'f.png', 'f.svg']
+        plot_curves(ax, summary, "absorption")
+        return [p.read_bytes() for p in save_figure(fig, folder, "f", summary, "default")]
+
+    one, two = draw(tmp_path / "a"), draw(tmp_path / "b")
+    assert (
+        one == two
+        and one[0][:4] == b"\x89PNG"
+        and b"Matplotlib" not in one[0] + one[1]
+        and b"<dc:date>" not in one[1]
+    )
+    assert one[2].startswith(b"world,method") and b"0.06," in one[2]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["f.csv", "f.png", "f.svg"]
 
 
 def test_stamp_once_and_loudly_for_smoke():
     fig = plt.figure()
-    stamp(stamp(fig, 'smoke'), 'smoke')
+    stamp(stamp(fig, "smoke"), "smoke")
     assert [t.get_text() for t in fig.texts] == [SMOKE, SMOKE]
-    assert [t.get_text() for t in stamp(fig, 'full').texts] == ['profile: full']
+    assert [t.get_text() for t in stamp(fig, "full").texts] == ["profile: full"]
 
 
 def test_intervals_of_two_seeds_do_not_flatten_the_axis(summary):
     fig, ax = plt.subplots()
-    wide = summary[summary.metric == 'absorption'].assign(low=-50., high=50.)
-    plot_intervals(ax, wide, 'absorption')
-    assert -.2 < ax.get_xlim()[0] and ax.get_xlim()[1] < .5
+    wide = summary[summary.metric == "absorption"].assign(low=-50.0, high=50.0)
+    plot_intervals(ax, wide, "absorption")
+    assert -0.2 < ax.get_xlim()[0] and ax.get_xlim()[1] < 0.5
 
 
 def test_plotting_one_point_or_a_difference(rows, summary):
     fig, (left, right) = plt.subplots(1, 2)
-    assert len(plot_curves(left, summary[summary.method == 'atm'], 'absorption')) == 1
-    plot_intervals(right, difference_table(rows, ['absorption']), 'absorption')
-    assert [t.get_text() for t in right.get_yticklabels()] == ['ATM − TopK']
+    assert len(plot_curves(left, summary[summary.method == "atm"], "absorption")) == 1
+    plot_intervals(right, difference_table(rows, ["absorption"]), "absorption")
+    assert [t.get_text() for t in right.get_yticklabels()] == ["ATM − TopK"]
 
 
 def test_markdown_and_latex():
-    table = pd.DataFrame({'a|b': ['x|y', 'p_q'], 'n': [1.5, 40.]})
-    assert to_markdown(table) == '| a\\|b | n |\n|---|---:|\n| x\\|y | 1.50 |\n| p_q | 40.0 |\n'
-    tex = to_latex(table, '50% & more')
-    assert r'p\_q & 40.0 \\' in tex and r'\caption{50\% \& more}' in tex and r'\begin{tabular}{lr}' in tex
+    table = pd.DataFrame({"a|b": ["x|y", "p_q"], "n": [1.5, 40.0]})
+    assert to_markdown(table) == "| a\\|b | n |\n|---|---:|\n| x\\|y | 1.50 |\n| p_q | 40.0 |\n"
+    tex = to_latex(table, "50% & more")
+    assert (
+        r"p\_q & 40.0 \\" in tex
+        and r"\caption{50\% \& more}" in tex
+        and r"\begin{tabular}{lr}" in tex
+    )
 
 
 def test_save_table_and_summary(tmp_path, summary):
-    csv, md, tex = save_table(pretty(summary), tmp_path, 't', 'A table.', 'smoke')
-    assert md.read_text().startswith(f'A table. {SMOKE}\n\n| method') and SMOKE in tex.read_text() and csv.read_text().startswith('method,')
-    assert save_summary(summary, tmp_path, 't') == tmp_path/'tables'/'t-summary.csv'
-    assert read_summary(tmp_path/'tables'/'t-summary.csv')['mean'].round(6).tolist() == [.06, .12, .22, .11]
-    with pytest.raises(ValueError, match="no column 'world'"): read_summary(csv)
+    csv, md, tex = save_table(pretty(summary), tmp_path, "t", "A table.", "smoke")
+    assert (
+        md.read_text().startswith(f"A table. {SMOKE}\n\n| method")
+        and SMOKE in tex.read_text()
+        and csv.read_text().startswith("method,")
+    )
+    assert save_summary(summary, tmp_path, "t") == tmp_path / "tables" / "t-summary.csv"
+    assert read_summary(tmp_path / "tables" / "t-summary.csv")["mean"].round(6).tolist() == [
+        0.06,
+        0.12,
+        0.22,
+        0.11,
+    ]
+    with pytest.raises(ValueError, match="no column 'world'"):
+        read_summary(csv)
 
 
 def test_reports_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path))
-    assert reports_folder('', 'full') == tmp_path/'by-hand'/'full' and (tmp_path/'by-hand'/'full'/'figures').is_dir()
-    assert reports_folder(str(tmp_path/'x')) == tmp_path/'x'
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
+    assert (
+        reports_folder("", "full") == tmp_path / "by-hand" / "full"
+        and (tmp_path / "by-hand" / "full" / "figures").is_dir()
+    )
+    assert reports_folder(str(tmp_path / "x")) == tmp_path / "x"
 
 
 # ---- from runs to rows
 
+
 def toy_runs(n):
-    spec = namedtuple('Spec', 'method l0 seed')
-    return [namedtuple('Run', 'spec strength')(spec('atm' if i % 2 else 'topk', 4., i // 2), i) for i in range(n)]
+    spec = namedtuple("Spec", "method l0 seed")
+    return [
+        namedtuple("Run", "spec strength")(spec("atm" if i % 2 else "topk", 4.0, i // 2), i)
+        for i in range(n)
+    ]
+
 
 def test_score_runs_keeps_the_order_and_joins_what_was_measured():
-    rows = score_runs(lambda run: dict(twice=2 * run.strength), toy_runs(3), 'toy', progress=False)
-    assert rows.to_dict('list') == dict(world=['toy'] * 3, method=['topk', 'atm', 'topk'], sparsity=[4.] * 3, seed=[0, 0, 1], twice=[0, 2, 4])
+    rows = score_runs(lambda run: dict(twice=2 * run.strength), toy_runs(3), "toy", progress=False)
+    assert rows.to_dict("list") == dict(
+        world=["toy"] * 3,
+        method=["topk", "atm", "topk"],
+        sparsity=[4.0] * 3,
+        seed=[0, 0, 1],
+        twice=[0, 2, 4],
+    )
+
 
 def test_score_runs_takes_several_rows_of_a_run():
-    rows = score_runs(lambda run: pd.DataFrame(dict(letter=['A', 'B'], n=[run.strength, 9])), toy_runs(2), 'toy', progress=False)
-    assert rows.letter.tolist() == ['A', 'B', 'A', 'B'] and rows.n.tolist() == [0, 9, 1, 9] and rows.seed.tolist() == [0] * 4
+    rows = score_runs(
+        lambda run: pd.DataFrame(dict(letter=["A", "B"], n=[run.strength, 9])),
+        toy_runs(2),
+        "toy",
+        progress=False,
+    )
+    assert (
+        rows.letter.tolist() == ["A", "B", "A", "B"]
+        and rows.n.tolist() == [0, 9, 1, 9]
+        and rows.seed.tolist() == [0] * 4
+    )
+
 
 def test_score_runs_side_by_side_gives_the_same():
     runs = [(r.spec, r.strength) for r in toy_runs(8)]
-    plain = [SimpleNamespace(spec=SimpleNamespace(method=s.method, l0=s.l0, seed=s.seed), strength=k) for s, k in runs]
-    score = lambda run: dict(threads=torch.get_num_threads(), square=run.strength**2, process=os.getpid())
-    one, two = (score_runs(score, plain, 'toy', workers=w, progress=False) for w in (1, 2))
-    assert two.process.nunique() == 2 and os.getpid() not in two.process.values and (two.threads == 1).all()
-    assert one.drop(columns=['process', 'threads']).equals(two.drop(columns=['process', 'threads']))
+    plain = [
+        SimpleNamespace(spec=SimpleNamespace(method=s.method, l0=s.l0, seed=s.seed), strength=k)
+        for s, k in runs
+    ]
+    score = lambda run: dict(
+        threads=torch.get_num_threads(), square=run.strength**2, process=os.getpid()
+    )
+    one, two = (score_runs(score, plain, "toy", workers=w, progress=False) for w in (1, 2))
+    assert (
+        two.process.nunique() == 2
+        and os.getpid() not in two.process.values
+        and (two.threads == 1).all()
+    )
+    assert one.drop(columns=["process", "threads"]).equals(two.drop(columns=["process", "threads"]))

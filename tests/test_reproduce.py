@@ -1,279 +1,441 @@
 "The runner: what it refuses, what it runs again, what it leaves behind. Most tests replace the kernel by a fast stand-in."
+
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat
 import pytest
-from atm_sae import manifest as M, reproduce as R
-from atm_sae.core import file_sha256, read_json
-from atm_sae.manifest import ManifestError, load_manifest, published_verdicts
-from atm_sae.reproduce import RunError, reproduce, tidy_notebook
+from atm_sae.report import manifest as M, runner as R
+from atm_sae.artefacts import file_sha256, read_json
+from atm_sae.report.manifest import ManifestError, load_manifest, published_verdicts
+from atm_sae.report.runner import RunError, reproduce, tidy_notebook
 from toy import COUNT, DOUBLE, notebook, real, stand_in, toy  # real and toy are fixtures
 
-PAGES = {'index.md', 'index.html'}
-FRESH, DONE = {'count': 'ok', 'double': 'ok'}, {'count': 'up to date', 'double': 'up to date'}
+PAGES = {"index.md", "index.html"}
+FRESH, DONE = {"count": "ok", "double": "ok"}, {"count": "up to date", "double": "up to date"}
 
 
 # ---- what runs, and what runs again
 
+
 def test_order_follows_after_and_a_second_run_does_nothing(toy):
     states, lines = toy.run()
-    assert list(states.items()) == list(FRESH.items()) and '[1/2] count: running 10_count.ipynb (never run)' in lines
+    assert (
+        list(states.items()) == list(FRESH.items())
+        and "[1/2] count: running 10_count.ipynb (never run)" in lines
+    )
     before = toy.hashes()
     assert toy.run()[0] == DONE and toy.hashes() == before
-    assert set(before) == {'index.md', 'index.html', 'tables/count-summary.csv', 'tables/double.md', 'notebooks/count.ipynb', 'notebooks/double.ipynb',
-                           'provenance/count.json', 'provenance/double.json'}
+    assert set(before) == {
+        "index.md",
+        "index.html",
+        "tables/count-summary.csv",
+        "tables/double.md",
+        "notebooks/count.ipynb",
+        "notebooks/double.ipynb",
+        "provenance/count.json",
+        "provenance/double.json",
+    }
 
 
 def test_changed_parameter(toy):
     toy.run()
-    toy.replace('steps: 3', 'steps: 4')
+    toy.replace("steps: 3", "steps: 4")
     states, lines = toy.run()
-    assert states == FRESH and 'count: running 10_count.ipynb (changed: parameters)' in lines and 'double: running 20_double.ipynb (changed: inputs)' in lines
+    assert (
+        states == FRESH
+        and "count: running 10_count.ipynb (changed: parameters)" in lines
+        and "double: running 20_double.ipynb (changed: inputs)" in lines
+    )
 
 
 def test_changed_code_but_not_prose(toy):
     toy.run()
-    path = toy.path.parent/'20_double.ipynb'
+    path = toy.path.parent / "20_double.ipynb"
     text = path.read_text()
-    path.write_text(text.replace('# Toy', '# Another toy'))
+    path.write_text(text.replace("# Toy", "# Another toy"))
     assert toy.run()[0] == DONE
-    path.write_text(text.replace('characters', 'letters'))
-    assert toy.run()[0] == {'count': 'up to date', 'double': 'ok'} and toy.run(force=True)[0] == FRESH
+    path.write_text(text.replace("characters", "letters"))
+    assert (
+        toy.run()[0] == {"count": "up to date", "double": "ok"} and toy.run(force=True)[0] == FRESH
+    )
 
 
 def test_changed_published_value_matters_to_notebooks_that_read_it(toy):
-    notebook(toy.path.parent/'20_double.ipynb', DOUBLE, '# load_manifest')
+    notebook(toy.path.parent / "20_double.ipynb", DOUBLE, "# load_manifest")
     toy.run()
-    toy.replace('value: 6', 'value: 7')
-    assert toy.run()[0] == {'count': 'up to date', 'double': 'ok'} and 'differs' in (toy.out/'index.md').read_text()
+    toy.replace("value: 6", "value: 7")
+    assert (
+        toy.run()[0] == {"count": "up to date", "double": "ok"}
+        and "differs" in (toy.out / "index.md").read_text()
+    )
 
 
 def test_changed_library(toy, monkeypatch):
     toy.run()
-    monkeypatch.setattr(M, '_library_hash', lambda: 'other')
-    assert 'count: would run (changed: library)' in toy.run(dry_run=True)[1]
+    monkeypatch.setattr(M, "_library_hash", lambda: "other")
+    assert "count: would run (changed: library)" in toy.run(dry_run=True)[1]
 
 
-@pytest.mark.parametrize('harm', [lambda p: p.unlink(), lambda p: p.write_text('changed')])
-@pytest.mark.parametrize('name', ['tables/double.md', 'notebooks/double.ipynb', 'provenance/double.json'])
+@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_text("changed")])
+@pytest.mark.parametrize(
+    "name", ["tables/double.md", "notebooks/double.ipynb", "provenance/double.json"]
+)
 def test_harmed_output(toy, harm, name):
     toy.run()
-    good = toy.hashes('provenance')
-    harm(toy.out/name)
-    assert toy.run()[0] == {'count': 'up to date', 'double': 'ok'} and toy.hashes('provenance').keys() == good.keys()
-    assert {k: v for k, v in toy.hashes('provenance').items() if k not in PAGES} == {k: v for k, v in good.items() if k not in PAGES}
+    good = toy.hashes("provenance")
+    harm(toy.out / name)
+    assert (
+        toy.run()[0] == {"count": "up to date", "double": "ok"}
+        and toy.hashes("provenance").keys() == good.keys()
+    )
+    assert {k: v for k, v in toy.hashes("provenance").items() if k not in PAGES} == {
+        k: v for k, v in good.items() if k not in PAGES
+    }
 
 
 def test_only(toy):
-    states, lines = toy.run(only=['double'])
-    assert states == {'double': 'skipped'} and 'it needs count, which is not up to date' in lines
-    assert toy.run(only=['10_count'])[0] == {'count': 'ok'} and toy.run(only=['double'])[0] == {'double': 'ok'}
-    with pytest.raises(ManifestError, match="no object 'triple' in the manifest; it has double, count"): toy.run(only=['triple'])
+    states, lines = toy.run(only=["double"])
+    assert states == {"double": "skipped"} and "it needs count, which is not up to date" in lines
+    assert toy.run(only=["10_count"])[0] == {"count": "ok"} and toy.run(only=["double"])[0] == {
+        "double": "ok"
+    }
+    with pytest.raises(
+        ManifestError, match="no object 'triple' in the manifest; it has double, count"
+    ):
+        toy.run(only=["triple"])
 
 
 def test_dry_run_touches_nothing(toy):
-    states, lines = toy.run(dry_run=True, profile='default')
-    assert states == {'count': 'would run', 'double': 'would run'} and not toy.out.exists() and 'needs: patience' in lines
-    toy.run(only=['count'])
-    (toy.out/'tables/count-summary.csv').unlink()
-    toy.run(only=['count'])
-    assert 'count: up to date' in toy.run(dry_run=True)[1]
+    states, lines = toy.run(dry_run=True, profile="default")
+    assert (
+        states == {"count": "would run", "double": "would run"}
+        and not toy.out.exists()
+        and "needs: patience" in lines
+    )
+    toy.run(only=["count"])
+    (toy.out / "tables/count-summary.csv").unlink()
+    toy.run(only=["count"])
+    assert "count: up to date" in toy.run(dry_run=True)[1]
 
 
 def test_objects_of_other_profiles(toy):
-    toy.replace('{common: *all, default: {rate: 1}}', '{default: {rate: 1}}\n    profiles: [default]')
-    notebook(toy.path.parent/'20_double.ipynb', 'from pathlib import Path', 'Path(out, "tables/double.md").write_text("x");')
-    assert toy.run()[0] == {'double': 'ok'} and 'Counting' not in (toy.out/'index.md').read_text()
-    with pytest.raises(ManifestError, match="count: not part of profile 'smoke'"): toy.run(only=['count'])
+    toy.replace(
+        "{common: *all, default: {rate: 1}}", "{default: {rate: 1}}\n    profiles: [default]"
+    )
+    notebook(
+        toy.path.parent / "20_double.ipynb",
+        "from pathlib import Path",
+        'Path(out, "tables/double.md").write_text("x");',
+    )
+    assert toy.run()[0] == {"double": "ok"} and "Counting" not in (toy.out / "index.md").read_text()
+    with pytest.raises(ManifestError, match="count: not part of profile 'smoke'"):
+        toy.run(only=["count"])
 
 
 def test_outputs_no_longer_declared_are_removed(toy):
     toy.run()
-    toy.replace('tables/double.md', 'tables/twice.md')
-    notebook(toy.path.parent/'20_double.ipynb', DOUBLE.replace('double', 'twice'))
+    toy.replace("tables/double.md", "tables/twice.md")
+    notebook(toy.path.parent / "20_double.ipynb", DOUBLE.replace("double", "twice"))
     toy.run()
-    assert (toy.out/'tables/twice.md').is_file() and not (toy.out/'tables/double.md').exists()
+    assert (toy.out / "tables/twice.md").is_file() and not (toy.out / "tables/double.md").exists()
 
 
 def test_reports_that_came_with_a_clone_are_made_again(toy, monkeypatch, tmp_path):
     assert toy.run()[0] == FRESH and toy.run()[0] == DONE
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path/'another'))
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "another"))
     manifest = load_manifest(toy.path)
-    assert {M.stale_reason(manifest, e, 'smoke', toy.out) for e in manifest.experiments} == {'made elsewhere'}
+    assert {M.stale_reason(manifest, e, "smoke", toy.out) for e in manifest.experiments} == {
+        "made elsewhere"
+    }
     assert toy.run()[0] == FRESH
 
 
 # ---- what goes wrong while running
 
+
 def test_failure_keeps_old_outputs_and_skips_what_follows(toy):
     toy.run()
     old = toy.hashes()
-    notebook(toy.path.parent/'10_count.ipynb', COUNT, 'raise KeyError("deliberate")')
+    notebook(toy.path.parent / "10_count.ipynb", COUNT, 'raise KeyError("deliberate")')
     states, lines = toy.run()
-    assert states == {'count': 'FAILED', 'double': 'skipped'} and 'deliberate' in lines and 'it needs count, which failed' in lines
-    kept = toy.folder/'cache'/'reproduce'
-    assert [p.name for p in kept.rglob('*.ipynb')] == ['count.ipynb'] and str(next(kept.rglob('*.ipynb'))) in lines
+    assert (
+        states == {"count": "FAILED", "double": "skipped"}
+        and "deliberate" in lines
+        and "it needs count, which failed" in lines
+    )
+    kept = toy.folder / "cache" / "reproduce"
+    assert [p.name for p in kept.rglob("*.ipynb")] == ["count.ipynb"] and str(
+        next(kept.rglob("*.ipynb"))
+    ) in lines
     new = toy.hashes()
-    assert {k: v for k, v in new.items() if k not in PAGES} == {k: v for k, v in old.items() if k not in PAGES}
-    assert 'Older than its sources* (changed: notebook)' in (toy.out/'index.md').read_text()
+    assert {k: v for k, v in new.items() if k not in PAGES} == {
+        k: v for k, v in old.items() if k not in PAGES
+    }
+    assert "Older than its sources* (changed: notebook)" in (toy.out / "index.md").read_text()
     assert toy.cli()[0] == 1
 
 
-@pytest.mark.parametrize('code, message', [
-    ('None', 'did not write tables/double.md'), ('open(out + "/tables/double.md", "w")', 'empty tables/double.md'),
-    (DOUBLE + '\nPath(out, "tables/more.csv").write_text("x")', 'wrote tables/more.csv, which the manifest does not declare'),
-    (DOUBLE + '\nPath(out, "tables/count-summary.csv").write_text("x")', 'changed tables/count-summary.csv, which belongs to another object')])
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("None", "did not write tables/double.md"),
+        ('open(out + "/tables/double.md", "w")', "empty tables/double.md"),
+        (
+            DOUBLE + '\nPath(out, "tables/more.csv").write_text("x")',
+            "wrote tables/more.csv, which the manifest does not declare",
+        ),
+        (
+            DOUBLE + '\nPath(out, "tables/count-summary.csv").write_text("x")',
+            "changed tables/count-summary.csv, which belongs to another object",
+        ),
+    ],
+)
 def test_outputs_must_be_as_declared(toy, code, message):
-    notebook(toy.path.parent/'20_double.ipynb', code)
+    notebook(toy.path.parent / "20_double.ipynb", code)
     states, lines = toy.run()
-    assert states == {'count': 'ok', 'double': 'FAILED'} and message in lines and not (toy.out/'tables/double.md').exists()
+    assert (
+        states == {"count": "ok", "double": "FAILED"}
+        and message in lines
+        and not (toy.out / "tables/double.md").exists()
+    )
 
 
 def test_out_folder_that_cannot_be_written(toy):
-    toy.out.write_text('a file')
+    toy.out.write_text("a file")
     code, _, err = toy.cli()
-    assert code == 2 and 'cannot write' in err and 'What to do' in err
+    assert code == 2 and "cannot write" in err and "What to do" in err
     toy.out.unlink()
     toy.out.mkdir(mode=0o500)
-    if os.geteuid(): assert toy.cli()[0] == 2
+    if os.geteuid():
+        assert toy.cli()[0] == 2
 
 
 def test_full_disk_while_publishing(toy, monkeypatch):
     toy.run()
     old = toy.hashes()
-    toy.replace('steps: 3', 'steps: 4')
+    toy.replace("steps: 3", "steps: 4")
     copy = R.shutil.copyfile
+
     def full(source, target):
-        if 'notebooks' in str(target): raise OSError(28, 'No space left on device')
+        if "notebooks" in str(target):
+            raise OSError(28, "No space left on device")
         return copy(source, target)
-    monkeypatch.setattr(R.shutil, 'copyfile', full)
+
+    monkeypatch.setattr(R.shutil, "copyfile", full)
     states, lines = toy.run()
-    assert states['count'] == 'FAILED' and 'disk is full' in lines
-    assert {k: v for k, v in toy.hashes().items() if k not in PAGES} == {k: v for k, v in old.items() if k not in PAGES}
+    assert states["count"] == "FAILED" and "disk is full" in lines
+    assert {k: v for k, v in toy.hashes().items() if k not in PAGES} == {
+        k: v for k, v in old.items() if k not in PAGES
+    }
 
 
 def test_killed_while_publishing_counts_as_stale(toy, monkeypatch):
     toy.run()
-    toy.replace('steps: 3', 'steps: 4')
-    monkeypatch.setattr(R, 'write_json', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    toy.replace("steps: 3", "steps: 4")
+    monkeypatch.setattr(R, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert toy.cli()[0] == 130
     monkeypatch.undo()
-    monkeypatch.setattr(R, '_execute', stand_in)
-    monkeypatch.setenv('ATM_SAE_CACHE', str(toy.folder/'cache'))
-    toy.replace('steps: 4', 'steps: 3')
+    monkeypatch.setattr(R, "_execute", stand_in)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(toy.folder / "cache"))
+    toy.replace("steps: 4", "steps: 3")
     states, lines = toy.run()
-    assert states['count'] == 'ok' and 'not as it was written: ' in lines
+    assert states["count"] == "ok" and "not as it was written: " in lines
 
 
 def test_two_runs_into_one_folder(toy):
-    with R._alone(toy.out, 'smoke'):
+    with R._alone(toy.out, "smoke"):
         code, _, err = toy.cli()
-    assert code == 2 and 'another run is writing' in err
+    assert code == 2 and "another run is writing" in err
 
 
 def test_tidy_notebook(tmp_path):
     out = nbformat.v4.new_output
-    cell = nbformat.v4.new_code_cell(f"out = {str(tmp_path)!r}\nsteps = 3", metadata={'tags': ['injected-parameters'], 'papermill': {'duration': 1}}, outputs=[
-        out('stream', name='stderr', text='100%'), out('display_data', data={'application/vnd.jupyter.widget-view+json': {}}), out('stream', name='stdout', text=f'{tmp_path}/tables, {sys.prefix}/lib, <A at 0x7f0123456789>')])
-    last = nbformat.v4.new_code_cell('', metadata={'tags': ['epilogue']}, outputs=[out('stream', name='stdout', text='{"memory_mib": 7}')])
-    nb, peak = tidy_notebook(nbformat.v4.new_notebook(cells=[cell, last], metadata={'papermill': {}}), tmp_path)
-    assert peak == {'memory_mib': 7} and len(nb.cells) == 1 and nb.metadata == {}
-    assert nb.cells[0].source == 'out = ""\nsteps = 3' and nb.cells[0].metadata == {'tags': ['injected-parameters']}
-    assert [o.get('text') for o in nb.cells[0].outputs] == ['/tables, python/lib, <A>']
+    cell = nbformat.v4.new_code_cell(
+        f"out = {str(tmp_path)!r}\nsteps = 3",
+        metadata={"tags": ["injected-parameters"], "papermill": {"duration": 1}},
+        outputs=[
+            out("stream", name="stderr", text="100%"),
+            out("display_data", data={"application/vnd.jupyter.widget-view+json": {}}),
+            out(
+                "stream",
+                name="stdout",
+                text=f"{tmp_path}/tables, {sys.prefix}/lib, <A at 0x7f0123456789>",
+            ),
+        ],
+    )
+    last = nbformat.v4.new_code_cell(
+        "",
+        metadata={"tags": ["epilogue"]},
+        outputs=[out("stream", name="stdout", text='{"memory_mib": 7}')],
+    )
+    nb, peak = tidy_notebook(
+        nbformat.v4.new_notebook(cells=[cell, last], metadata={"papermill": {}}), tmp_path
+    )
+    assert peak == {"memory_mib": 7} and len(nb.cells) == 1 and nb.metadata == {}
+    assert nb.cells[0].source == 'out = ""\nsteps = 3' and nb.cells[0].metadata == {
+        "tags": ["injected-parameters"]
+    }
+    assert [o.get("text") for o in nb.cells[0].outputs] == ["/tables, python/lib, <A>"]
 
 
 # ---- with real kernels
 
+
 def test_real_kernel_is_this_python(real, monkeypatch):
     "Even where the user has another kernel called python3, and a plotting back end that needs a screen."
-    spec = real.folder/'jupyter'/'kernels'/'python3'
+    spec = real.folder / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
-    (spec/'kernel.json').write_text(json.dumps({'argv': ['/nowhere/python', '-f', '{connection_file}'], 'display_name': 'other', 'language': 'python'}))
-    monkeypatch.setenv('JUPYTER_PATH', str(real.folder/'jupyter'))
-    monkeypatch.setenv('MPLBACKEND', 'TkAgg')
-    monkeypatch.setenv('HERE', f'{sys.executable} {real.path.parent}')
-    notebook(real.path.parent/'10_count.ipynb', COUNT, '''
+    (spec / "kernel.json").write_text(
+        json.dumps(
+            {
+                "argv": ["/nowhere/python", "-f", "{connection_file}"],
+                "display_name": "other",
+                "language": "python",
+            }
+        )
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(real.folder / "jupyter"))
+    monkeypatch.setenv("MPLBACKEND", "TkAgg")
+    monkeypatch.setenv("HERE", f"{sys.executable} {real.path.parent}")
+    notebook(
+        real.path.parent / "10_count.ipynb",
+        COUNT,
+        """
         import os, sys
         assert f"{sys.executable} {Path.cwd()}" == os.environ["HERE"] and os.environ["MPLBACKEND"] != "TkAgg"
-        print(out, profile, steps, "warning", sys.path[0]); print("noise", file=sys.stderr)''')
-    states, lines = real.run(only=['count'])
-    assert states == {'count': 'ok'}, lines
-    nb = nbformat.read(real.out/'notebooks/count.ipynb', 4)
-    text = (real.out/'notebooks/count.ipynb').read_text()
-    assert str(real.folder) not in text and ' smoke 3 ' in text and 'noise\\n' not in text and 'papermill' not in nb.metadata
-    injected = next(c for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', []))
-    assert 'out = ""' in injected.source and 'steps = 3' in injected.source
-    record = read_json(real.out/'provenance/count.json')
-    assert record['peak']['memory_mib'] > 10 and record['seconds'] > 0 and record['parameters'] == {'steps': 3, 'rate': .5} and record['command'].endswith('--only count')
-    assert str(real.folder) not in json.dumps(record) and record['outputs']['tables/count-summary.csv'] == file_sha256(real.out/'tables/count-summary.csv')
-    assert published_verdicts(load_manifest(real.path).pick('count'), 'smoke', real.out).verdict[0] == 'reproduced'
+        print(out, profile, steps, "warning", sys.path[0]); print("noise", file=sys.stderr)""",
+    )
+    states, lines = real.run(only=["count"])
+    assert states == {"count": "ok"}, lines
+    nb = nbformat.read(real.out / "notebooks/count.ipynb", 4)
+    text = (real.out / "notebooks/count.ipynb").read_text()
+    assert (
+        str(real.folder) not in text
+        and " smoke 3 " in text
+        and "noise\\n" not in text
+        and "papermill" not in nb.metadata
+    )
+    injected = next(c for c in nb.cells if "injected-parameters" in c.metadata.get("tags", []))
+    assert 'out = ""' in injected.source and "steps = 3" in injected.source
+    record = read_json(real.out / "provenance/count.json")
+    assert (
+        record["peak"]["memory_mib"] > 10
+        and record["seconds"] > 0
+        and record["parameters"] == {"steps": 3, "rate": 0.5}
+        and record["command"].endswith("--only count")
+    )
+    assert str(real.folder) not in json.dumps(record) and record["outputs"][
+        "tables/count-summary.csv"
+    ] == file_sha256(real.out / "tables/count-summary.csv")
+    assert (
+        published_verdicts(load_manifest(real.path).pick("count"), "smoke", real.out).verdict[0]
+        == "reproduced"
+    )
 
 
 def test_real_failure_names_cell_and_error(real):
-    notebook(real.path.parent/'10_count.ipynb', COUNT, 'steps/0')
-    code, out, _ = real.cli('--only', 'count')
-    assert code == 1 and 'ZeroDivisionError: division by zero\n    line 1: steps/0' in out and 'failed/count.ipynb' in out and not (real.out/'tables').exists()
+    notebook(real.path.parent / "10_count.ipynb", COUNT, "steps/0")
+    code, out, _ = real.cli("--only", "count")
+    assert (
+        code == 1
+        and "ZeroDivisionError: division by zero\n    line 1: steps/0" in out
+        and "failed/count.ipynb" in out
+        and not (real.out / "tables").exists()
+    )
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='signals')
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
     "Terminated, interrupted and killed outright, in three runs one after the other (kernels that start at once race for ports); then resumed."
-    notebook(real.path.parent/'10_count.ipynb', COUNT, """
+    notebook(
+        real.path.parent / "10_count.ipynb",
+        COUNT,
+        """
         import os, time
         if "GO" not in os.environ:
             Path(out, "pid").write_text(str(os.getpid()))
-            time.sleep(300)""")
+            time.sleep(300)""",
+    )
     # a job in the background inherits SIGINT as ignored; a user's terminal does not
-    source = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.cli import main; sys.exit(main())'
-    command = [sys.executable, '-c', source, 'reproduce', '--profile', 'smoke', '--only', 'count', '--manifest', str(real.path), '--out']
-    runs = {how: real.folder/how.name for how in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
-    environment = os.environ | {'PYTHONPATH': str(Path(R.__file__).parent.parent)}
+    source = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.cli import main; sys.exit(main())"
+    command = [
+        sys.executable,
+        "-c",
+        source,
+        "reproduce",
+        "--profile",
+        "smoke",
+        "--only",
+        "count",
+        "--manifest",
+        str(real.path),
+        "--out",
+    ]
+    runs = {how: real.folder / how.name for how in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
+    environment = os.environ | {"PYTHONPATH": str(Path(R.__file__).parent.parent)}
     for how, out in runs.items():
-        process = subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
-        pid = R._scratch(out, 'smoke', 'count')/'out'/'pid'
+        process = subprocess.Popen(
+            [*command, str(out)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        pid = R._scratch(out, "smoke", "count") / "out" / "pid"
         until(lambda: pid.is_file() and pid.read_text())
         kernel = int(pid.read_text())
         process.send_signal(how)
         _, err = process.communicate(timeout=150)
-        assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[how], err
+        assert (
+            process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[how]
+        ), err
         until(lambda: not alive(kernel))
-        assert not [p for p in runs[how].rglob('*') if p.is_file() and p.name not in PAGES]
-    monkeypatch.setenv('GO', '1')
+        assert not [p for p in runs[how].rglob("*") if p.is_file() and p.name not in PAGES]
+    monkeypatch.setenv("GO", "1")
     results = []
     for out in (runs[signal.SIGKILL], real.out):
         real.out = out
-        assert real.run(only=['count'])[0] == {'count': 'ok'}
-        results.append({k: v for k, v in real.hashes('provenance').items() if k not in PAGES})
+        assert real.run(only=["count"])[0] == {"count": "ok"}
+        results.append({k: v for k, v in real.hashes("provenance").items() if k not in PAGES})
     assert results[0] == results[1]
 
 
 def alive(pid):
     "True if the process exists and is not a zombie."
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
-    except OSError: return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def until(condition, seconds=150):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, 'waited too long'
-        time.sleep(.1)
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
 
 
 # ---- where runs are trained
 
+
 def test_notebooks_are_told_where_to_train(toy, monkeypatch):
     said = 'import os; Path(out, "tables/double.md").write_text(str(os.environ.get("ATM_SAE_EXECUTOR")))'
-    notebook(toy.path.parent/'20_double.ipynb', 'from pathlib import Path', said)
-    monkeypatch.delenv('ATM_SAE_EXECUTOR', raising=False)
-    for before in (None, 'dask:before'):
-        if before: monkeypatch.setenv('ATM_SAE_EXECUTOR', before)
-        assert toy.cli('--force', '--executor', 'dask:tcp://10.0.0.1:8786')[0] == 0
-        assert (toy.out/'tables/double.md').read_text() == 'dask:tcp://10.0.0.1:8786' and os.environ.get('ATM_SAE_EXECUTOR') == before
-    assert toy.cli('--force')[0] == 0 and (toy.out/'tables/double.md').read_text() == 'dask:before'
+    notebook(toy.path.parent / "20_double.ipynb", "from pathlib import Path", said)
+    monkeypatch.delenv("ATM_SAE_EXECUTOR", raising=False)
+    for before in (None, "dask:before"):
+        if before:
+            monkeypatch.setenv("ATM_SAE_EXECUTOR", before)
+        assert toy.cli("--force", "--executor", "dask:tcp://10.0.0.1:8786")[0] == 0
+        assert (
+            toy.out / "tables/double.md"
+        ).read_text() == "dask:tcp://10.0.0.1:8786" and os.environ.get("ATM_SAE_EXECUTOR") == before
+    assert (
+        toy.cli("--force")[0] == 0 and (toy.out / "tables/double.md").read_text() == "dask:before"
+    )
 
 
 def test_an_unknown_executor_is_refused_before_anything_is_written(toy):
-    with pytest.raises(ValueError, match="unknown executor 'slurm'"): toy.run(executor='slurm')
-    code, _, err = toy.cli('--executor', 'slurm')
+    with pytest.raises(ValueError, match="unknown executor 'slurm'"):
+        toy.run(executor="slurm")
+    code, _, err = toy.cli("--executor", "slurm")
     assert code == 2 and "atm-sae: unknown executor 'slurm'" in err and not toy.out.exists()

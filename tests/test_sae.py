@@ -1,243 +1,384 @@
 "Architectures, losses and gradients against numbers worked by hand; saving, loading, folding; messages."
+
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atm_sae.sae import (ARCHITECTURES, SAE, Entries, Everywhere, SAEConfig, auxk_loss, batch_topk, calibrate_l0, gate_latents, geometric_median,
-                         jump_relu, l0_penalty, l1_penalty, nested_share, nested_x_hat, project_rows_, random_sae, squared_error, step,
-                         tanh_penalty, topk)
+from atm_sae.sae.losses import (
+    auxk_loss,
+    batch_topk,
+    geometric_median,
+    jump_relu,
+    l0_penalty,
+    l1_penalty,
+    project_rows_,
+    squared_error,
+    step,
+    tanh_penalty,
+    topk,
+)
+from atm_sae.sae.sae import (
+    ARCHITECTURES,
+    SAE,
+    SAEConfig,
+    calibrate_l0,
+    gate_latents,
+    nested_share,
+    nested_x_hat,
+    random_sae,
+)
+from atm_sae.sae.sparse import Entries, Everywhere
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
 
 def config(architecture, **more):
-    size = dict(k=2) if architecture in ('topk', 'batchtopk', 'matryoshka') else {}
+    size = dict(k=2) if architecture in ("topk", "batchtopk", "matryoshka") else {}
     return SAEConfig(6, 12, architecture, seed=1, **size | more)
 
-def identity(architecture='standard', **more):
+
+def identity(architecture="standard", **more):
     "Two latents in two dimensions, encoder and decoder the identity, b_dec = (1, 0)."
     sae = SAE(SAEConfig(2, 2, architecture, **more))
-    sae.W_enc.data, sae.W_dec.data, sae.b_dec.data = torch.eye(2), torch.eye(2), torch.tensor([1., 0.])
+    sae.W_enc.data, sae.W_dec.data, sae.b_dec.data = (
+        torch.eye(2),
+        torch.eye(2),
+        torch.tensor([1.0, 0.0]),
+    )
     return sae
 
 
 # ---- configuration
 
-@pytest.mark.parametrize('settings, text', [
-    (dict(architecture='tpok'), "unknown architecture 'tpok': choose one of standard, topk, batchtopk, matryoshka, jumprelu"),
-    (dict(architecture='topk'), 'topk needs k'), (dict(architecture='batchtopk', k=99), '1 <= k <= 12, not 99'),
-    (dict(target_l0=0), 'target_l0 must lie between 0 and d_sae = 12'), (dict(target_l0=12.), 'target_l0'),
-    (dict(architecture='matryoshka'), 'matryoshka needs k'), (dict(penalty='l2'), "penalty must be 'l1' or 'tanh', not 'l2'"),
-    *((dict(prefixes=bad), 'growing shares of the dictionary and end with 1') for bad in [(.5,), (0, 1), (.5, .25, 1), (.5, .5, 1), (.5, 1, 2)])])
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (
+            dict(architecture="tpok"),
+            "unknown architecture 'tpok': choose one of standard, topk, batchtopk, matryoshka, jumprelu",
+        ),
+        (dict(architecture="topk"), "topk needs k"),
+        (dict(architecture="batchtopk", k=99), "1 <= k <= 12, not 99"),
+        (dict(target_l0=0), "target_l0 must lie between 0 and d_sae = 12"),
+        (dict(target_l0=12.0), "target_l0"),
+        (dict(architecture="matryoshka"), "matryoshka needs k"),
+        (dict(penalty="l2"), "penalty must be 'l1' or 'tanh', not 'l2'"),
+        *(
+            (dict(prefixes=bad), "growing shares of the dictionary and end with 1")
+            for bad in [(0.5,), (0, 1), (0.5, 0.25, 1), (0.5, 0.5, 1), (0.5, 1, 2)]
+        ),
+    ],
+)
 def test_config_refuses(settings, text):
-    with pytest.raises(ValueError, match=text.replace('(', r'\(')): SAEConfig(6, 12, **settings)
+    with pytest.raises(ValueError, match=text.replace("(", r"\(")):
+        SAEConfig(6, 12, **settings)
+
 
 def test_config_refuses_sizes():
-    with pytest.raises(ValueError, match='must be positive'): SAEConfig(0, 12)
+    with pytest.raises(ValueError, match="must be positive"):
+        SAEConfig(0, 12)
+
 
 def test_ends_by_hand():
-    assert SAEConfig(6, 40, 'matryoshka', k=1).ends == (2, 5, 10, 20, 40)             # 2.5 is rounded to the even 2
-    assert SAEConfig(6, 8, 'matryoshka', k=1).ends == (1, 1, 2, 4, 8)                 # none is empty
-    assert SAEConfig(6, 8, 'matryoshka', k=1, prefixes=[.7, 1]).ends == (6, 8)
-    assert {SAEConfig(6, 8, a, k=1).ends for a in ARCHITECTURES if a != 'matryoshka'} == {(8,)}
+    assert SAEConfig(6, 40, "matryoshka", k=1).ends == (
+        2,
+        5,
+        10,
+        20,
+        40,
+    )  # 2.5 is rounded to the even 2
+    assert SAEConfig(6, 8, "matryoshka", k=1).ends == (1, 1, 2, 4, 8)  # none is empty
+    assert SAEConfig(6, 8, "matryoshka", k=1, prefixes=[0.7, 1]).ends == (6, 8)
+    assert {SAEConfig(6, 8, a, k=1).ends for a in ARCHITECTURES if a != "matryoshka"} == {(8,)}
+
 
 def test_prefixes_of_a_list_are_the_same_config():
     "JSON has no tuples."
-    assert hash(SAEConfig(6, 8, prefixes=[.5, 1])) == hash(SAEConfig(6, 8, prefixes=(.5, 1))) and SAEConfig(6, 8, prefixes=[.5, 1]).prefixes == (.5, 1)
+    assert hash(SAEConfig(6, 8, prefixes=[0.5, 1])) == hash(
+        SAEConfig(6, 8, prefixes=(0.5, 1))
+    ) and SAEConfig(6, 8, prefixes=[0.5, 1]).prefixes == (0.5, 1)
+
 
 def test_same_seed_same_weights():
-    a, b, c = SAE(config('standard')), SAE(config('topk')), SAE(SAEConfig(6, 12, seed=2))
+    a, b, c = SAE(config("standard")), SAE(config("topk")), SAE(SAEConfig(6, 12, seed=2))
     assert torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
     assert torch.equal(a.W_enc, a.W_dec.T) and torch.allclose(a.W_dec.norm(dim=1), torch.ones(12))
 
 
 # ---- activations
 
+
 def test_topk_by_hand():
-    pre = torch.tensor([[3., -1., 2., .5], [-1., -2., -3., .25]])
-    assert topk(pre, 2).tolist() == [[3, 0, 2, 0], [0, 0, 0, .25]]
+    pre = torch.tensor([[3.0, -1.0, 2.0, 0.5], [-1.0, -2.0, -3.0, 0.25]])
+    assert topk(pre, 2).tolist() == [[3, 0, 2, 0], [0, 0, 0, 0.25]]
+
 
 def test_topk_gradient_reaches_the_kept_only():
-    pre = torch.tensor([[3., -1., 2., .5]], requires_grad=True)
+    pre = torch.tensor([[3.0, -1.0, 2.0, 0.5]], requires_grad=True)
     topk(pre, 2).sum().backward()
     assert pre.grad.tolist() == [[1, 0, 1, 0]]
 
+
 def test_batch_topk_by_hand():
-    pre = torch.tensor([[3., 2., 1.], [.5, .1, -1.]], requires_grad=True)
+    pre = torch.tensor([[3.0, 2.0, 1.0], [0.5, 0.1, -1.0]], requires_grad=True)
     z = batch_topk(pre, 1)
     z.sum().backward()
     assert z.tolist() == [[3, 2, 0], [0, 0, 0]] and pre.grad.tolist() == [[1, 1, 0], [0, 0, 0]]
+
 
 def test_batch_topk_is_topk_for_one_sample():
     pre = torch.randn(1, 20, generator=gen())
     assert torch.equal(batch_topk(pre, 5), topk(pre, 5))
 
+
 def test_jumprelu_gradients_by_hand():
-    pre, theta = torch.tensor([[.45], [.55], [.9]], requires_grad=True), torch.tensor([.5], requires_grad=True)
-    z = jump_relu(pre, theta, .2)
+    pre, theta = (
+        torch.tensor([[0.45], [0.55], [0.9]], requires_grad=True),
+        torch.tensor([0.5], requires_grad=True),
+    )
+    z = jump_relu(pre, theta, 0.2)
     z.sum().backward()
-    assert torch.allclose(z.flatten(), torch.tensor([0, .55, .9])) and pre.grad.flatten().tolist() == [0, 1, 1]
-    assert theta.grad.item() == pytest.approx(-2 * .5 / .2)
+    assert torch.allclose(
+        z.flatten(), torch.tensor([0, 0.55, 0.9])
+    ) and pre.grad.flatten().tolist() == [0, 1, 1]
+    assert theta.grad.item() == pytest.approx(-2 * 0.5 / 0.2)
+
 
 def test_step_gradients_by_hand():
-    pre, theta = torch.tensor([[.45], [.55], [.9]], requires_grad=True), torch.tensor([.5], requires_grad=True)
-    on = step(pre, theta, .2)
-    (on * torch.tensor([[1.], [3.], [5.]])).sum().backward()
+    pre, theta = (
+        torch.tensor([[0.45], [0.55], [0.9]], requires_grad=True),
+        torch.tensor([0.5], requires_grad=True),
+    )
+    on = step(pre, theta, 0.2)
+    (on * torch.tensor([[1.0], [3.0], [5.0]])).sum().backward()
     assert on.flatten().tolist() == [0, 1, 1] and pre.grad is None
-    assert theta.grad.item() == pytest.approx(-(1 + 3) / .2)
+    assert theta.grad.item() == pytest.approx(-(1 + 3) / 0.2)
+
 
 def test_window_is_whole_below_zero():
-    theta = torch.tensor([.05], requires_grad=True)
-    step(torch.tensor([[-.04]]), theta, .2).sum().backward()
+    theta = torch.tensor([0.05], requires_grad=True)
+    step(torch.tensor([[-0.04]]), theta, 0.2).sum().backward()
     assert theta.grad.item() == pytest.approx(-5)
 
 
 # ---- losses
 
+
 def test_squared_error_by_hand():
-    assert squared_error(torch.tensor([[1., 2.], [0., 0.]]), torch.tensor([[0., 0.], [0., 1.]])) == 3
+    assert (
+        squared_error(
+            torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+        )
+        == 3
+    )
+
 
 def test_l1_by_hand():
-    assert l1_penalty(torch.tensor([1., 2.]), torch.tensor([[1., 0.], [3., 4.]])) == 1 + 10
+    assert l1_penalty(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])) == 1 + 10
+
 
 def test_tanh_by_hand():
-    h, W_dec = torch.tensor([[.5, 0.], [1., .25]], requires_grad=True), torch.tensor([[1., 0.], [0., 2.]])
-    price = tanh_penalty(h, W_dec, Everywhere(2))               # (tanh 2 + tanh 4 + tanh 2) / 2
+    h, W_dec = (
+        torch.tensor([[0.5, 0.0], [1.0, 0.25]], requires_grad=True),
+        torch.tensor([[1.0, 0.0], [0.0, 2.0]]),
+    )
+    price = tanh_penalty(h, W_dec, Everywhere(2))  # (tanh 2 + tanh 4 + tanh 2) / 2
     price.backward()
-    assert price.item() == pytest.approx((.96403 + .99933 + .96403) / 2, abs=1e-5)
+    assert price.item() == pytest.approx((0.96403 + 0.99933 + 0.96403) / 2, abs=1e-5)
     # slope 4 |d| (1 - tanh^2) / 2
-    assert h.grad.flatten().tolist() == pytest.approx([2 * (1 - .96403**2), 4, 2 * (1 - .99933**2), 4 * (1 - .96403**2)], abs=1e-4)
+    assert h.grad.flatten().tolist() == pytest.approx(
+        [2 * (1 - 0.96403**2), 4, 2 * (1 - 0.99933**2), 4 * (1 - 0.96403**2)], abs=1e-4
+    )
     entries = Entries(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2)
-    assert tanh_penalty(torch.tensor([.5, 1., .25]), W_dec, entries).item() == pytest.approx(price.item())
+    assert tanh_penalty(torch.tensor([0.5, 1.0, 0.25]), W_dec, entries).item() == pytest.approx(
+        price.item()
+    )
+
 
 def test_l0_by_hand():
-    assert l0_penalty(torch.tensor(6.)) == 6 and l0_penalty(torch.tensor(6.), 4) == .25
+    assert l0_penalty(torch.tensor(6.0)) == 6 and l0_penalty(torch.tensor(6.0), 4) == 0.25
+
 
 def test_auxk_by_hand():
-    e = torch.tensor([[2., 0.], [0., 0.]], requires_grad=True)
-    pre = torch.tensor([[1.], [-3.]], requires_grad=True)
-    W_dec = torch.tensor([[1., 0.]], requires_grad=True)
+    e = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    pre = torch.tensor([[1.0], [-3.0]], requires_grad=True)
+    W_dec = torch.tensor([[1.0, 0.0]], requires_grad=True)
     aux = auxk_loss(e, pre, W_dec, 1)
     aux.backward()
-    assert aux == .5 and e.grad is None
+    assert aux == 0.5 and e.grad is None
     assert pre.grad.tolist() == [[-1], [0]] and W_dec.grad.tolist() == [[-1, 0]]
+
 
 def test_auxk_takes_at_most_k():
     W_dec = torch.eye(3)[:2, :2]
-    only = torch.tensor([[1., 0.], [0., 0.]])   # residual of the first sample; latent 1 wins, and is wrong
-    assert auxk_loss(only, torch.tensor([[.5, 1.]] * 2), W_dec, 1) == pytest.approx((1 + 1 + 1) / 2 / .25)
-    assert auxk_loss(only, torch.tensor([[.5, 1.]] * 2), W_dec, 9) == pytest.approx((.25 + 1 + .25 + 1) / 2 / .25)
+    only = torch.tensor(
+        [[1.0, 0.0], [0.0, 0.0]]
+    )  # residual of the first sample; latent 1 wins, and is wrong
+    assert auxk_loss(only, torch.tensor([[0.5, 1.0]] * 2), W_dec, 1) == pytest.approx(
+        (1 + 1 + 1) / 2 / 0.25
+    )
+    assert auxk_loss(only, torch.tensor([[0.5, 1.0]] * 2), W_dec, 9) == pytest.approx(
+        (0.25 + 1 + 0.25 + 1) / 2 / 0.25
+    )
+
 
 def test_auxk_without_dead_is_zero():
     assert auxk_loss(torch.ones(2, 2), torch.ones(2, 0), torch.ones(0, 2), 1) == 0
 
+
 def test_auxk_does_not_count_b_dec():
-    sae = identity('topk', k=1, aux_coef=1.)
-    sae.b_dec.data = torch.tensor([5., 5.])
-    x = torch.tensor([[6., 5.25], [5.5, 5.]])     # pre = (1, .25), (.5, 0): latent 0 wins; e = (0, .25), (0, 0)
+    sae = identity("topk", k=1, aux_coef=1.0)
+    sae.b_dec.data = torch.tensor([5.0, 5.0])
+    x = torch.tensor(
+        [[6.0, 5.25], [5.5, 5.0]]
+    )  # pre = (1, .25), (.5, 0): latent 0 wins; e = (0, .25), (0, 0)
     loss = sae.loss(x, dead=torch.tensor([1]))
-    assert loss.auxiliary == 0 and loss.reconstruction.item() == pytest.approx(.25**2 / 2)
+    assert loss.auxiliary == 0 and loss.reconstruction.item() == pytest.approx(0.25**2 / 2)
+
 
 def test_standard_loss_by_hand():
-    loss = identity(l1=.5).loss(torch.tensor([[3., -1.]]))
+    loss = identity(l1=0.5).loss(torch.tensor([[3.0, -1.0]]))
     assert loss.z.tolist() == [[2, 0]] and loss.x_hat.tolist() == [[3, 0]]
     assert (loss.reconstruction, loss.penalty, loss.total) == (1, 1, 2)
     loss.total.backward()
     assert loss.h.grad.tolist() == [[0, 2]]
 
+
 def test_sparsity_scales_the_penalty_and_not_h_grad():
-    sae = identity(l1=.5)
-    loss = sae.loss(torch.tensor([[3., -1.]]), sparsity=torch.tensor(4.))
+    sae = identity(l1=0.5)
+    loss = sae.loss(torch.tensor([[3.0, -1.0]]), sparsity=torch.tensor(4.0))
     loss.total.backward()
     assert loss.penalty == 4 and loss.h.grad.tolist() == [[0, 2]]
 
-@pytest.mark.parametrize('keep', [torch.tensor([False, True]), torch.tensor([[False, True]])])
+
+@pytest.mark.parametrize("keep", [torch.tensor([False, True]), torch.tensor([[False, True]])])
 def test_masked_loss_by_hand(keep):
-    loss = identity(l1=.5).loss(torch.tensor([[3., -1.]]), keep=keep)
+    loss = identity(l1=0.5).loss(torch.tensor([[3.0, -1.0]]), keep=keep)
     assert loss.z.tolist() == [[2, 0]] and loss.h.tolist() == [[0, 0]]
     assert loss.reconstruction == 5 and loss.penalty == 0
 
+
 def test_tanh_loss_by_hand():
-    sae, x = identity(l1=.5, penalty='tanh'), torch.tensor([[1.5, -1.]])               # z = (.5, 0)
-    loss = sae.loss(x, sparsity=torch.tensor(3.))
+    sae, x = identity(l1=0.5, penalty="tanh"), torch.tensor([[1.5, -1.0]])  # z = (.5, 0)
+    loss = sae.loss(x, sparsity=torch.tensor(3.0))
     loss.total.backward()
-    assert loss.penalty.item() == pytest.approx(3 * .5 * .96403, abs=1e-5) and loss.h.grad.tolist() == [[0, 2]]
-    assert sae.loss(x, keep=torch.tensor([False, True])).penalty == 0                  # the hidden pay nothing
+    assert loss.penalty.item() == pytest.approx(
+        3 * 0.5 * 0.96403, abs=1e-5
+    ) and loss.h.grad.tolist() == [[0, 2]]
+    assert sae.loss(x, keep=torch.tensor([False, True])).penalty == 0  # the hidden pay nothing
+
 
 def nested():
     "`identity` as a matryoshka of one latent in two, which shrinks what it reads."
-    sae = identity('matryoshka', k=2, prefixes=(.5, 1))
-    sae.b_enc.data = torch.tensor([-1., -.5])
+    sae = identity("matryoshka", k=2, prefixes=(0.5, 1))
+    sae.b_enc.data = torch.tensor([-1.0, -0.5])
     return sae
 
+
 def test_matryoshka_loss_by_hand():
-    loss = nested().loss(torch.tensor([[4., 1.]]))       # z = (2, .5); errors (1, 1) of the first latent alone, (1, .5) of both
+    loss = nested().loss(
+        torch.tensor([[4.0, 1.0]])
+    )  # z = (2, .5); errors (1, 1) of the first latent alone, (1, .5) of both
     loss.total.backward()
-    assert loss.z.tolist() == [[2, .5]] and loss.x_hat.tolist() == [[3, .5]]
-    assert loss.reconstruction == (2 + 1.25) / 2 == loss.total and loss.h.grad.tolist() == [[-2, -.5]]
+    assert loss.z.tolist() == [[2, 0.5]] and loss.x_hat.tolist() == [[3, 0.5]]
+    assert loss.reconstruction == (2 + 1.25) / 2 == loss.total and loss.h.grad.tolist() == [
+        [-2, -0.5]
+    ]
+
 
 def test_masked_matryoshka_loss_by_hand():
-    loss = nested().loss(torch.tensor([[4., 1.]]), keep=torch.tensor([False, True]))   # (3, 1) without any, (3, .5) with the second
-    assert loss.x_hat.tolist() == [[1, .5]] and loss.reconstruction == (10 + 9.25) / 2
+    loss = nested().loss(
+        torch.tensor([[4.0, 1.0]]), keep=torch.tensor([False, True])
+    )  # (3, 1) without any, (3, .5) with the second
+    assert loss.x_hat.tolist() == [[1, 0.5]] and loss.reconstruction == (10 + 9.25) / 2
+
 
 def test_nested_share_by_hand():
-    assert nested_share(SAEConfig(6, 4, 'matryoshka', k=1, prefixes=(.25, .5, 1))).tolist() == pytest.approx([1, 2/3, 1/3, 1/3])
-    assert nested_share(SAEConfig(6, 8, 'matryoshka', k=1)).tolist() == pytest.approx([1, .6, .4, .4, .2, .2, .2, .2])   # ends 1, 1, 2, 4, 8
-    assert nested_share(config('topk')).tolist() == [1] * 12
+    assert nested_share(
+        SAEConfig(6, 4, "matryoshka", k=1, prefixes=(0.25, 0.5, 1))
+    ).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3])
+    assert nested_share(SAEConfig(6, 8, "matryoshka", k=1)).tolist() == pytest.approx(
+        [1, 0.6, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2]
+    )  # ends 1, 1, 2, 4, 8
+    assert nested_share(config("topk")).tolist() == [1] * 12
+
 
 def test_each_nested_dictionary_decodes_its_own_latents_alone():
-    sae, x = SAE(config('matryoshka', prefixes=(.25, .5, 1))), torch.randn(8, 6, generator=gen())
+    sae, x = SAE(config("matryoshka", prefixes=(0.25, 0.5, 1))), torch.randn(8, 6, generator=gen())
     sae.b_dec.data = torch.randn(6, generator=gen(1))
     h = torch.rand(8, 12, generator=gen(2))
     for end, x_hat in zip((3, 6, 12), nested_x_hat(sae, h, Everywhere(8)), strict=True):
         assert torch.allclose(x_hat, sae.decode(h * (torch.arange(12) < end)), atol=1e-6)
 
-@pytest.mark.parametrize('fast', [False, True])
+
+@pytest.mark.parametrize("fast", [False, True])
 def test_a_matryoshka_of_one_dictionary_is_batchtopk(fast):
     x, grads = torch.randn(8, 6, generator=gen()), []
-    for sae in (SAE(SAEConfig(6, 100, 'matryoshka', k=2, prefixes=(1,))), SAE(SAEConfig(6, 100, 'batchtopk', k=2))):
+    for sae in (
+        SAE(SAEConfig(6, 100, "matryoshka", k=2, prefixes=(1,))),
+        SAE(SAEConfig(6, 100, "batchtopk", k=2)),
+    ):
         loss = sae.loss(x, dead=torch.tensor([1, 5]), fast=fast)
         loss.total.backward()
         assert isinstance(loss.where, Entries if fast else Everywhere)
         grads.append([loss.total, *(p.grad for p in sae.parameters())])
-    for a, b in zip(*grads): assert torch.equal(a, b)
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
 
 def test_jumprelu_loss_by_hand():
-    sae = identity('jumprelu', target_l0=1.5, l0_coef=2., init_threshold=.5)
-    loss = sae.loss(torch.tensor([[2., 1.], [1.4, 1.], [3., 2.], [1., 0.]]))      # pre: (1,1), (.4,1), (2,2), (0,0): L0 = 5/4
+    sae = identity("jumprelu", target_l0=1.5, l0_coef=2.0, init_threshold=0.5)
+    loss = sae.loss(
+        torch.tensor([[2.0, 1.0], [1.4, 1.0], [3.0, 2.0], [1.0, 0.0]])
+    )  # pre: (1,1), (.4,1), (2,2), (0,0): L0 = 5/4
     assert loss.penalty.item() == pytest.approx(2 * (1.25 / 1.5 - 1) ** 2)
-    free = identity('jumprelu', l0_coef=2., init_threshold=.5).loss(torch.tensor([[2., 1.]]))
+    free = identity("jumprelu", l0_coef=2.0, init_threshold=0.5).loss(torch.tensor([[2.0, 1.0]]))
     assert free.penalty == 2 * 2
 
+
 def test_jumprelu_counts_before_the_mask():
-    sae = identity('jumprelu', target_l0=1., init_threshold=.5)
-    x = torch.tensor([[2., 1.]])
+    sae = identity("jumprelu", target_l0=1.0, init_threshold=0.5)
+    x = torch.tensor([[2.0, 1.0]])
     assert sae.loss(x).penalty == sae.loss(x, keep=torch.tensor([False, False])).penalty
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mask_of_ones_changes_nothing(architecture):
     sae, x = SAE(config(architecture)), torch.randn(8, 6, generator=gen())
     a, b = sae.loss(x), sae.loss(x, keep=torch.ones(12, dtype=torch.bool))
     assert torch.equal(a.total, b.total) and torch.equal(a.z, b.h)
 
+
 def test_encoder_bias_trick_keeps_gradients():
-    sae, x = SAE(config('standard')), torch.randn(16, 6, generator=gen())
+    sae, x = SAE(config("standard")), torch.randn(16, 6, generator=gen())
     sae.b_dec.data = torch.randn(6, generator=gen(1))
-    plain = torch.autograd.grad(((x - sae.b_dec) @ sae.W_enc + sae.b_enc).square().sum(), list(sae.parameters())[:4], allow_unused=True)
-    quick = torch.autograd.grad(sae.pre_activations(x).square().sum(), list(sae.parameters())[:4], allow_unused=True)
-    for p, q in zip(plain, quick): assert (p is None and q is None) or torch.allclose(p, q, rtol=1e-3, atol=1e-3)
+    plain = torch.autograd.grad(
+        ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).square().sum(),
+        list(sae.parameters())[:4],
+        allow_unused=True,
+    )
+    quick = torch.autograd.grad(
+        sae.pre_activations(x).square().sum(), list(sae.parameters())[:4], allow_unused=True
+    )
+    for p, q in zip(plain, quick):
+        assert (p is None and q is None) or torch.allclose(p, q, rtol=1e-3, atol=1e-3)
 
 
 # ---- decoder, start
 
+
 def test_projection_by_hand():
-    g = project_rows_(torch.tensor([[1., 2.]]), torch.tensor([[.6, .8]]))
-    assert torch.allclose(g, torch.tensor([[-.32, .24]]))
+    g = project_rows_(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.6, 0.8]]))
+    assert torch.allclose(g, torch.tensor([[-0.32, 0.24]]))
+
 
 def test_decoder_methods():
-    sae, x = SAE(config('standard', l1=.1)), torch.randn(16, 6, generator=gen())
+    sae, x = SAE(config("standard", l1=0.1)), torch.randn(16, 6, generator=gen())
     sae.loss(x).total.backward()
     sae.project_decoder_gradient()
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-5
@@ -245,22 +386,25 @@ def test_decoder_methods():
     sae.normalise_decoder()
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(12))
 
+
 def test_geometric_median_ignores_an_outlier():
-    x = torch.tensor([[0., 0.], [1., 0.], [0., 1.], [1., 1.], [1e4, 1e4]])
+    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1e4, 1e4]])
     assert geometric_median(x, 200).max() < 1.1
     assert torch.allclose(geometric_median(torch.ones(5, 3)), torch.ones(3))
 
-@pytest.mark.parametrize('architecture', ['batchtopk', 'matryoshka'])
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
 def test_threshold_average_by_hand(architecture):
     sae = SAE(SAEConfig(3, 3, architecture, k=1))
-    sae.update_threshold(torch.tensor([[0., 2., 3.]]))
-    sae.update_threshold(torch.tensor([[1., 0., 3.]]))
+    sae.update_threshold(torch.tensor([[0.0, 2.0, 3.0]]))
+    sae.update_threshold(torch.tensor([[1.0, 0.0, 3.0]]))
     assert sae.threshold.item() == pytest.approx(1.99)
-    sae.update_threshold(torch.zeros(1, 3))                   # a batch in which nothing fired
+    sae.update_threshold(torch.zeros(1, 3))  # a batch in which nothing fired
     assert sae.threshold.item() == pytest.approx(1.99)
 
+
 def test_negative_thresholds_are_clipped():
-    sae = SAE(config('jumprelu'))
+    sae = SAE(config("jumprelu"))
     sae.threshold.data[0] = -1
     sae.clip_threshold()
     assert sae.threshold[0] == 0
@@ -268,115 +412,180 @@ def test_negative_thresholds_are_clipped():
 
 # ---- after training
 
+
 def trained(architecture):
     "An SAE with all its numbers moved a little, as training does."
     sae = SAE(config(architecture))
-    sae.b_dec.data, sae.b_enc.data = torch.randn(6, generator=gen(1)), .1 * torch.randn(12, generator=gen(2))
-    if sae.config.pools: sae.threshold.fill_(.3)
+    sae.b_dec.data, sae.b_enc.data = (
+        torch.randn(6, generator=gen(1)),
+        0.1 * torch.randn(12, generator=gen(2)),
+    )
+    if sae.config.pools:
+        sae.threshold.fill_(0.3)
     return sae
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fold_input_scale(architecture):
     sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
     before = sae(7 * x) / 7
-    sae.fold_input_scale(7.)
+    sae.fold_input_scale(7.0)
     assert torch.allclose(sae(x), before, atol=1e-5)
 
-def test_fold_refuses_a_zero_scale():
-    with pytest.raises(ValueError, match='positive'): trained('standard').fold_input_scale(0.)
 
-@pytest.mark.parametrize('architecture', ['standard', 'jumprelu'])
+def test_fold_refuses_a_zero_scale():
+    with pytest.raises(ValueError, match="positive"):
+        trained("standard").fold_input_scale(0.0)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
 def test_fold_decoder_norm(architecture):
     sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
-    sae.W_dec.data *= torch.linspace(.5, 2, 12)[:, None]
+    sae.W_dec.data *= torch.linspace(0.5, 2, 12)[:, None]
     before = sae(x)
     sae.fold_decoder_norm()
-    assert torch.allclose(sae(x), before, atol=1e-5) and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(12))
+    assert torch.allclose(sae(x), before, atol=1e-5) and torch.allclose(
+        sae.W_dec.norm(dim=1), torch.ones(12)
+    )
+
 
 def test_fold_decoder_norm_refuses_topk():
-    sae = trained('topk')
+    sae = trained("topk")
     sae.W_dec.data[0] *= 2
-    with pytest.raises(ValueError, match='would change which fire'): sae.fold_decoder_norm()
+    with pytest.raises(ValueError, match="would change which fire"):
+        sae.fold_decoder_norm()
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_save_and_load(architecture, tmp_path):
     sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
-    again = SAE.load(sae.save(tmp_path / 'sae'))
+    again = SAE.load(sae.save(tmp_path / "sae"))
     assert again.config == sae.config and torch.equal(again(x), sae(x))
-    assert sorted(p.name for p in (tmp_path / 'sae').iterdir()) == ['cfg.json', 'sae_weights.safetensors']
+    assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+    ]
 
-@pytest.mark.parametrize('architecture', ['batchtopk', 'matryoshka'])
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
 def test_saelens_layout(architecture, tmp_path):
-    trained(architecture).save(tmp_path / 'b')
-    cfg = json.loads((tmp_path / 'b/cfg.json').read_text())
-    assert cfg['architecture'] == 'jumprelu' and cfg['normalize_activations'] == 'none' and cfg['apply_b_dec_to_input'] is True
-    w = load_file(tmp_path / 'b/sae_weights.safetensors')
-    assert {n: tuple(t.shape) for n, t in w.items()} == dict(W_enc=(6, 12), W_dec=(12, 6), b_enc=(12,), b_dec=(6,), threshold=(12,))
+    trained(architecture).save(tmp_path / "b")
+    cfg = json.loads((tmp_path / "b/cfg.json").read_text())
+    assert (
+        cfg["architecture"] == "jumprelu"
+        and cfg["normalize_activations"] == "none"
+        and cfg["apply_b_dec_to_input"] is True
+    )
+    w = load_file(tmp_path / "b/sae_weights.safetensors")
+    assert {n: tuple(t.shape) for n, t in w.items()} == dict(
+        W_enc=(6, 12), W_dec=(12, 6), b_enc=(12,), b_dec=(6,), threshold=(12,)
+    )
+
 
 def test_fields_that_came_later_have_their_defaults(tmp_path):
-    path = trained('topk').save(tmp_path / 's') / 'cfg.json'
+    path = trained("topk").save(tmp_path / "s") / "cfg.json"
     cfg = json.loads(path.read_text())
-    assert cfg['metadata']['atm_sae'].pop('prefixes') and cfg['metadata']['atm_sae'].pop('penalty')
+    assert cfg["metadata"]["atm_sae"].pop("prefixes") and cfg["metadata"]["atm_sae"].pop("penalty")
     path.write_text(json.dumps(cfg))
-    assert SAE.load(tmp_path / 's').config == config('topk')
+    assert SAE.load(tmp_path / "s").config == config("topk")
+
 
 def test_a_folder_of_another_library_is_named(tmp_path):
     "What SAELens alone wrote may subtract, scale or normalise in ways that only from_pretrained reads."
-    trained('batchtopk').save(tmp_path / 'b')
-    cfg = json.loads((tmp_path / 'b/cfg.json').read_text())
-    (tmp_path / 'b/cfg.json').write_text(json.dumps({k: v for k, v in cfg.items() if k != 'metadata'}))
-    with pytest.raises(ValueError, match='written by another library: read it with atm_sae.from_pretrained'): SAE.load(tmp_path / 'b')
+    trained("batchtopk").save(tmp_path / "b")
+    cfg = json.loads((tmp_path / "b/cfg.json").read_text())
+    (tmp_path / "b/cfg.json").write_text(
+        json.dumps({k: v for k, v in cfg.items() if k != "metadata"})
+    )
+    with pytest.raises(
+        ValueError, match="written by another library: read it with atm_sae.from_pretrained"
+    ):
+        SAE.load(tmp_path / "b")
+
 
 def test_load_refuses(tmp_path):
-    folder = trained('standard').save(tmp_path / 's')
-    path = folder / 'sae_weights.safetensors'
-    good, cfg = load_file(path), (folder / 'cfg.json').read_text()
-    save_file(good | dict(W_dec=good['W_dec'][:5].contiguous()), path)
-    with pytest.raises(ValueError, match=r'W_dec is \(5, 6\) where cfg.json says \(12, 6\)'): SAE.load(folder)
+    folder = trained("standard").save(tmp_path / "s")
+    path = folder / "sae_weights.safetensors"
+    good, cfg = load_file(path), (folder / "cfg.json").read_text()
+    save_file(good | dict(W_dec=good["W_dec"][:5].contiguous()), path)
+    with pytest.raises(ValueError, match=r"W_dec is \(5, 6\) where cfg.json says \(12, 6\)"):
+        SAE.load(folder)
     save_file(good | dict(b_dec=torch.tensor([torch.nan] * 6)), path)
-    with pytest.raises(ValueError, match='b_dec holds 6 values that are NaN or infinite'): SAE.load(folder)
-    save_file({n: t for n, t in good.items() if n != 'b_enc'}, path)
-    with pytest.raises(ValueError, match='has no b_enc'): SAE.load(folder)
-    path.write_bytes(b'not a tensor')
-    with pytest.raises(ValueError, match='no readable safetensors file'): SAE.load(folder)
-    (folder / 'cfg.json').write_text(cfg.replace('"standard"', '"gated"'))
-    with pytest.raises(ValueError, match="unknown architecture 'gated'"): SAE.load(folder)
+    with pytest.raises(ValueError, match="b_dec holds 6 values that are NaN or infinite"):
+        SAE.load(folder)
+    save_file({n: t for n, t in good.items() if n != "b_enc"}, path)
+    with pytest.raises(ValueError, match="has no b_enc"):
+        SAE.load(folder)
+    path.write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        SAE.load(folder)
+    (folder / "cfg.json").write_text(cfg.replace('"standard"', '"gated"'))
+    with pytest.raises(ValueError, match="unknown architecture 'gated'"):
+        SAE.load(folder)
     path.unlink()
-    (folder / 'sae.pt').write_bytes(b'')
-    with pytest.raises(FileNotFoundError, match='sae.pt is a pickle, which this library does not open'): SAE.load(folder)
+    (folder / "sae.pt").write_bytes(b"")
+    with pytest.raises(
+        FileNotFoundError, match="sae.pt is a pickle, which this library does not open"
+    ):
+        SAE.load(folder)
+
 
 def test_load_names_a_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no cfg.json in'): SAE.load(tmp_path / 'nowhere')
+    with pytest.raises(FileNotFoundError, match="no cfg.json in"):
+        SAE.load(tmp_path / "nowhere")
 
-@pytest.mark.parametrize('x, text', [(torch.zeros(2, 5), r'\(2, 5\)'), (torch.full((2, 6), torch.nan), 'NaN'), (torch.zeros(6), r'\(6,\)')])
+
+@pytest.mark.parametrize(
+    "x, text",
+    [
+        (torch.zeros(2, 5), r"\(2, 5\)"),
+        (torch.full((2, 6), torch.nan), "NaN"),
+        (torch.zeros(6), r"\(6,\)"),
+    ],
+)
 def test_encode_refuses(x, text):
-    with pytest.raises(ValueError, match=text): SAE(config('standard')).encode(x)
+    with pytest.raises(ValueError, match=text):
+        SAE(config("standard")).encode(x)
 
 
 # ---- gate
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gated_latents_never_fire(architecture):
-    sae, x, keep = trained(architecture), 3 * torch.randn(200, 6, generator=gen()), torch.arange(12) % 3 > 0
+    sae, x, keep = (
+        trained(architecture),
+        3 * torch.randn(200, 6, generator=gen()),
+        torch.arange(12) % 3 > 0,
+    )
     gated = gate_latents(sae, keep)
     before, after = sae.encode(x), gated.encode(x)
     assert (before[:, ~keep] > 0).any(0).all() and after[:, ~keep].abs().max() == 0
-    if architecture == 'topk': assert (after[:, keep] > 0).sum() > (before[:, keep] > 0).sum()   # others take the free places
-    else: assert torch.equal(after[:, keep], before[:, keep])
-    assert torch.equal(sae.encode(x), before)                                                    # the SAE itself is as it was
+    if architecture == "topk":
+        assert (after[:, keep] > 0).sum() > (
+            before[:, keep] > 0
+        ).sum()  # others take the free places
+    else:
+        assert torch.equal(after[:, keep], before[:, keep])
+    assert torch.equal(sae.encode(x), before)  # the SAE itself is as it was
+
 
 def test_gate_with_all_open_changes_nothing():
-    sae, x = trained('topk'), torch.randn(32, 6, generator=gen())
+    sae, x = trained("topk"), torch.randn(32, 6, generator=gen())
     assert torch.equal(gate_latents(sae, torch.ones(12, dtype=torch.bool))(x), sae(x))
 
+
 def test_gate_refuses_another_width():
-    with pytest.raises(ValueError, match='the SAE has 12 latents, not 5'): gate_latents(trained('standard'), torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="the SAE has 12 latents, not 5"):
+        gate_latents(trained("standard"), torch.ones(5, dtype=torch.bool))
 
 
 # ---- control
 
+
 def test_calibrate_l0():
     x = torch.randn(1000, 6, generator=gen())
-    sae = calibrate_l0(random_sae(config('matryoshka')), x, 2.5)
+    sae = calibrate_l0(random_sae(config("matryoshka")), x, 2.5)
     assert (sae.encode(x) > 0).sum() == 2500 and not any(p.requires_grad for p in sae.parameters())
-    with pytest.raises(ValueError, match='l0 must lie between'): calibrate_l0(sae, x, 12)
+    with pytest.raises(ValueError, match="l0 must lie between"):
+        calibrate_l0(sae, x, 12)

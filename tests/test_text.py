@@ -1,35 +1,59 @@
 "Texts, tokens, words and letter lines."
+
 import builtins, importlib.util, json, re, time
 
 import numpy as np
 import pytest
 import torch
 
-from atm_sae import text
-from atm_sae.text import (LineConfig, docs_checksum, letter_lines, mixed_tokens, pack_tokens, python_docs, python_docs_by_package, read_texts,
-                          stream_dataset, text_checksum, token_counts, token_stream, train_tokenizer, word_probabilities, word_vocabulary)
+from atm_sae.data import letters, text
+from atm_sae.data.letters import (
+    LineConfig,
+    letter_lines,
+    mixed_tokens,
+    word_probabilities,
+    word_vocabulary,
+)
+from atm_sae.data.text import (
+    docs_checksum,
+    pack_tokens,
+    python_docs,
+    python_docs_by_package,
+    read_texts,
+    stream_dataset,
+    text_checksum,
+    token_counts,
+    token_stream,
+    train_tokenizer,
+)
 
 
-@pytest.fixture(scope='module')
-def docs(): return python_docs()
+@pytest.fixture(scope="module")
+def docs():
+    return python_docs()
 
 
-@pytest.fixture(scope='module')
-def tok(docs): return train_tokenizer(docs[:600], vocab_size=1024, letters=2000)
+@pytest.fixture(scope="module")
+def tok(docs):
+    return train_tokenizer(docs[:600], vocab_size=1024, letters=2000)
 
 
-@pytest.fixture(scope='module')
-def vocab(tok): return word_vocabulary(tok)
+@pytest.fixture(scope="module")
+def vocab(tok):
+    return word_vocabulary(tok)
 
 
-@pytest.fixture(scope='module')
-def counts(tok, docs): return token_counts(tok, docs[:600])
+@pytest.fixture(scope="module")
+def counts(tok, docs):
+    return token_counts(tok, docs[:600])
 
 
-def decoded_lines(tok, row): return tok.decode(row[1:]).split('\n')[1:-1]   # the last line may be cut
+def decoded_lines(tok, row):
+    return tok.decode(row[1:]).split("\n")[1:-1]  # the last line may be cut
 
 
 # ---- sources
+
 
 def test_docs_are_large_and_stable(docs):
     assert len(docs) > 3000 and sum(map(len, docs)) > 1_000_000
@@ -39,9 +63,9 @@ def test_docs_are_large_and_stable(docs):
 
 def test_docs_by_package_hold_the_same_docstrings(docs):
     groups = python_docs_by_package()
-    assert {'json', 'email', 'argparse'} <= set(groups)
+    assert {"json", "email", "argparse"} <= set(groups)
     assert sum(map(len, groups.values())) == len(docs) - len(text._topics())
-    assert not {'test', 'idlelib', 'site-packages'} & set(groups)
+    assert not {"test", "idlelib", "site-packages"} & set(groups)
 
 
 def test_docs_returns_a_fresh_list(docs):
@@ -50,96 +74,127 @@ def test_docs_returns_a_fresh_list(docs):
 
 
 def test_docstrings_of_broken_source_are_none():
-    assert text._docstrings(b'def f(:') == [] and text._docstrings(b'\x00') == []
+    assert text._docstrings(b"def f(:") == [] and text._docstrings(b"\x00") == []
 
 
 def test_python_without_sources_is_named(monkeypatch):
-    monkeypatch.setattr(text, '_source_files', lambda: [])
-    with pytest.raises(ValueError, match='pass your own texts'): text._stdlib_docs.__wrapped__()
+    monkeypatch.setattr(text, "_source_files", lambda: [])
+    with pytest.raises(ValueError, match="pass your own texts"):
+        text._stdlib_docs.__wrapped__()
 
 
 def test_text_checksum_knows_borders_and_order():
-    assert text_checksum(['a', 'b']) == text_checksum(iter(['a', 'b']))
-    assert len({text_checksum(t) for t in (['a', 'b'], ['b', 'a'], ['ab'], ['ab', ''])}) == 4
+    assert text_checksum(["a", "b"]) == text_checksum(iter(["a", "b"]))
+    assert len({text_checksum(t) for t in (["a", "b"], ["b", "a"], ["ab"], ["ab", ""])}) == 4
 
 
 def test_read_texts(tmp_path):
-    (tmp_path/'b.txt').write_text('two\nlines'); (tmp_path/'c.csv').write_text('not read')
-    (tmp_path/'a.jsonl').write_text('{"text": "first"}\n\n{"text": "second"}\n')
-    assert read_texts(tmp_path) == ['first', 'second', 'two\nlines']
-    assert read_texts(tmp_path/'b.txt') == ['two\nlines']
+    (tmp_path / "b.txt").write_text("two\nlines")
+    (tmp_path / "c.csv").write_text("not read")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"text": "second"}\n')
+    assert read_texts(tmp_path) == ["first", "second", "two\nlines"]
+    assert read_texts(tmp_path / "b.txt") == ["two\nlines"]
 
 
-@pytest.mark.parametrize('content, message', [('{"text": 1', 'line 1: not JSON'), ('{"other": "x"}', "line 1: no field 'text'"), ('[1]', 'no field'), ('', 'no text')])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"text": 1', "line 1: not JSON"),
+        ('{"other": "x"}', "line 1: no field 'text'"),
+        ("[1]", "no field"),
+        ("", "no text"),
+    ],
+)
 def test_read_texts_names_file_and_line(tmp_path, content, message):
-    (tmp_path/'a.jsonl').write_text(content)
-    with pytest.raises(ValueError, match=message) as e: read_texts(tmp_path/'a.jsonl')
-    assert 'a.jsonl' in str(e.value)
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message) as e:
+        read_texts(tmp_path / "a.jsonl")
+    assert "a.jsonl" in str(e.value)
 
 
 def test_read_texts_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothing'): read_texts(tmp_path/'nothing')
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read_texts(tmp_path / "nothing")
 
 
 def test_stream_dataset_without_datasets(monkeypatch):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'atm-sae\[data\]'"): next(stream_dataset('some/set'))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'atm-sae\[data\]'"):
+        next(stream_dataset("some/set"))
 
 
 def test_stream_dataset_reads_a_column(monkeypatch):
     class Fake:
         @staticmethod
-        def load_dataset(path, name, split, streaming, revision): return iter([{'text': str(i)} for i in range(5)])
+        def load_dataset(path, name, split, streaming, revision):
+            return iter([{"text": str(i)} for i in range(5)])
+
     real = builtins.__import__
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: True)
-    monkeypatch.setattr(builtins, '__import__', lambda name, *a, **k: Fake if name == 'datasets' else real(name, *a, **k))
-    assert list(stream_dataset('x', limit=2)) == ['0', '1'] and len(list(stream_dataset('x'))) == 5
-    with pytest.raises(ValueError, match="no field 'body'; it has: text"): next(stream_dataset('x', column='body'))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(
+        builtins,
+        "__import__",
+        lambda name, *a, **k: Fake if name == "datasets" else real(name, *a, **k),
+    )
+    assert list(stream_dataset("x", limit=2)) == ["0", "1"] and len(list(stream_dataset("x"))) == 5
+    with pytest.raises(ValueError, match="no field 'body'; it has: text"):
+        next(stream_dataset("x", column="body"))
 
 
 def test_the_extra_data_reads_zstandard(tmp_path):
     "The Pile is stored so; `datasets` alone does not bring what unpacks it."
-    zstandard = pytest.importorskip('zstandard')
-    (tmp_path/'some'/'set').mkdir(parents=True)
-    (tmp_path/'some'/'set'/'train.jsonl.zst').write_bytes(zstandard.compress(b'{"text": "A first."}\n{"text": "A second."}\n'))
-    assert list(stream_dataset('some/set', source=tmp_path, start=1)) == ['A second.']
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "some" / "set").mkdir(parents=True)
+    (tmp_path / "some" / "set" / "train.jsonl.zst").write_bytes(
+        zstandard.compress(b'{"text": "A first."}\n{"text": "A second."}\n')
+    )
+    assert list(stream_dataset("some/set", source=tmp_path, start=1)) == ["A second."]
 
 
 # ---- tokenizer and words
 
+
 def test_tokenizer_has_all_answers_and_is_reproducible(tok, docs):
-    assert all(len(tok(f' {c}')['input_ids']) == 1 for c in 'AZQX')
+    assert all(len(tok(f" {c}")["input_ids"]) == 1 for c in "AZQX")
     assert (tok.pad_token_id, tok.eos_token_id, tok.bos_token_id) == (0, 1, 2)
     assert train_tokenizer(docs[:600], vocab_size=1024, letters=2000).get_vocab() == tok.get_vocab()
-    assert tok.decode(tok('Round trip: été')['input_ids']) == 'Round trip: été'
+    assert tok.decode(tok("Round trip: été")["input_ids"]) == "Round trip: été"
 
 
 def test_every_word_is_letters_and_one_token(tok, vocab):
-    assert list(vocab.columns) == ['token_id', 'text', 'letter'] and len(vocab) > 500
+    assert list(vocab.columns) == ["token_id", "text", "letter"] and len(vocab) > 500
     for row in vocab.itertuples():
-        assert re.fullmatch(' ?[A-Za-z]+', row.text) and row.letter == row.text.strip()[0].upper()
-    assert tok(list(vocab.text))['input_ids'] == [[i] for i in vocab.token_id]
+        assert re.fullmatch(" ?[A-Za-z]+", row.text) and row.letter == row.text.strip()[0].upper()
+    assert tok(list(vocab.text))["input_ids"] == [[i] for i in vocab.token_id]
 
 
-def test_special_tokens_are_no_words(tok, vocab): assert not set(tok.all_special_ids) & set(vocab.token_id)
+def test_special_tokens_are_no_words(tok, vocab):
+    assert not set(tok.all_special_ids) & set(vocab.token_id)
 
 
 def test_tokenizer_without_words():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    digits = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(10)}, unk_token='0')))
-    with pytest.raises(ValueError, match='a tokenizer without word tokens'): word_vocabulary(digits)
-    with pytest.raises(ValueError, match='neither a BOS nor an EOS'): pack_tokens(digits, ['1 2'], 4)
+
+    digits = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(10)}, unk_token="0"))
+    )
+    with pytest.raises(ValueError, match="a tokenizer without word tokens"):
+        word_vocabulary(digits)
+    with pytest.raises(ValueError, match="neither a BOS nor an EOS"):
+        pack_tokens(digits, ["1 2"], 4)
 
 
 # ---- packing
 
+
 def test_pack_by_hand(tok):
-    a, b = (tok(t)['input_ids'][0] for t in (' A', ' B'))
-    assert token_stream(tok, [' A A A', ' B B']).tolist() == [a, a, a, 1, b, b, 1]
-    assert pack_tokens(tok, [' A A A', ' B B'], 4).tolist() == [[2, a, a, a], [2, 1, b, b]]
-    assert pack_tokens(tok, [' A'], 8).shape == (0, 8)
-    with pytest.raises(ValueError, match='at least 2'): pack_tokens(tok, [' A'], 1)
+    a, b = (tok(t)["input_ids"][0] for t in (" A", " B"))
+    assert token_stream(tok, [" A A A", " B B"]).tolist() == [a, a, a, 1, b, b, 1]
+    assert pack_tokens(tok, [" A A A", " B B"], 4).tolist() == [[2, a, a, a], [2, 1, b, b]]
+    assert pack_tokens(tok, [" A"], 8).shape == (0, 8)
+    with pytest.raises(ValueError, match="at least 2"):
+        pack_tokens(tok, [" A"], 1)
 
 
 def test_eos_stands_in_for_a_missing_bos(tok, docs):
@@ -149,27 +204,39 @@ def test_eos_stands_in_for_a_missing_bos(tok, docs):
 
 
 def test_counts(tok):
-    c = token_counts(tok, [' A A', ' B'])
-    assert c.shape == (len(tok),) and c.sum() == 3 and c[tok(' A')['input_ids'][0]] == 2
+    c = token_counts(tok, [" A A", " B"])
+    assert c.shape == (len(tok),) and c.sum() == 3 and c[tok(" A")["input_ids"][0]] == 2
 
 
 # ---- letter lines
 
+
 def test_probabilities_by_hand():
-    assert np.allclose(word_probabilities([8, 2, 0]), [.66, .24, .1])
-    assert np.allclose(word_probabilities([9, 1], alpha=.5, uniform=0), [.75, .25])       # 3 : 1
-    assert np.allclose(word_probabilities([5, 5, 0], alpha=0, uniform=0), [.5, .5, 0])     # unseen words stay unseen
-    assert np.allclose(word_probabilities([0, 0]), [.5, .5])
+    assert np.allclose(word_probabilities([8, 2, 0]), [0.66, 0.24, 0.1])
+    assert np.allclose(word_probabilities([9, 1], alpha=0.5, uniform=0), [0.75, 0.25])  # 3 : 1
+    assert np.allclose(
+        word_probabilities([5, 5, 0], alpha=0, uniform=0), [0.5, 0.5, 0]
+    )  # unseen words stay unseen
+    assert np.allclose(word_probabilities([0, 0]), [0.5, 0.5])
 
 
-@pytest.mark.parametrize('bad', [dict(lists=.5), dict(has_letter=-.2, lists=1.), dict(uniform=1.5)])
+@pytest.mark.parametrize(
+    "bad", [dict(lists=0.5), dict(has_letter=-0.2, lists=1.0), dict(uniform=1.5)]
+)
 def test_line_config_is_checked(bad):
-    with pytest.raises(ValueError, match='LineConfig'): LineConfig(**bad)
+    with pytest.raises(ValueError, match="LineConfig"):
+        LineConfig(**bad)
 
 
-@pytest.mark.parametrize('kind, pattern', [('has_letter', r'( ?[A-Za-z]+) has the first letter: ([A-Z])'), ('word_colon', r'( ?[A-Za-z]+): ([A-Z])')])
+@pytest.mark.parametrize(
+    "kind, pattern",
+    [
+        ("has_letter", r"( ?[A-Za-z]+) has the first letter: ([A-Z])"),
+        ("word_colon", r"( ?[A-Za-z]+): ([A-Z])"),
+    ],
+)
 def test_word_lines_tell_the_truth(tok, vocab, counts, kind, pattern):
-    config = LineConfig(**{'has_letter': 0, 'word_colon': 0, 'lists': 0, kind: 1.})
+    config = LineConfig(**{"has_letter": 0, "word_colon": 0, "lists": 0, kind: 1.0})
     rows = letter_lines(tok, vocab, counts, 20, 64, config)
     assert rows.shape == (20, 64) and rows.dtype == torch.int64 and (rows[:, 0] == 2).all()
     lines = [line for row in rows for line in decoded_lines(tok, row)]
@@ -181,70 +248,105 @@ def test_lists_hold_words_of_their_letter(tok, vocab, counts):
     rows = letter_lines(tok, vocab, counts, 40, 64, LineConfig(has_letter=0, word_colon=0, lists=1))
     lines = [line for row in rows for line in decoded_lines(tok, row)]
     for line in lines:
-        letter, words = line.split(':')
-        words = re.findall('[ ,][A-Za-z]+', words)
-        assert ''.join(words) == line[2:] and 4 <= len(words) <= 8 and all(w[1].upper() == letter for w in words)
+        letter, words = line.split(":")
+        words = re.findall("[ ,][A-Za-z]+", words)
+        assert (
+            "".join(words) == line[2:]
+            and 4 <= len(words) <= 8
+            and all(w[1].upper() == letter for w in words)
+        )
     assert len({line[0] for line in lines}) > 15
 
 
 def test_list_words_are_single_tokens(tok, vocab, counts):
     rows = letter_lines(tok, vocab, counts, 10, 64, LineConfig(has_letter=0, word_colon=0, lists=1))
-    comma, newline, colon = (tok(c)['input_ids'][0] for c in ',\n:')
-    heads = {tok(c)['input_ids'][0] for c in 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'}
-    assert set(rows[:, 1:].flatten().tolist()) <= set(vocab.token_id) | heads | {comma, newline, colon}
+    comma, newline, colon = (tok(c)["input_ids"][0] for c in ",\n:")
+    heads = {tok(c)["input_ids"][0] for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+    assert set(rows[:, 1:].flatten().tolist()) <= set(vocab.token_id) | heads | {
+        comma,
+        newline,
+        colon,
+    }
 
 
 def test_list_letters_follow_the_square_root(tok, vocab, counts):
-    rows = letter_lines(tok, vocab, counts, 1500, 128, LineConfig(has_letter=0, word_colon=0, lists=1))
+    rows = letter_lines(
+        tok, vocab, counts, 1500, 128, LineConfig(has_letter=0, word_colon=0, lists=1)
+    )
     p = word_probabilities(counts[vocab.token_id])
-    mass = np.array([p[vocab.letter == c].sum() for c in 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'])
-    heads = [tok(c)['input_ids'][0] for c in 'ABCDEFGHIJKLMNOPQRSTUVWXYZ']
-    first = rows[:, 2]                      # BOS, newline, letter
+    mass = np.array([p[vocab.letter == c].sum() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"])
+    heads = [tok(c)["input_ids"][0] for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    first = rows[:, 2]  # BOS, newline, letter
     seen = np.array([(first == h).float().mean() for h in heads])
-    assert np.abs(seen - np.sqrt(mass) / np.sqrt(mass).sum()).max() < .03
+    assert np.abs(seen - np.sqrt(mass) / np.sqrt(mass).sum()).max() < 0.03
 
 
 def test_kinds_come_in_their_shares(tok, vocab, counts):
-    rows = letter_lines(tok, vocab, counts, 2000, 16, LineConfig(has_letter=.5, word_colon=.5, lists=0))
-    has = tok(' has the first letter:')['input_ids']
-    share = (rows[:, 3:3 + len(has)] == torch.tensor(has)).all(1).float().mean()
-    assert abs(share - .5) < .05
+    rows = letter_lines(
+        tok, vocab, counts, 2000, 16, LineConfig(has_letter=0.5, word_colon=0.5, lists=0)
+    )
+    has = tok(" has the first letter:")["input_ids"]
+    share = (rows[:, 3 : 3 + len(has)] == torch.tensor(has)).all(1).float().mean()
+    assert abs(share - 0.5) < 0.05
 
 
 def test_letter_lines_seed_speed_and_bounds(tok, vocab, counts):
-    began = time.perf_counter(); rows = letter_lines(tok, vocab, counts, 2000, 128)
+    began = time.perf_counter()
+    rows = letter_lines(tok, vocab, counts, 2000, 128)
     assert time.perf_counter() - began < 1
-    assert torch.equal(rows, letter_lines(tok, vocab, counts, 2000, 128)) and not torch.equal(rows, letter_lines(tok, vocab, counts, 2000, 128, seed=1))
-    assert letter_lines(tok, vocab, counts, 0, 16).shape == (0, 16) and letter_lines(tok, vocab, counts, 1, 8).shape == (1, 8)
-    with pytest.raises(ValueError, match='at least 8'): letter_lines(tok, vocab, counts, 1, 7)
+    assert torch.equal(rows, letter_lines(tok, vocab, counts, 2000, 128)) and not torch.equal(
+        rows, letter_lines(tok, vocab, counts, 2000, 128, seed=1)
+    )
+    assert letter_lines(tok, vocab, counts, 0, 16).shape == (0, 16) and letter_lines(
+        tok, vocab, counts, 1, 8
+    ).shape == (1, 8)
+    with pytest.raises(ValueError, match="at least 8"):
+        letter_lines(tok, vocab, counts, 1, 7)
 
 
 def test_letters_must_be_tokens(docs):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE()); bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False); bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(docs[:20], trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=['<eos>'], show_progress=False))
-    plain = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<eos>')
-    with pytest.raises(ValueError, match='splits .* letter lines need'): letter_lines(plain, word_vocabulary(plain), token_counts(plain, docs[:20]), 1, 16)
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        docs[:20],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<eos>"],
+            show_progress=False,
+        ),
+    )
+    plain = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+    with pytest.raises(ValueError, match="splits .* letter lines need"):
+        letter_lines(plain, word_vocabulary(plain), token_counts(plain, docs[:20]), 1, 16)
 
 
 # ---- mixture
 
-@pytest.mark.parametrize('sizes', [(300, 700), (1, 999), (50, 50), (0, 5), (5, 0)])
-@pytest.mark.parametrize('seed', range(3))
+
+@pytest.mark.parametrize("sizes", [(300, 700), (1, 999), (50, 50), (0, 5), (5, 0)])
+@pytest.mark.parametrize("seed", range(3))
 def test_any_end_of_the_order_holds_each_kind_in_its_share(sizes, seed):
     """Each kind has one row in each of its own equal steps from 0 to 1, so from any point on it has its share, give or take less than one row.
     In the last m rows of both, with shares s and 1 - s and errors a and b, that leaves s m + (1 - s) a - s b: again less than one row off."""
-    order = text._interleave(sizes, torch.Generator().manual_seed(seed))
+    order = letters._interleave(sizes, torch.Generator().manual_seed(seed))
     assert order.sort().values.tolist() == [*range(sum(sizes))]
-    last = (order.flip(0) >= sizes[0]).cumsum(0) - torch.arange(1, sum(sizes) + 1) * (sizes[1] / sum(sizes))
+    last = (order.flip(0) >= sizes[0]).cumsum(0) - torch.arange(1, sum(sizes) + 1) * (
+        sizes[1] / sum(sizes)
+    )
     assert last.abs().max() < 1
 
 
 def test_rows_of_one_kind_are_shuffled():
-    order = text._interleave((500, 500), torch.Generator().manual_seed(0))
+    order = letters._interleave((500, 500), torch.Generator().manual_seed(0))
     for kind in (order[order < 500], order[order >= 500] - 500):
-        assert len({*kind.tolist()}) == 500 and abs(np.corrcoef(kind, np.arange(500))[0, 1]) < .2   # 4.5 standard deviations
+        assert (
+            len({*kind.tolist()}) == 500 and abs(np.corrcoef(kind, np.arange(500))[0, 1]) < 0.2
+        )  # 4.5 standard deviations
 
 
 def test_mixture_shape_share_and_seed(tok, docs):
@@ -252,21 +354,40 @@ def test_mixture_shape_share_and_seed(tok, docs):
     rows = make()
     assert rows.shape == (125, 32) and (rows[:, 0] == 2).all()
     assert torch.equal(rows, make()) and not torch.equal(rows, make(seed=1))
-    newline = tok('\n')['input_ids'][0]
-    assert (make(line_share=1.)[:, 1] == newline).all()
-    lines = mixed_tokens(tok, 4000, 32, line_share=.4, texts=[t.replace('\n', ' ') for t in docs[:300]])[:, 1] == newline   # no document begins so
-    assert lines.sum() == 50 and all(abs(lines[i:].sum().item() - .4 * len(lines[i:])) < 1 for i in range(125))
-    assert (make(line_share=0.)[:, 1] == newline).float().mean() < .3
+    newline = tok("\n")["input_ids"][0]
+    assert (make(line_share=1.0)[:, 1] == newline).all()
+    lines = (
+        mixed_tokens(
+            tok, 4000, 32, line_share=0.4, texts=[t.replace("\n", " ") for t in docs[:300]]
+        )[:, 1]
+        == newline
+    )  # no document begins so
+    assert lines.sum() == 50 and all(
+        abs(lines[i:].sum().item() - 0.4 * len(lines[i:])) < 1 for i in range(125)
+    )
+    assert (make(line_share=0.0)[:, 1] == newline).float().mean() < 0.3
 
 
 def test_mixture_rereads_short_texts_from_another_place(tok, docs):
-    rows = mixed_tokens(tok, 8000, 32, line_share=0., texts=docs[:10])
-    assert rows.shape == (250, 32) and len({tuple(r.tolist()) for r in rows}) > len(token_stream(tok, docs[:10])) // 31
+    rows = mixed_tokens(tok, 8000, 32, line_share=0.0, texts=docs[:10])
+    assert (
+        rows.shape == (250, 32)
+        and len({tuple(r.tolist()) for r in rows}) > len(token_stream(tok, docs[:10])) // 31
+    )
 
 
-@pytest.mark.parametrize('bad, message', [(dict(line_share=2), 'line_share'), (dict(n_tokens=0), 'n_tokens'), (dict(texts=['short']), 'too few for rows')])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(line_share=2), "line_share"),
+        (dict(n_tokens=0), "n_tokens"),
+        (dict(texts=["short"]), "too few for rows"),
+    ],
+)
 def test_mixture_bad_input(tok, docs, bad, message):
-    with pytest.raises(ValueError, match=message): mixed_tokens(tok, **{'n_tokens': 1000, 'context': 64, 'texts': docs[:20], **bad})
+    with pytest.raises(ValueError, match=message):
+        mixed_tokens(tok, **{"n_tokens": 1000, "context": 64, "texts": docs[:20], **bad})
 
 
-def test_a_million_tokens(tok): assert mixed_tokens(tok, 1_000_000).shape == (7813, 128)
+def test_a_million_tokens(tok):
+    assert mixed_tokens(tok, 1_000_000).shape == (7813, 128)

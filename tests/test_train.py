@@ -1,4 +1,5 @@
 "Schedules and control by hand; resume bit for bit; runs, grids and their errors."
+
 import errno
 import os
 import re
@@ -11,230 +12,382 @@ import numpy as np
 import pytest
 import torch
 
-from atm_sae.atm import ATMConfig, ATMMasker, make_masker
-from atm_sae.core import OutputError, one_thread, read_json
-from atm_sae.sae import SAE, SAEConfig, nested_share
-from atm_sae.synthetic import PlantedWorld, WorldBatches, WorldConfig
-from atm_sae.train import (METHODS, L0Control, TrainConfig, default_lr, get_run, grid, is_complete, load_checkpoint, lr_factor, method_parts, recipe,
-                           run_folder, run_grid, save_checkpoint, sparsity_factor, train, world_grid)
+from atm_sae.sae.atm import ATMConfig, ATMMasker, make_masker
+from atm_sae.artefacts import OutputError, read_json
+from atm_sae.core import one_thread
+from atm_sae.sae.sae import SAE, SAEConfig, nested_share
+from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
+from atm_sae.methods import METHODS, method_parts
+from atm_sae.train.loop import (
+    L0Control,
+    TrainConfig,
+    load_checkpoint,
+    lr_factor,
+    save_checkpoint,
+    sparsity_factor,
+    train,
+)
+from atm_sae.train.runs import (
+    default_lr,
+    get_run,
+    grid,
+    is_complete,
+    recipe,
+    run_folder,
+    run_grid,
+    world_grid,
+)
 
-training = sys.modules['atm_sae.train']   # the module; the package's `train` is the function
+training = sys.modules["atm_sae.train.loop"]  # the module; the package's `train` is the function
 
-WORLD = WorldConfig(d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=.3, free_rate=.2)
+WORLD = WorldConfig(
+    d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=0.3, free_rate=0.2
+)
+
 
 def small(method, steps=40, seed=0, **more):
     more = dict(batch_size=32, log_every=5, checkpoint_every=20, snapshot_steps=(10, 30)) | more
     return recipe(method, WORLD, d_in=8, d_sae=16, l0=3, steps=steps, seed=seed, **more)
 
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     "Every test has a cache of its own, and one thread."
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path / 'cache'))
-    with one_thread(): yield tmp_path / 'cache'
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "cache"))
+    with one_thread():
+        yield tmp_path / "cache"
 
-def batches(spec, cls=WorldBatches): return cls(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+
+def batches(spec, cls=WorldBatches):
+    return cls(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+
 
 def make(spec, folder=None, data=None):
     "Train a spec by hand; returns SAE and history."
-    sae, masker = SAE(spec.sae), make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=training._twin_rates(spec))
+    sae, masker = (
+        SAE(spec.sae),
+        make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=training._twin_rates(spec)),
+    )
     return sae, train(sae, data or batches(spec), spec.train, masker, folder, progress=False)
 
-def weights(sae): return {n: t.numpy().tobytes() for n, t in sae.state_dict().items()}
+
+def weights(sae):
+    return {n: t.numpy().tobytes() for n, t in sae.state_dict().items()}
+
 
 class Fails(WorldBatches):
     "Batches that end in an error at the 28th."
+
     drawn = 0
+
     def __next__(self):
         self.drawn += 1
-        if self.drawn == 28: raise OSError('stopped')
+        if self.drawn == 28:
+            raise OSError("stopped")
         return super().__next__()
+
 
 class Spoilt(WorldBatches):
     "The third batch holds a NaN."
+
     drawn = 0
+
     def __next__(self):
         self.drawn += 1
         x = super().__next__()
-        if self.drawn == 3: x[1, 2] = torch.nan
+        if self.drawn == 3:
+            x[1, 2] = torch.nan
         return x
 
 
 # ---- pieces
 
+
 def test_schedules_by_hand():
     c = TrainConfig(steps=100)
-    assert [lr_factor(i, c) for i in (0, 50, 90, 99)] == [.2, 1, .5, .05]
-    assert [sparsity_factor(i, c) for i in (0, 4, 50)] == [.1, .5, 1]
+    assert [lr_factor(i, c) for i in (0, 50, 90, 99)] == [0.2, 1, 0.5, 0.05]
+    assert [sparsity_factor(i, c) for i in (0, 4, 50)] == [0.1, 0.5, 1]
     flat = TrainConfig(steps=10, lr_warmup=0, lr_decay=0, sparsity_warmup=0)
     assert [lr_factor(i, flat) for i in (0, 9)] == [1, 1] and sparsity_factor(0, flat) == 1
 
+
 def test_control_by_hand():
     control = L0Control(10)
-    control.observe(torch.tensor(20.))
-    assert control.coefficient.item() == pytest.approx(.1035, abs=1e-4)
-    control.observe(torch.tensor(10.))
-    assert control.error.item() == pytest.approx(.9 * .6931, abs=1e-4) and control.coefficient.item() == pytest.approx(.05 * 2.71828 ** (.0347 + .05 * .6238 + .6238), abs=1e-4)
+    control.observe(torch.tensor(20.0))
+    assert control.coefficient.item() == pytest.approx(0.1035, abs=1e-4)
+    control.observe(torch.tensor(10.0))
+    assert control.error.item() == pytest.approx(
+        0.9 * 0.6931, abs=1e-4
+    ) and control.coefficient.item() == pytest.approx(
+        0.05 * 2.71828 ** (0.0347 + 0.05 * 0.6238 + 0.6238), abs=1e-4
+    )
+
 
 def test_control_settles_on_a_toy():
     "An L0 that answers slowly to the coefficient, L0 -> 4 / coefficient, is brought to its target."
-    control, l0 = L0Control(20), torch.tensor(200.)
+    control, l0 = L0Control(20), torch.tensor(200.0)
     for _ in range(600):
         control.observe(l0)
-        l0 = .95 * l0 + .05 * 4 / control.coefficient
-    assert l0.item() == pytest.approx(20, rel=.01)
+        l0 = 0.95 * l0 + 0.05 * 4 / control.coefficient
+    assert l0.item() == pytest.approx(20, rel=0.01)
+
 
 def test_default_lr():
-    assert default_lr(2**14) == 8e-4 and default_lr(2**10, 'standard') == pytest.approx(64e-4)
+    assert default_lr(2**14) == 8e-4 and default_lr(2**10, "standard") == pytest.approx(64e-4)
 
-@pytest.mark.parametrize('settings, text', [(dict(steps=0), 'at least 1'), (dict(steps=5, lr=0.), 'lr must be positive')])
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [(dict(steps=0), "at least 1"), (dict(steps=5, lr=0.0), "lr must be positive")],
+)
 def test_config_refuses(settings, text):
-    with pytest.raises(ValueError, match=text): TrainConfig(**settings)
+    with pytest.raises(ValueError, match=text):
+        TrainConfig(**settings)
 
 
 # ---- training
 
+
 def test_training_lowers_the_error_and_folds_the_scale():
-    spec = small('topk', steps=200)
+    spec = small("topk", steps=200)
     sae, history = make(spec)
     t = history.table
-    assert list(t.columns) == list(training.COLUMNS) and t.step.tolist() == list(range(5, 201, 5)) and t.tokens.iloc[-1] == 6400
-    assert t.fvu.iloc[-1] < .5 * t.fvu.iloc[0]
+    assert (
+        list(t.columns) == list(training.COLUMNS)
+        and t.step.tolist() == list(range(5, 201, 5))
+        and t.tokens.iloc[-1] == 6400
+    )
+    assert t.fvu.iloc[-1] < 0.5 * t.fvu.iloc[0]
     x, _ = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))
     fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
-    assert fvu.item() == pytest.approx(t.fvu.iloc[-4:].mean(), rel=.5)
+    assert fvu.item() == pytest.approx(t.fvu.iloc[-4:].mean(), rel=0.5)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(16), atol=1e-5)
 
+
 def test_scale_is_measured():
-    spec = small('topk', steps=1)
+    spec = small("topk", steps=1)
     _, history = make(spec)
     x = next(batches(spec))
-    assert history.scale == pytest.approx(x.square().sum(1).mean().item() ** -.5)
+    assert history.scale == pytest.approx(x.square().sum(1).mean().item() ** -0.5)
+
 
 def test_input_scale_does_not_matter():
     class Loud(WorldBatches):
-        def __next__(self): return 64 * super().__next__()    # a power of two, so that it is exact
-    spec = small('standard')
+        def __next__(self):
+            return 64 * super().__next__()  # a power of two, so that it is exact
+
+    spec = small("standard")
     a, ha = make(spec)
     b, hb = make(spec, data=batches(spec, Loud))
-    assert hb.table.fvu.iloc[-1] == pytest.approx(ha.table.fvu.iloc[-1], rel=1e-3) and torch.allclose(a.W_dec, b.W_dec, atol=1e-3)
+    assert hb.table.fvu.iloc[-1] == pytest.approx(
+        ha.table.fvu.iloc[-1], rel=1e-3
+    ) and torch.allclose(a.W_dec, b.W_dec, atol=1e-3)
+
 
 def test_dead_latents_are_counted_and_woken():
-    spec = small('topk', steps=60, dead_after=.1)
+    spec = small("topk", steps=60, dead_after=0.1)
+
     def run(aux):
         sae = SAE(training.replace(spec.sae, aux_coef=aux))
-        sae.b_enc.data[:8] = -3.                             # half of the latents cannot win
+        sae.b_enc.data[:8] = -3.0  # half of the latents cannot win
         history = train(sae, batches(spec), spec.train, progress=False)
         return history.table.dead, sae
-    dead, _ = run(0.)
-    woken, _ = run(4.)
+
+    dead, _ = run(0.0)
+    woken, _ = run(4.0)
     assert dead.iloc[0] == 0 and dead.max() >= 8 and woken.iloc[-1] <= dead.iloc[-1]
+
 
 def test_steered_l0_lands():
     "The planted world in small: asked for 3, within 5%."
-    for method, steps in (('atm', 1500), ('jumprelu', 500)):
+    for method, steps in (("atm", 1500), ("jumprelu", 500)):
         spec = recipe(method, WorldConfig(), 64, 80, l0=6, steps=steps, batch_size=64)
         sae = SAE(spec.sae)
-        train(sae, WorldBatches(PlantedWorld(WorldConfig()), 64, 0), spec.train, make_masker(spec.atm, 80, steps), progress=False)
+        train(
+            sae,
+            WorldBatches(PlantedWorld(WorldConfig()), 64, 0),
+            spec.train,
+            make_masker(spec.atm, 80, steps),
+            progress=False,
+        )
         x, _ = PlantedWorld(WorldConfig()).sample(8000, torch.Generator().manual_seed(1))
-        assert (sae.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(6, rel=.05), method
+        assert (sae.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(6, rel=0.05), (
+            method
+        )
+
 
 def test_snapshots():
-    _, history = make(small('atm'))
-    assert set(history.snapshots) == {10, 30} and history.snapshots[30]['importance'].shape == (16,)
+    _, history = make(small("atm"))
+    assert set(history.snapshots) == {10, 30} and history.snapshots[30]["importance"].shape == (16,)
 
 
-@pytest.mark.parametrize('mask', [{}, dict(draw='nested'), dict(per='sample', rescale=True)])
-@pytest.mark.parametrize('method', ['atm', 'topk+atm', 'batchtopk+atm', 'matryoshka+atm', 'jumprelu+atm'])
+@pytest.mark.parametrize("mask", [{}, dict(draw="nested"), dict(per="sample", rescale=True)])
+@pytest.mark.parametrize(
+    "method", ["atm", "topk+atm", "batchtopk+atm", "matryoshka+atm", "jumprelu+atm"]
+)
 def test_a_mask_that_never_hides_learns_the_unmasked_dictionary(method, mask):
-    masked, history = make(small(method, r=0., warmup=0., **mask))
-    bare, _ = make(small('standard' if method == 'atm' else method.removesuffix('+atm')))
+    masked, history = make(small(method, r=0.0, warmup=0.0, **mask))
+    bare, _ = make(small("standard" if method == "atm" else method.removesuffix("+atm")))
     assert weights(masked) == weights(bare) and history.table.mask_rate.max() == 0
-    assert weights(make(small(method, warmup=0., **mask))[0]) != weights(bare)          # as r = 1 does not
+    assert weights(make(small(method, warmup=0.0, **mask))[0]) != weights(bare)  # as r = 1 does not
+
 
 def test_an_annealed_mask_ends_at_nothing():
     "Of 40 steps the first 4 wait and the last 20 fade; half of the fading is over after 30."
-    _, history = make(small('atm', anneal=.5, snapshot_steps=(20, 30, 40)))
-    hidden = {step: s['probability'].sum().item() for step, s in history.snapshots.items()}
+    _, history = make(small("atm", anneal=0.5, snapshot_steps=(20, 30, 40)))
+    hidden = {step: s["probability"].sum().item() for step, s in history.snapshots.items()}
     assert hidden[20] > hidden[30] > 0 == hidden[40]
-    _, steady = make(small('atm', snapshot_steps=(20, 40)))
-    assert steady.snapshots[20]['probability'].sum() == hidden[20] and steady.snapshots[40]['probability'].sum() > 0
+    _, steady = make(small("atm", snapshot_steps=(20, 40)))
+    assert (
+        steady.snapshots[20]["probability"].sum() == hidden[20]
+        and steady.snapshots[40]["probability"].sum() > 0
+    )
+
 
 class Spy(ATMMasker):
     "Notes what each step's training tells it."
+
     def observe(self, z, contribution, keep=None, where=None):
-        self.seen = [*getattr(self, 'seen', []), (z, contribution, keep, where)]
+        self.seen = [*getattr(self, "seen", []), (z, contribution, keep, where)]
         super().observe(z, contribution, keep, where)
 
-@pytest.mark.parametrize('fast', [False, True])
+
+@pytest.mark.parametrize("fast", [False, True])
 def test_the_masker_is_told_of_the_effect_that_was_asked_for(fast):
     "Rows of the dictionary have unit length, so the norm's part of the contribution is z^2, times the share of nested dictionaries."
-    sae, masker = SAE(SAEConfig(8, 60, 'matryoshka', k=2)), Spy(60, effect='norm', warmup=9)
-    train(sae, batches(small('matryoshka')), TrainConfig(3, 32, fast=fast), masker, progress=False)
+    sae, masker = SAE(SAEConfig(8, 60, "matryoshka", k=2)), Spy(60, effect="norm", warmup=9)
+    train(sae, batches(small("matryoshka")), TrainConfig(3, 32, fast=fast), masker, progress=False)
     for z, contribution, keep, where in masker.seen:
-        assert (z.ndim == 1) == fast and keep.all() and torch.allclose(contribution, z.square() * where.at(nested_share(sae.config)), atol=1e-6)
+        assert (
+            (z.ndim == 1) == fast
+            and keep.all()
+            and torch.allclose(
+                contribution, z.square() * where.at(nested_share(sae.config)), atol=1e-6
+            )
+        )
         assert contribution.max() > 0
 
+
 def test_the_masker_is_told_what_was_hidden_and_not_what_was_enlarged():
-    sae, masker = SAE(small('atm').sae), Spy(16, rescale=True, r=3.)
-    history = train(sae, batches(small('atm')), TrainConfig(10, 32, log_every=1), masker, progress=False)
+    sae, masker = SAE(small("atm").sae), Spy(16, rescale=True, r=3.0)
+    history = train(
+        sae, batches(small("atm")), TrainConfig(10, 32, log_every=1), masker, progress=False
+    )
     assert {keep.dtype for *_, keep, _ in masker.seen} == {torch.bool}
-    assert history.table.mask_rate.tolist() == pytest.approx([1 - keep.float().mean().item() for *_, keep, _ in masker.seen]) and history.table.mask_rate.max() > 0
+    assert (
+        history.table.mask_rate.tolist()
+        == pytest.approx([1 - keep.float().mean().item() for *_, keep, _ in masker.seen])
+        and history.table.mask_rate.max() > 0
+    )
+
 
 def test_the_beginning_of_a_matryoshka_does_better_alone():
     "The first quarter of its dictionary against that of a BatchTopK SAE, trained on the same batches."
     x, _ = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))
+
     def alone(method):
         sae, _ = make(small(method, steps=400))
         z = sae.encode(x) * (torch.arange(16) < 4)
         return ((x - sae.decode(z)).square().sum() / (x - x.mean(0)).square().sum()).item()
-    assert alone('matryoshka') < .8 * alone('batchtopk')
+
+    assert alone("matryoshka") < 0.8 * alone("batchtopk")
+
 
 def test_watch_sees_every_step_and_changes_nothing():
-    spec, seen = small('atm', steps=12), []
+    spec, seen = small("atm", steps=12), []
     bare, _ = make(spec)
-    def watch(step, sae, history): seen.append((step, len(history.rows), sae, sae.W_dec.detach().clone(), history.scale))
+
+    def watch(step, sae, history):
+        seen.append((step, len(history.rows), sae, sae.W_dec.detach().clone(), history.scale))
+
     sae = SAE(spec.sae)
-    history = train(sae, batches(spec), spec.train, make_masker(spec.atm, 16, 12), progress=False, watch=watch)
+    history = train(
+        sae, batches(spec), spec.train, make_masker(spec.atm, 16, 12), progress=False, watch=watch
+    )
     steps, rows, saes, dictionaries, scales = zip(*seen)
-    assert steps == (*range(1, 13),) and rows == (0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3) and {*map(id, saes)} == {id(sae)} and {*scales} == {history.scale}
-    assert len({d.numpy().tobytes() for d in dictionaries}) == 12 and torch.equal(dictionaries[-1], sae.W_dec)
+    assert (
+        steps == (*range(1, 13),)
+        and rows == (0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3)
+        and {*map(id, saes)} == {id(sae)}
+        and {*scales} == {history.scale}
+    )
+    assert len({d.numpy().tobytes() for d in dictionaries}) == 12 and torch.equal(
+        dictionaries[-1], sae.W_dec
+    )
     assert weights(sae) == weights(bare)
 
+
 def test_watch_sees_an_sae_that_takes_scaled_activations():
-    spec, seen, x = small('topk'), [], next(batches(small('topk')))
+    spec, seen, x = small("topk"), [], next(batches(small("topk")))
     sae = SAE(spec.sae)
-    train(sae, batches(spec), spec.train, progress=False, watch=lambda step, sae, history: seen.append(sae(x * history.scale).detach() / history.scale))
-    assert torch.allclose(seen[-1], sae(x), atol=1e-5) and not torch.allclose(seen[0], sae(x), atol=1e-2)
+    train(
+        sae,
+        batches(spec),
+        spec.train,
+        progress=False,
+        watch=lambda step, sae, history: seen.append(
+            sae(x * history.scale).detach() / history.scale
+        ),
+    )
+    assert torch.allclose(seen[-1], sae(x), atol=1e-5) and not torch.allclose(
+        seen[0], sae(x), atol=1e-2
+    )
+
 
 def test_watch_goes_on_where_a_checkpoint_was(tmp_path):
-    spec, seen = small('topk'), []
-    with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
-    train(SAE(spec.sae), batches(spec), spec.train, None, tmp_path, progress=False, watch=lambda step, *_: seen.append(step))
+    spec, seen = small("topk"), []
+    with pytest.raises(OSError):
+        make(spec, tmp_path, batches(spec, Fails))
+    train(
+        SAE(spec.sae),
+        batches(spec),
+        spec.train,
+        None,
+        tmp_path,
+        progress=False,
+        watch=lambda step, *_: seen.append(step),
+    )
     assert seen == [*range(21, 41)]
 
 
 # ---- stop and resume
 
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'random'])
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
 def test_resume_is_bit_exact(method, tmp_path):
     spec = small(method)
     straight, whole = make(spec)
-    with pytest.raises(OSError, match='stopped'): make(spec, tmp_path, batches(spec, Fails))
+    with pytest.raises(OSError, match="stopped"):
+        make(spec, tmp_path, batches(spec, Fails))
     resumed, rest = make(spec, tmp_path)
     assert weights(resumed) == weights(straight)
     assert rest.table.equals(whole.table) and rest.scale == whole.scale
     for step, s in whole.snapshots.items():
-        for n, t in s.items(): assert torch.equal(t, rest.snapshots[step][n])
+        for n, t in s.items():
+            assert torch.equal(t, rest.snapshots[step][n])
 
-@pytest.mark.parametrize('settings', [dict(per='sample'), dict(draw='nested'), dict(rescale=True), dict(anneal=.5), dict(effect='norm'), dict(penalty='tanh')])
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(per="sample"),
+        dict(draw="nested"),
+        dict(rescale=True),
+        dict(anneal=0.5),
+        dict(effect="norm"),
+        dict(penalty="tanh"),
+    ],
+)
 def test_resume_with_other_settings(settings, tmp_path):
-    spec = small('atm', **settings)
+    spec = small("atm", **settings)
     straight, whole = make(spec)
-    with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
+    with pytest.raises(OSError):
+        make(spec, tmp_path, batches(spec, Fails))
     resumed, rest = make(spec, tmp_path)
     assert weights(resumed) == weights(straight) and rest.table.equals(whole.table)
 
-KILLED = '''
+
+KILLED = """
 import os, signal
 from test_train import small, training
 save, written = training.save_checkpoint, []
@@ -244,179 +397,343 @@ def save_and_die(*args):
     if len(written) == 3: os.kill(os.getpid(), signal.SIGKILL)
 training.save_checkpoint = save_and_die
 training.get_run(small('atm', steps=100))
-'''
+"""
+
 
 def test_resume_after_a_kill(cache):
-    spec = small('atm', steps=100)
-    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]))
-    killed = subprocess.run([sys.executable, '-c', KILLED], env=env)
-    checkpoint = run_folder(spec) / 'checkpoint.safetensors'
+    spec = small("atm", steps=100)
+    env = os.environ | dict(
+        OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    )
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=env)
+    checkpoint = run_folder(spec) / "checkpoint.safetensors"
     assert killed.returncode == -signal.SIGKILL and checkpoint.exists() and not is_complete(spec)
     resumed = get_run(spec)
     straight, whole = make(spec)
     assert weights(resumed.sae) == weights(straight) and resumed.history.table.equals(whole.table)
     assert not checkpoint.exists()
 
+
 def test_checkpoint_of_another_configuration(tmp_path):
-    spec = small('atm')
-    with pytest.raises(OSError): make(spec, tmp_path, batches(spec, Fails))
-    masks = [dict(r=2.), dict(effect='norm'), dict(draw='nested'), dict(rescale=True), dict(anneal=.1)]
-    for other in (small('atm', lr=.5), small('atm', penalty='tanh'), small('standard'), small('topk'), *(small('atm', **m) for m in masks)):
-        with pytest.raises(ValueError, match='checkpoint of another configuration'): make(other, tmp_path)
+    spec = small("atm")
+    with pytest.raises(OSError):
+        make(spec, tmp_path, batches(spec, Fails))
+    masks = [
+        dict(r=2.0),
+        dict(effect="norm"),
+        dict(draw="nested"),
+        dict(rescale=True),
+        dict(anneal=0.1),
+    ]
+    for other in (
+        small("atm", lr=0.5),
+        small("atm", penalty="tanh"),
+        small("standard"),
+        small("topk"),
+        *(small("atm", **m) for m in masks),
+    ):
+        with pytest.raises(ValueError, match="checkpoint of another configuration"):
+            make(other, tmp_path)
+
 
 def test_damaged_checkpoint(tmp_path):
-    (tmp_path / 'checkpoint.safetensors').write_bytes(b'nonsense')
-    with pytest.raises(ValueError, match='no readable checkpoint'): make(small('topk'), tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        make(small("topk"), tmp_path)
+
 
 def test_checkpoint_holds_no_pickle(tmp_path):
-    save_checkpoint(tmp_path / 'c', {'a': {'x': torch.arange(3)}, 'n': 1, 's': 'text', 'none': None}, 'me')
-    assert load_checkpoint(tmp_path / 'c', 'me')['n'] == 1 and load_checkpoint(tmp_path / 'c', 'me')['a']['x'].tolist() == [0, 1, 2]
-    assert b'pickle' not in (tmp_path / 'c').read_bytes() and not (tmp_path / 'c').read_bytes().startswith(b'PK')
+    save_checkpoint(
+        tmp_path / "c", {"a": {"x": torch.arange(3)}, "n": 1, "s": "text", "none": None}, "me"
+    )
+    assert load_checkpoint(tmp_path / "c", "me")["n"] == 1 and load_checkpoint(
+        tmp_path / "c", "me"
+    )["a"]["x"].tolist() == [0, 1, 2]
+    assert b"pickle" not in (tmp_path / "c").read_bytes() and not (
+        tmp_path / "c"
+    ).read_bytes().startswith(b"PK")
+
 
 def test_read_only_folder(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs): raise OSError(errno.EROFS, 'Read-only file system')
-    monkeypatch.setattr(training, 'save_file', refuse)
-    with pytest.raises(OutputError, match='checkpoint.safetensors'): make(small('topk'), tmp_path)
-    assert list(tmp_path.glob('*.part*')) == []
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(training, "save_file", refuse)
+    with pytest.raises(OutputError, match="checkpoint.safetensors"):
+        make(small("topk"), tmp_path)
+    assert list(tmp_path.glob("*.part*")) == []
 
 
 # ---- bad data
 
+
 def test_nan_names_the_step():
-    spec = small('topk')
-    with pytest.raises(FloatingPointError, match='step 3: the batch holds NaN'): make(spec, data=batches(spec, Spoilt))
+    spec = small("topk")
+    with pytest.raises(FloatingPointError, match="step 3: the batch holds NaN"):
+        make(spec, data=batches(spec, Spoilt))
+
 
 def test_nan_in_the_first_batch():
-    class First(Spoilt): drawn = 2
-    spec = small('topk')
-    with pytest.raises(ValueError, match='the first batch: 1 NaN'): make(spec, data=batches(spec, First))
+    class First(Spoilt):
+        drawn = 2
+
+    spec = small("topk")
+    with pytest.raises(ValueError, match="the first batch: 1 NaN"):
+        make(spec, data=batches(spec, First))
+
 
 def test_all_zero_batch():
     class Zero(WorldBatches):
-        def __next__(self): return 0 * super().__next__()
-    with pytest.raises(ValueError, match='all zero'): make(small('topk'), data=batches(small('topk'), Zero))
+        def __next__(self):
+            return 0 * super().__next__()
+
+    with pytest.raises(ValueError, match="all zero"):
+        make(small("topk"), data=batches(small("topk"), Zero))
+
 
 def test_wrong_width():
-    with pytest.raises(ValueError, match=r'the first batch: expected shape \(batch, 9\), got \(32, 8\)'):
-        train(SAE(SAEConfig(9, 16)), batches(small('topk')), small('topk').train, progress=False)
+    with pytest.raises(
+        ValueError, match=r"the first batch: expected shape \(batch, 9\), got \(32, 8\)"
+    ):
+        train(SAE(SAEConfig(9, 16)), batches(small("topk")), small("topk").train, progress=False)
 
 
 # ---- runs
 
+
 def test_methods_and_recipes():
-    assert method_parts('matryoshka+dropout r=2 v2') == ('matryoshka', 'dropout') and method_parts('atm trial 1') == ('standard', 'atm')
-    assert small('matryoshka').sae.k == 3 and small('matryoshka').atm is None and small('matryoshka+atm').sae.architecture == 'matryoshka'
-    assert method_parts('atm') == ('standard', 'atm') and method_parts('jumprelu+atm') == ('jumprelu', 'atm') and method_parts('random') == ('jumprelu', '')
-    assert small('topk').sae.k == 3 and small('atm').sae.target_l0 == 3 and small('dropout').atm.blind and not small('atm').atm.blind and small('standard').atm is None
-    spec = small('atm', r=.5, lr=.25, bandwidth=.7)
-    assert (spec.atm.r, spec.train.lr, spec.sae.bandwidth) == (.5, .25, .7)
+    assert method_parts("matryoshka+dropout r=2 v2") == ("matryoshka", "dropout") and method_parts(
+        "atm trial 1"
+    ) == ("standard", "atm")
+    assert (
+        small("matryoshka").sae.k == 3
+        and small("matryoshka").atm is None
+        and small("matryoshka+atm").sae.architecture == "matryoshka"
+    )
+    assert (
+        method_parts("atm") == ("standard", "atm")
+        and method_parts("jumprelu+atm") == ("jumprelu", "atm")
+        and method_parts("random") == ("jumprelu", "")
+    )
+    assert (
+        small("topk").sae.k == 3
+        and small("atm").sae.target_l0 == 3
+        and small("dropout").atm.blind
+        and not small("atm").atm.blind
+        and small("standard").atm is None
+    )
+    spec = small("atm", r=0.5, lr=0.25, bandwidth=0.7)
+    assert (spec.atm.r, spec.train.lr, spec.sae.bandwidth) == (0.5, 0.25, 0.7)
+
 
 def test_lr_scale_is_in_units_of_the_default():
-    assert [small(m, lr_scale=.5).train.lr / small(m).train.lr for m in ('atm', 'topk')] == [.5, .5] and small('topk').train.lr == default_lr(16)
+    assert [small(m, lr_scale=0.5).train.lr / small(m).train.lr for m in ("atm", "topk")] == [
+        0.5,
+        0.5,
+    ] and small("topk").train.lr == default_lr(16)
+
 
 def test_recipe_refuses():
-    with pytest.raises(ValueError, match="unknown method 'atn': choose one of atm, standard"): small('atn')
-    with pytest.raises(ValueError, match="unknown method 'atn'"): small('atn r=2')
-    with pytest.raises(TypeError, match='rr: no field'): small('atm', rr=2)
-    with pytest.raises(TypeError, match='topk has a mask'): small('topk', combine='sum')
+    with pytest.raises(ValueError, match="unknown method 'atn': choose one of atm, standard"):
+        small("atn")
+    with pytest.raises(ValueError, match="unknown method 'atn'"):
+        small("atn r=2")
+    with pytest.raises(TypeError, match="rr: no field"):
+        small("atm", rr=2)
+    with pytest.raises(TypeError, match="topk has a mask"):
+        small("topk", combine="sum")
+
 
 def test_keys_tell_specs_apart():
-    specs = [small(m) for m in METHODS] + [small('atm', seed=1), small('atm', steps=41), small('atm', r=2.)]
-    specs += [small('atm', **s) for s in (dict(effect='norm'), dict(draw='nested'), dict(rescale=True), dict(anneal=.1), dict(penalty='tanh'), dict(lr_scale=2.))]
-    specs += [small('matryoshka', prefixes=(.5, 1))]
-    assert len({s.key for s in specs}) == len(specs) and small('atm').key == small('atm').key
+    specs = [small(m) for m in METHODS] + [
+        small("atm", seed=1),
+        small("atm", steps=41),
+        small("atm", r=2.0),
+    ]
+    specs += [
+        small("atm", **s)
+        for s in (
+            dict(effect="norm"),
+            dict(draw="nested"),
+            dict(rescale=True),
+            dict(anneal=0.1),
+            dict(penalty="tanh"),
+            dict(lr_scale=2.0),
+        )
+    ]
+    specs += [small("matryoshka", prefixes=(0.5, 1))]
+    assert len({s.key for s in specs}) == len(specs) and small("atm").key == small("atm").key
+
 
 def test_a_variants_name_is_only_a_name():
-    assert small('atm r=2', r=2.).key == small('atm', r=2.).key and small('atm r=2', r=2.).name == 'atm r=2, L0 3.0, seed 0'
+    assert (
+        small("atm r=2", r=2.0).key == small("atm", r=2.0).key
+        and small("atm r=2", r=2.0).name == "atm r=2, L0 3.0, seed 0"
+    )
 
-def tuned_grid(methods, tuned, **settings): return grid(methods, WORLD, targets=[3, 4], seeds=[0, 1], d_sae=16, steps=5, tuned=tuned, batch_size=32, **settings)
+
+def tuned_grid(methods, tuned, **settings):
+    return grid(
+        methods,
+        WORLD,
+        targets=[3, 4],
+        seeds=[0, 1],
+        d_sae=16,
+        steps=5,
+        tuned=tuned,
+        batch_size=32,
+        **settings,
+    )
+
 
 def test_grid_gives_each_method_its_own_settings():
-    specs = tuned_grid(['topk', 'atm', 'atm r=2'], {'atm': dict(r=.5), 'atm r=2': dict(r=2., lr_scale=4.)}, lr_scale=2.)
-    assert [(s.method, s.l0, s.seed) for s in specs] == [(m, l0, seed) for m in ('topk', 'atm', 'atm r=2') for l0 in (3, 4) for seed in (0, 1)]
-    assert [s.train.lr / default_lr(16, s.sae.architecture) for s in specs[::4]] == [2, 2, 4] and [s.atm.r for s in specs[4::4]] == [.5, 2]
+    specs = tuned_grid(
+        ["topk", "atm", "atm r=2"],
+        {"atm": dict(r=0.5), "atm r=2": dict(r=2.0, lr_scale=4.0)},
+        lr_scale=2.0,
+    )
+    assert [(s.method, s.l0, s.seed) for s in specs] == [
+        (m, l0, seed) for m in ("topk", "atm", "atm r=2") for l0 in (3, 4) for seed in (0, 1)
+    ]
+    assert [s.train.lr / default_lr(16, s.sae.architecture) for s in specs[::4]] == [2, 2, 4] and [
+        s.atm.r for s in specs[4::4]
+    ] == [0.5, 2]
     assert {s.train.batch_size for s in specs} == {32}
 
-@pytest.mark.parametrize('blind, twin', [('dropout', 'atm'), ('matryoshka+dropout', 'matryoshka+atm')])
-def test_a_blind_control_takes_the_settings_of_its_twin(blind, twin):
-    specs = tuned_grid([blind, twin], {twin: dict(r=2., lr_scale=.5, anneal=.3), 'topk': dict(lr_scale=3.)})
-    assert specs[0].atm.blind and [training._twin(s) for s in specs[:4]] == specs[4:]
-    assert specs[0].atm.r == 2 and specs[0].train.lr == .5 * default_lr(16, specs[0].sae.architecture)
 
-@pytest.mark.parametrize('blind', ['dropout', 'topk+dropout', 'dropout r=2'])
+@pytest.mark.parametrize(
+    "blind, twin", [("dropout", "atm"), ("matryoshka+dropout", "matryoshka+atm")]
+)
+def test_a_blind_control_takes_the_settings_of_its_twin(blind, twin):
+    specs = tuned_grid(
+        [blind, twin], {twin: dict(r=2.0, lr_scale=0.5, anneal=0.3), "topk": dict(lr_scale=3.0)}
+    )
+    assert specs[0].atm.blind and [training._twin(s) for s in specs[:4]] == specs[4:]
+    assert specs[0].atm.r == 2 and specs[0].train.lr == 0.5 * default_lr(
+        16, specs[0].sae.architecture
+    )
+
+
+@pytest.mark.parametrize("blind", ["dropout", "topk+dropout", "dropout r=2"])
 def test_a_blind_control_has_no_settings_of_its_own(blind):
-    with pytest.raises(ValueError, match=re.escape(f"{blind!r} takes the settings of its twin: give them to {blind.replace('dropout', 'atm')!r}")):
-        tuned_grid([blind], {blind: dict(r=2.)})
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            f"{blind!r} takes the settings of its twin: give them to {blind.replace('dropout', 'atm')!r}"
+        ),
+    ):
+        tuned_grid([blind], {blind: dict(r=2.0)})
+
 
 def test_a_variant_of_the_untrained_control_is_untrained():
-    plain, variant = tuned_grid(['random', 'random v2'], {'random v2': {}})[::4]
+    plain, variant = tuned_grid(["random", "random v2"], {"random v2": {}})[::4]
     assert plain.key == variant.key and plain.method != variant.method
 
+
 def test_one_learning_rate():
-    with pytest.raises(TypeError, match='lr and lr_scale both set the learning rate: give one of them'): tuned_grid(['atm'], dict(atm=dict(lr=.1, lr_scale=2.)))
-    assert tuned_grid(['atm'], dict(atm=dict(lr=.1)))[0].train.lr == .1
+    with pytest.raises(
+        TypeError, match="lr and lr_scale both set the learning rate: give one of them"
+    ):
+        tuned_grid(["atm"], dict(atm=dict(lr=0.1, lr_scale=2.0)))
+    assert tuned_grid(["atm"], dict(atm=dict(lr=0.1)))[0].train.lr == 0.1
+
 
 def test_a_world_for_each_seed():
-    specs = world_grid(['topk', 'atm'], [3, 5], targets=[3, 4], d_sae=160, steps=5, tuned=dict(atm=dict(r=2.)))
-    assert [(s.data.seed, s.seed, s.method, s.l0) for s in specs] == [(s, s, m, l) for s in (3, 5) for m in ('topk', 'atm') for l in (3, 4)]
-    assert {s.atm.r for s in specs if s.atm} == {2.}
+    specs = world_grid(
+        ["topk", "atm"], [3, 5], targets=[3, 4], d_sae=160, steps=5, tuned=dict(atm=dict(r=2.0))
+    )
+    assert [(s.data.seed, s.seed, s.method, s.l0) for s in specs] == [
+        (s, s, m, l) for s in (3, 5) for m in ("topk", "atm") for l in (3, 4)
+    ]
+    assert {s.atm.r for s in specs if s.atm} == {2.0}
+
 
 def test_a_variant_needs_its_settings():
-    with pytest.raises(ValueError, match="the variant 'atm r=2' needs an entry in `tuned`"): tuned_grid(['atm', 'atm r=2'], {'atm': {}})
-    with pytest.raises(ValueError, match="'atm r=2' needs"): tuned_grid(['atm r=2'], None)
-    with pytest.raises(TypeError, match='rr: no field'): tuned_grid(['atm'], dict(atm=dict(rr=2)))
+    with pytest.raises(ValueError, match="the variant 'atm r=2' needs an entry in `tuned`"):
+        tuned_grid(["atm", "atm r=2"], {"atm": {}})
+    with pytest.raises(ValueError, match="'atm r=2' needs"):
+        tuned_grid(["atm r=2"], None)
+    with pytest.raises(TypeError, match="rr: no field"):
+        tuned_grid(["atm"], dict(atm=dict(rr=2)))
+
 
 def test_get_run_makes_once(monkeypatch):
-    spec = small('atm')
+    spec = small("atm")
     made = get_run(spec)
-    assert is_complete(spec) and sorted(p.name for p in made.folder.iterdir()) == ['history.csv', 'run.json', 'sae', 'snapshots.safetensors']
-    monkeypatch.setattr(training, 'train', None)              # a second call cannot train
+    assert is_complete(spec) and sorted(p.name for p in made.folder.iterdir()) == [
+        "history.csv",
+        "run.json",
+        "sae",
+        "snapshots.safetensors",
+    ]
+    monkeypatch.setattr(training, "train", None)  # a second call cannot train
     again = get_run(spec)
-    assert weights(again.sae) == weights(made.sae) and again.history.table.equals(made.history.table)
+    assert weights(again.sae) == weights(made.sae) and again.history.table.equals(
+        made.history.table
+    )
     assert again.history.scale == made.history.scale and set(again.history.snapshots) == {10, 30}
 
+
 def test_a_run_says_how_long_it_took(monkeypatch):
-    monkeypatch.setattr(training, 'time', SimpleNamespace(monotonic=iter([10., 12.3456]).__next__))
-    assert read_json(get_run(small('topk')).folder / 'run.json')['seconds'] == 2.35
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=iter([10.0, 12.3456]).__next__))
+    assert read_json(get_run(small("topk")).folder / "run.json")["seconds"] == 2.35
+
 
 def test_a_folder_without_run_json_is_not_complete():
-    spec = small('topk')
+    spec = small("topk")
     made = get_run(spec)
-    (made.folder / 'run.json').unlink()
+    (made.folder / "run.json").unlink()
     assert not is_complete(spec)
     assert weights(get_run(spec).sae) == weights(made.sae) and is_complete(spec)
 
+
 def test_random_run_has_its_l0():
-    run = get_run(small('random', batch_size=512))
+    run = get_run(small("random", batch_size=512))
     x, _ = PlantedWorld(WORLD).sample(8000, torch.Generator().manual_seed(1))
-    assert (run.sae.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(3, rel=.05) and len(run.history.table) == 0
+    assert (run.sae.encode(x) > 0).sum(1).float().mean().item() == pytest.approx(
+        3, rel=0.05
+    ) and len(run.history.table) == 0
+
 
 def test_grid_in_processes_equals_grid_in_turn(monkeypatch, tmp_path):
-    specs = [small('topk'), small('atm'), small('topk')]
+    specs = [small("topk"), small("atm"), small("topk")]
     many = run_grid(specs, workers=2, progress=False)
     assert [r.spec for r in many] == specs
-    monkeypatch.setenv('ATM_SAE_CACHE', str(tmp_path / 'other'))
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "other"))
     one = run_grid(specs, workers=1, progress=False)
-    for a, b in zip(many, one): assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
-    monkeypatch.setattr(training, 'train', None)
-    assert len(run_grid(specs, progress=False)) == 3          # a second call only loads
+    for a, b in zip(many, one):
+        assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
+    monkeypatch.setattr(training, "train", None)
+    assert len(run_grid(specs, progress=False)) == 3  # a second call only loads
 
-@pytest.mark.parametrize('workers', [1, 2])
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_grid_names_the_run_that_failed(workers):
-    bad = [recipe('topk', WORLD, d_in=9, d_sae=16, l0=3, steps=5, seed=s) for s in range(workers)]
-    with pytest.raises(RuntimeError, match=r'run "topk, L0 3, seed \d" .* failed: ValueError: the data are 8 wide'): run_grid(bad, workers, progress=False)
+    bad = [recipe("topk", WORLD, d_in=9, d_sae=16, l0=3, steps=5, seed=s) for s in range(workers)]
+    with pytest.raises(
+        RuntimeError, match=r'run "topk, L0 3, seed \d" .* failed: ValueError: the data are 8 wide'
+    ):
+        run_grid(bad, workers, progress=False)
+
 
 def test_unknown_data():
-    with pytest.raises(TypeError, match='WorldConfig or an ActivationSpec, not str'): get_run(recipe('topk', 'pile', 8, 16, 3, 5))
+    with pytest.raises(TypeError, match="WorldConfig or an ActivationSpec, not str"):
+        get_run(recipe("topk", "pile", 8, 16, 3, 5))
 
 
 def test_blind_control_hides_as_many_as_its_twin_at_each_step():
-    spec = small('dropout', steps=60)
-    twin = small('atm', steps=60)
-    assert training._twin(spec) == twin and training._twin(twin) is None and training._twin(small('topk')) is None
-    blind, = run_grid([spec], workers=1, progress=False)
-    assert is_complete(twin)                                   # made first, though nobody asked for it
+    spec = small("dropout", steps=60)
+    twin = small("atm", steps=60)
+    assert (
+        training._twin(spec) == twin
+        and training._twin(twin) is None
+        and training._twin(small("topk")) is None
+    )
+    (blind,) = run_grid([spec], workers=1, progress=False)
+    assert is_complete(twin)  # made first, though nobody asked for it
     rates, log = training._twin_rates(spec), get_run(twin).history.table
-    assert rates == pytest.approx(np.interp(range(60), log.step, log.mask_rate)) and len(rates) == 60
-    assert rates[0] == 0 < rates[-1]                           # the warm-up hides nothing
-    assert blind.history.table.mask_rate.mean() == pytest.approx(log.mask_rate.mean(), abs=.1)
+    assert (
+        rates == pytest.approx(np.interp(range(60), log.step, log.mask_rate)) and len(rates) == 60
+    )
+    assert rates[0] == 0 < rates[-1]  # the warm-up hides nothing
+    assert blind.history.table.mask_rate.mean() == pytest.approx(log.mask_rate.mean(), abs=0.1)

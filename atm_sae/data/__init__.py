@@ -1,0 +1,1 @@
+"""Text, language models, planted worlds, and batches of their activations."""

@@ -1,0 +1,1 @@
+"""Sparse autoencoders, their losses, the mask, and foreign formats."""

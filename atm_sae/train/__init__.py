@@ -1,0 +1,1 @@
+"""The training loop, and runs named by what determines them."""
