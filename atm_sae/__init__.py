@@ -7,15 +7,17 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-# The public names, module by module. A module is imported when one of its names is first used, so that `import atm_sae`
-# and `atm-sae --help` need no PyTorch. To add a name: one entry here, and the same in the imports below (a test compares).
+# The public names, module by module. A module is imported when one of its names is first used,
+# so that `import atm_sae` and `atm-sae --help` need no PyTorch. To add a name: one entry here,
+# and the same in the imports below (a test compares).
 _NAMES = {
     "methods": ["METHODS"],
     "data.planted": ["PlantedWorld", "WorldBatches", "WorldConfig"],
     "data.lm": ["load_lm", "residual_stream", "splice"],
     "data.activations": ["ActivationSpec", "get_activations"],
     "data.batches": ["held_out"],
-    "sae.sae": ["SAE", "SAEConfig"],
+    "sae.architectures": ["SAEConfig"],
+    "sae.sae": ["SAE"],
     "sae.atm": ["ATMConfig", "ATMMasker", "BlindMasker"],
     "sae.formats": ["export_sae", "from_pretrained", "model_card", "push_to_hub"],
     "train.loop": ["TrainConfig", "train"],
@@ -26,7 +28,7 @@ _NAMES = {
         "reconstruction_metrics",
         "spliced_metrics",
     ],
-    "evals.first_letter": ["FirstLetterTask", "get_task"],
+    "evals.first_letter": ["FirstLetterTask", "get_task", "get_tasks"],
     "evals.absorption": ["best_single_latent_f1", "evaluate_absorption"],
     "evals.probing": ["evaluate_probing", "probing_tasks"],
     "evals.probing_sets": ["dataset_tasks"],
@@ -52,7 +54,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; `X as X` says that X i
         get_activations as get_activations,
     )
     from atm_sae.data.batches import held_out as held_out
-    from atm_sae.sae.sae import SAE as SAE, SAEConfig as SAEConfig
+    from atm_sae.sae.architectures import SAEConfig as SAEConfig
+    from atm_sae.sae.sae import SAE as SAE
     from atm_sae.sae.atm import (
         ATMConfig as ATMConfig,
         ATMMasker as ATMMasker,
@@ -78,7 +81,11 @@ if TYPE_CHECKING:  # what type checkers and editors read; `X as X` says that X i
         reconstruction_metrics as reconstruction_metrics,
         spliced_metrics as spliced_metrics,
     )
-    from atm_sae.evals.first_letter import FirstLetterTask as FirstLetterTask, get_task as get_task
+    from atm_sae.evals.first_letter import (
+        FirstLetterTask as FirstLetterTask,
+        get_task as get_task,
+        get_tasks as get_tasks,
+    )
     from atm_sae.evals.absorption import (
         best_single_latent_f1 as best_single_latent_f1,
         evaluate_absorption as evaluate_absorption,
@@ -96,21 +103,21 @@ if TYPE_CHECKING:  # what type checkers and editors read; `X as X` says that X i
     )
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
 class _Package(ModuleType):
-    "A package whose public names are not hidden by modules of the same name: `train` is the function."
+    "A package whose names are not hidden by modules of the same name: `train` is the function."
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -4,102 +4,191 @@
 
 # %% auto #0
 __all__ = [
+    "ARCHITECTURES",
+    "MASKS",
     "METHODS",
-    "METHOD_NAMES",
-    "METHOD_COLOURS",
+    "Architecture",
+    "Mask",
+    "Method",
+    "get_method",
     "method_parts",
     "twin_method",
     "method_name",
     "method_style",
 ]
 
-# %% ../nbs/core/methods.ipynb #cell-4
-_BASES = ("standard", "topk", "batchtopk", "matryoshka", "jumprelu")
-METHODS = (
-    "atm",
-    *_BASES,
-    "dropout",
-    "random",
-    *(f"{b}+{m}" for b in _BASES[1:] for m in ("atm", "dropout")),
-)
+# %% ../nbs/core/methods.ipynb #cell-2
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 
-def method_parts(method: str) -> tuple[str, str]:
-    "Architecture and mask ('atm', 'dropout' or '') of a method's name, with or without a variant."
-    method = method.partition(" ")[0]
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    if method in ("atm", "dropout"):
-        return "standard", method
-    base, _, mask = method.partition("+")
-    return ("jumprelu" if base == "random" else base), mask
+# %% ../nbs/core/methods.ipynb #cell-5
+@dataclass(frozen=True)
+class Architecture:
+    "What is said about an architecture outside its class."
+
+    label: str
+    colour: str
+    settings: tuple[str, ...]
+    sized_by: Literal["k", "target_l0"]
+    learning_rate: float
+    inference: str
+    tensors: tuple[str, ...] = ("W_enc", "W_dec", "b_enc", "b_dec")
+    foreign: Mapping[str, str] = field(default_factory=dict)
 
 
-def twin_method(method: str) -> str:
-    "The method whose settings and mask rate a blind control takes; any other method is its own twin."
-    return method.replace("dropout", "atm")
-
-
-# %% ../nbs/core/methods.ipynb #cell-7
-METHOD_NAMES = {
-    "atm": "ATM",
-    "topk": "TopK",
-    "batchtopk": "BatchTopK",
-    "matryoshka": "Matryoshka",
-    "jumprelu": "JumpReLU",
-    "standard": "ReLU + L1",
-    "dropout": "ReLU + dropout",
-    "random": "random",
-    "pretrained": "pretrained",
+# %% ../nbs/core/methods.ipynb #cell-6
+ARCHITECTURES = {
+    "standard": Architecture(
+        label="ReLU + L1",
+        colour="#303030",
+        settings=("l1", "target_l0", "penalty"),
+        sized_by="target_l0",
+        learning_rate=16e-4,
+        inference="standard",
+        foreign={"saebench": "standard", "dictionary_learning": "AutoEncoder"},
+    ),
+    "topk": Architecture(
+        label="TopK",
+        colour="#0072B2",
+        settings=("k", "aux_coef"),
+        sized_by="k",
+        learning_rate=8e-4,
+        inference="topk",
+        foreign={"saebench": "topk", "dictionary_learning": "AutoEncoderTopK"},
+    ),
+    "batchtopk": Architecture(
+        label="BatchTopK",
+        colour="#56B4E9",
+        settings=("k", "aux_coef"),
+        sized_by="k",
+        learning_rate=8e-4,
+        inference="jumprelu",
+        tensors=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
+        foreign={"saebench": "batch_topk", "dictionary_learning": "BatchTopKSAE"},
+    ),
+    "matryoshka": Architecture(
+        label="Matryoshka",
+        colour="#A020F0",
+        settings=("k", "aux_coef", "prefixes"),
+        sized_by="k",
+        learning_rate=8e-4,
+        inference="jumprelu",
+        tensors=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
+        foreign={
+            "saebench": "matryoshka_batch_topk",
+            "dictionary_learning": "MatryoshkaBatchTopKSAE",
+        },
+    ),
+    "jumprelu": Architecture(
+        label="JumpReLU",
+        colour="#009E73",
+        settings=("target_l0", "l0_coef", "bandwidth", "init_threshold"),
+        sized_by="target_l0",
+        learning_rate=8e-4,
+        inference="jumprelu",
+        tensors=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
+        foreign={"saebench": "jumprelu", "dictionary_learning": "JumpReluAutoEncoder"},
+    ),
 }
 
-METHOD_COLOURS = {
-    "atm": "#D55E00",
-    "topk": "#0072B2",
-    "batchtopk": "#56B4E9",
-    "matryoshka": "#A020F0",
-    "jumprelu": "#009E73",
-    "standard": "#303030",
-    "dropout": "#E69F00",
-    "random": "#BBBBBB",
-    "pretrained": "#4B0082",
+
+# %% ../nbs/core/methods.ipynb #cell-8
+@dataclass(frozen=True)
+class Mask:
+    "What is said about a mask outside its class."
+
+    label: str
+    marker: str
+    line: str
+
+
+MASKS = {
+    "": Mask(label="", marker="o", line="-"),
+    "atm": Mask(label=" + ATM", marker="D", line="--"),
+    "dropout": Mask(label=" + dropout", marker="s", line=":"),
 }
-
-# %% ../nbs/core/methods.ipynb #cell-9
-_MASKS = {None: ("", "o", "-"), "atm": (" + ATM", "D", "--"), "dropout": (" + dropout", "s", ":")}
-
-
-def _parts(method):
-    "`('topk', 'atm')` for `'topk+atm'`; ValueError with the known methods for anything else."
-    base, _, mask = method.partition("+")
-    if base in METHOD_NAMES and (mask or None) in _MASKS:
-        return base, mask or None
-    raise ValueError(
-        f"unknown method {method!r}: use one of {', '.join(METHOD_NAMES)}, or a variant such as 'topk+atm', 'topk+dropout'"
-    )
-
-
-def method_name(method: str) -> str:
-    "The name that figures and tables print, also for `'atm c=1'` and for differences such as `'atm - topk'`."
-    if " - " in method:
-        return " − ".join(map(method_name, method.split(" - ")))
-    method, _, variant = method.partition(" ")
-    base, mask = _parts(method)
-    return METHOD_NAMES[base] + _MASKS[mask][0] + (f" {variant}" if variant else "")
 
 
 # %% ../nbs/core/methods.ipynb #cell-10
-def method_style(method: str) -> dict[str, str]:
-    "Keyword arguments for `ax.plot`: colour of the base, marker and line of the mask."
-    name, _, variant = method.partition(" ")
-    base, mask = _parts(name)
-    _, marker, line = _MASKS[mask]
-    if variant:
-        marker, line = "^", "-."
-    colour = METHOD_COLOURS[base]
-    return dict(
-        color=colour,
-        marker=marker,
-        linestyle=line,
-        markerfacecolor="white" if mask or variant else colour,
-    )
+@dataclass(frozen=True)
+class Method:
+    "An architecture, perhaps with a mask."
+
+    architecture: str
+    mask: str = ""
+    trained: bool = True
+    label: str = ""
+    colour: str = ""
+    variant: str = ""
+
+
+_NAMED = {
+    "atm": Method("standard", "atm", label="ATM", colour="#D55E00"),
+    "dropout": Method("standard", "dropout", label="ReLU + dropout", colour="#E69F00"),
+    "random": Method("jumprelu", trained=False, label="random", colour="#BBBBBB"),
+    "pretrained": Method("", label="pretrained", colour="#4B0082"),
+}
+
+METHODS = (
+    "atm",
+    *ARCHITECTURES,
+    "dropout",
+    "random",
+    *(
+        f"{architecture}+{mask}"
+        for architecture in ARCHITECTURES
+        for mask in ("atm", "dropout")
+        if architecture != "standard"
+    ),
+)
+
+
+# %% ../nbs/core/methods.ipynb #cell-11
+def get_method(name: str) -> Method:
+    "The method of a name such as `topk+atm` or `topk+atm anneal=0.5`; ValueError for others."
+    base, _, variant = name.partition(" ")
+    first, _, mask = base.partition("+")
+    if (base not in METHODS and first != "pretrained") or (mask and first in _NAMED):
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
+    if first in _NAMED:
+        named = _NAMED[first]
+        return Method(
+            named.architecture, named.mask, named.trained, named.label, named.colour, variant
+        )
+    row = ARCHITECTURES[first]
+    return Method(first, mask, True, row.label + MASKS[mask].label, row.colour, variant)
+
+
+def method_parts(name: str) -> tuple[str, str]:
+    "Architecture and mask ('atm', 'dropout' or '') of a method's name."
+    found = get_method(name)
+    if not found.architecture:
+        raise ValueError(f"{name!r} is not trained here: choose one of {', '.join(METHODS)}")
+    return found.architecture, found.mask
+
+
+def twin_method(name: str) -> str:
+    "The method whose settings and mask rate a dropout control takes; any other is its own twin."
+    return name.replace("dropout", "atm")
+
+
+# %% ../nbs/core/methods.ipynb #cell-14
+def method_name(name: str) -> str:
+    "The name that figures and tables print, also for a difference such as `atm - topk`."
+    if " - " in name:
+        return " − ".join(map(method_name, name.split(" - ")))
+    found = get_method(name)
+    return f"{found.label} {found.variant}".rstrip()
+
+
+def method_style(name: str) -> dict[str, str]:
+    "Keyword arguments for `ax.plot`: colour of the architecture, marker and line of the mask."
+    found = get_method(name)
+    named = name.partition(" ")[0] in _NAMED
+    mask = MASKS["" if named else found.mask]
+    marker, line = ("^", "-.") if found.variant else (mask.marker, mask.line)
+    solid = not found.variant and mask is MASKS[""]
+    face = found.colour if solid else "white"
+    return {"color": found.colour, "marker": marker, "linestyle": line, "markerfacecolor": face}

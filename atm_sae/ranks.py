@@ -7,7 +7,6 @@ __all__ = ["ALONE", "Ranks"]
 
 # %% ../nbs/core/ranks.ipynb #cell-2
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -15,7 +14,7 @@ from torch import Tensor, distributed
 
 # %% ../nbs/core/ranks.ipynb #cell-4
 class Ranks:
-    "The processes that share each batch. Alone, every operation returns what it was given."
+    "The processes that share each batch. Alone, every operation returns its argument."
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -36,31 +35,39 @@ class Ranks:
             )
         return cls(distributed.get_rank(), distributed.get_world_size())
 
-    def _reduce(self, t: Tensor, how: Any) -> Tensor:
+    def _reduce(self, values: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
+        "`values` of all ranks, combined place by place."
         if self.size == 1:
-            return t
-        distributed.all_reduce(t := t.detach().clone().contiguous(), how)
-        return t
+            return values
+        combined = values.detach().clone().contiguous()
+        distributed.all_reduce(combined, operation)
+        return combined
 
-    def sum(self, t: Tensor) -> Tensor:
-        return self._reduce(t, distributed.ReduceOp.SUM)
+    def sum(self, values: Tensor) -> Tensor:
+        "The sum over the ranks, shaped like `values`."
+        return self._reduce(values, distributed.ReduceOp.SUM)
 
-    def low(self, t: Tensor) -> Tensor:
-        return self._reduce(t, distributed.ReduceOp.MIN)
+    def low(self, values: Tensor) -> Tensor:
+        "The smallest value of any rank at each place."
+        return self._reduce(values, distributed.ReduceOp.MIN)
 
-    def high(self, t: Tensor) -> Tensor:
-        return self._reduce(t, distributed.ReduceOp.MAX)
+    def high(self, values: Tensor) -> Tensor:
+        "The largest value of any rank at each place."
+        return self._reduce(values, distributed.ReduceOp.MAX)
 
-    def mean(self, t: Tensor) -> Tensor:
-        return t if self.size == 1 else self.sum(t) / self.size
+    def mean(self, values: Tensor) -> Tensor:
+        "The mean over the ranks, shaped like `values`."
+        return values if self.size == 1 else self.sum(values) / self.size
 
     def share(self, rows: Tensor) -> Tensor:
         "This rank's part of rows that all ranks hold."
+        if self.size == 1:
+            return rows
         n = len(rows) // self.size
-        return rows if self.size == 1 else rows[self.rank * n : (self.rank + 1) * n]
+        return rows[self.rank * n : (self.rank + 1) * n]
 
     def gather(self, rows: Tensor) -> Tensor:
-        "The rows of all ranks, in their order; each holds as many."
+        "The rows of all ranks, in their order; every rank gives the same number of rows."
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.size)]
@@ -68,7 +75,7 @@ class Ranks:
         return torch.cat(parts)
 
     def wait(self) -> None:
-        "Until all ranks are here."
+        "Wait until all ranks have called this."
         if self.size > 1:
             distributed.barrier()
 
@@ -76,11 +83,14 @@ class Ranks:
         "RuntimeError on every rank unless `value` is the same on all."
         if self.size == 1:
             return
-        distributed.all_gather_object(said := [""] * self.size, value)
-        if other := [i for i, v in enumerate(said) if v != said[0]]:
+        values = [""] * self.size
+        distributed.all_gather_object(values, value)
+        others = [rank for rank, v in enumerate(values) if v != values[0]]
+        if others:
             raise RuntimeError(
-                f"the ranks disagree about {what}: rank 0 has {said[0]}, rank {other[0]} has {said[other[0]]}. "
-                "Start all with the same command, the same code and the same files"
+                f"the ranks disagree about {what}: rank 0 has {values[0]}, rank {others[0]} has "
+                f"{values[others[0]]}. Start all with the same command, the same code and the same "
+                "files"
             )
 
 

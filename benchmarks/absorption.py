@@ -1,6 +1,11 @@
-"How long the absorption evaluator takes, how much memory it needs, and how both grow. README.md beside this file explains the numbers."
+"""How long the absorption evaluator takes, how much memory it needs, and how both grow. README.md
+beside this file explains the numbers."""
 
-import argparse, os, statistics, tempfile, time
+import argparse
+import os
+import statistics
+import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
@@ -11,7 +16,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from atm_sae import absorption
+from atm_sae.evals import absorption, first_letter
 from atm_sae.evals.absorption import AbsorptionConfig, encode_words, evaluate_absorption
 from atm_sae.evals.first_letter import LETTERS, get_task, load_task, task_from_activations
 from atm_sae.data.activations import ActivationSpec
@@ -42,20 +47,24 @@ SCORES = {
     "encode": ["encode_words"],
     "L1 ranking": ["rank_latents"],
     "main latents": ["main_latents"],
-    "word scores": ["_letter_words"],
+    "word scores": ["letter_words"],
     "third score": ["ablation_absorbed"],
 }
 
 # ---- clocks, and a process for each measurement
 
 
+def home_of(function):
+    "The module that calls this function: the task's or the scores'."
+    return first_letter if function in sum(SETUP.values(), []) else absorption
+
+
 @contextmanager
 def stopwatch(steps):
-    "Seconds in all and in each step, while this is open; a step is a list of functions of atm_sae.absorption."
-    spent, real = (
-        dict.fromkeys(["total", *steps, "rest"], 0.0),
-        {f: getattr(absorption, f) for names in steps.values() for f in names},
-    )
+    "Seconds in all and in each step, while this is open; a step is a list of functions."
+    spent = dict.fromkeys(["total", *steps, "rest"], 0.0)
+    home = {f: home_of(f) for names in steps.values() for f in names}
+    real = {f: getattr(module, f) for f, module in home.items()}
 
     def timed(step, function):
         def call(*args, **kwargs):
@@ -69,7 +78,7 @@ def stopwatch(steps):
 
     for step, names in steps.items():
         for f in names:
-            setattr(absorption, f, timed(step, real[f]))
+            setattr(home[f], f, timed(step, real[f]))
     start = time.perf_counter()
     try:
         yield spent
@@ -77,7 +86,7 @@ def stopwatch(steps):
         spent["total"] = time.perf_counter() - start
         spent["rest"] = 2 * spent["total"] - sum(spent.values())
         for f, function in real.items():
-            setattr(absorption, f, function)
+            setattr(home[f], f, function)
 
 
 def repeated(f, steps, n):
@@ -102,7 +111,8 @@ def new_process():
 
 
 class Bench:
-    "Runs measurements one after the other, each in a fresh process (unless one is given), so that neither caches nor peaks of memory mix."
+    """Runs measurements one after the other, each in a fresh process (unless one is given), so
+    that neither caches nor peaks of memory mix."""
 
     def __init__(self, threads, process=None):
         self.threads, self.process, self.records, self.machine = threads, process, [], None
@@ -129,12 +139,13 @@ def measure_setup(cache, max_words):
 
 def cached_task(cache):
     "The task that `measure_setup` left behind."
-    (folder,) = Path(cache).glob("tasks/*")
-    return load_task(folder)
+    (file,) = Path(cache).glob("tasks/*/task.json")
+    return load_task(file.parent)
 
 
 def word_sae(task, d_sae, seed=0):
-    "An untrained TopK SAE whose latents carry words: rows of a word plus half of another one, and the 26 letters' directions."
+    """An untrained TopK SAE whose latents carry words: rows of a word plus half of another one,
+    and the 26 letters' directions."""
     sae, mean = SAE(SAEConfig(task.d_in, d_sae, "topk", k=L0, seed=seed)), task.x.mean(0)
     one, other = torch.randint(len(task.x), (2, d_sae), generator=generator(seed, "benchmark"))
     rows = F.normalize(task.x[one] - mean + (task.x[other] - mean) / 2, dim=1)
@@ -145,7 +156,8 @@ def word_sae(task, d_sae, seed=0):
 
 
 def measure_scores(sae, task, n, lm=None):
-    "Scores of `sae`; few words leave few letters with a good probe, so every letter that has one counts."
+    """Scores of `sae`; few words leave few letters with a good probe, so every letter that has
+    one counts."""
     config = AbsorptionConfig(min_f1=0, min_letters=1)
     result, seconds = repeated(lambda: evaluate_absorption(sae, task, config, lm=lm), SCORES, n)
     z, _ = encode_words(sae, task.x)
@@ -160,7 +172,8 @@ def measure_scores(sae, task, n, lm=None):
 
 
 def measure_growth(cache, d_sae, n, sae_cache=None):
-    "Two scores of an SAE made from the words of one task (by default the same) on the words of another."
+    """Two scores of an SAE made from the words of one task (by default the same) on the words
+    of another."""
     return measure_scores(word_sae(cached_task(sae_cache or cache), d_sae), cached_task(cache), n)
 
 
@@ -180,14 +193,15 @@ def trained_folder(d_sae, steps):
 
 
 def large_task(n_words, d_in=128, seed=0):
-    "A task of random words: the direction of its letter, of length 1, plus noise of its own with deviation 0.2."
+    """A task of random words: the direction of its letter, of length 1, plus noise of its own
+    with deviation 0.2."""
     g = generator(seed, "large")
     directions = torch.linalg.qr(torch.randn(d_in, d_in, generator=g)).Q[:26]
     letter = torch.randint(26, (n_words,), generator=g)
     words = pd.DataFrame(
         {
-            "text": [f"{LETTERS[l].lower()}{i}" for i, l in enumerate(letter)],
-            "letter": [LETTERS[l] for l in letter],
+            "text": [f"{LETTERS[k].lower()}{i}" for i, k in enumerate(letter)],
+            "letter": [LETTERS[k] for k in letter],
         }
     )
     return task_from_activations(
@@ -229,10 +243,14 @@ def describe(record):
 
 
 def exponent(records, size):
-    "The slope of log(seconds) against log(size), over all sizes and over the three largest; the larger of the two is judged."
-    slope = lambda part: float(
-        np.polyfit(np.log([r[size] for r in part]), np.log([median(r) for r in part]), 1)[0]
-    )
+    """The slope of log(seconds) against log(size), over all sizes and over the three largest;
+    the larger of the two is judged."""
+
+    def slope(part):
+        return float(
+            np.polyfit(np.log([r[size] for r in part]), np.log([median(r) for r in part]), 1)[0]
+        )
+
     return slope(records), slope(records[-3:])
 
 
@@ -297,7 +315,8 @@ def machine_line(m, threads, repeats):
         else "no commit"
     )
     return (
-        f"{m['cpu']}, {m['cores']} cores, {m['platform']}; {threads} thread{'s' * (threads > 1)}, median of {repeats} [least, most]. "
+        f"{m['cpu']}, {m['cores']} cores, {m['platform']}; {threads} thread{'s' * (threads > 1)}, "
+        f"median of {repeats} [least, most]. "
         f"atm_sae {m['atm_sae']} ({commit}), Python {m['python']}, {versions}."
     )
 
@@ -323,15 +342,17 @@ def run(
     steps,  # of the trained SAE; 0 leaves it out
 ):
     "All measurements; verdicts and the report in Markdown."
-    setups = []
+    setups, three = [], {}
     with tempfile.TemporaryDirectory() as work:
-        cache = lambda n, i=0: Path(work) / f"{n}-{i}"
+
+        def cache(n, i=0):
+            return Path(work) / f"{n}-{i}"
+
         for n in word_counts:
-            setups.append(
-                joined([bench("set-up", measure_setup, cache(n, i), n) for i in range(repeats)])
-            )
+            records = [bench("set-up", measure_setup, cache(n, i), n) for i in range(repeats)]
+            setups.append(joined(records))
         full = cache(word_counts[-1])
-        three = {"untrained": bench("three scores", measure_three, full, None, width, repeats)}
+        three["untrained"] = bench("three scores", measure_three, full, None, width, repeats)
         if steps:
             folder = bench("training", trained_folder, width, steps)["folder"]
             three["trained"] = bench(
@@ -344,43 +365,49 @@ def run(
         big = bench("large", measure_large, *large, 1)
     for r in bench.records:
         r.pop("folder", None)
-    verdicts = [
-        within_seconds(
-            f"task from nothing, {setups[-1]['words']} words", setups[-1], SETUP_SECONDS
-        ),
-        *[
-            within_seconds(
-                f"three scores of an SAE with {width} latents, {which}", r, SCORE_SECONDS
-            )
-            for which, r in three.items()
-        ],
+    verdicts = all_verdicts(setups, three, growth, by_words, big)
+    above = machine_line(bench.machine, bench.threads, repeats)
+    return verdicts, rendered(above, verdicts, setups, three, growth, by_words, big)
+
+
+def all_verdicts(setups, three, growth, by_words, big):
+    "Each measurement against its target."
+    width = three["untrained"]["d_sae"]
+    scored = [
+        within_seconds(f"three scores of an SAE with {width} latents, {which}", r, SCORE_SECONDS)
+        for which, r in three.items()
+    ]
+    setup, wide = setups[-1], growth[-1]
+    return [
+        within_seconds(f"task from nothing, {setup['words']} words", setup, SETUP_SECONDS),
+        *scored,
         linear("two scores over latents, exponent", growth, "d_sae"),
         linear("task over words, exponent", setups, "words"),
         linear("two scores over words, exponent", by_words, "words"),
-        within_memory(
-            f"memory, {growth[-1]['d_sae']} latents, {growth[-1]['words']} words", growth[-1]
-        ),
+        within_memory(f"memory, {wide['d_sae']} latents, {wide['words']} words", wide),
         within_memory(f"memory, {big['d_sae']} latents, {big['words']} words", big),
     ]
-    three = [dict(sae=which) | r for which, r in three.items()]
-    report = "\n\n".join(
-        [
-            machine_line(bench.machine, bench.threads, repeats),
-            "**Targets**",
-            to_markdown(pd.DataFrame(verdicts)),
-            "**The task from nothing**",
-            step_table(setups, "words"),
-            "**Three scores**",
-            step_table(three, "sae", "d_sae", "l0", "asked"),
-            f"**Two scores over latents**, L0 = {L0}",
-            step_table(growth, "d_sae", "l0"),
-            f"**Two scores over words**, {width} latents",
-            step_table(by_words, "words", "letters"),
-            "**A wide SAE on many words**",
-            step_table([big], "words", "d_sae", "l0", "task_seconds"),
-        ]
-    )
-    return verdicts, report.replace("\n\n\n", "\n\n")
+
+
+def rendered(above, verdicts, setups, three, growth, by_words, big):
+    "The report in Markdown."
+    scored = [dict(sae=which) | r for which, r in three.items()]
+    blocks = [
+        above,
+        "**Targets**",
+        to_markdown(pd.DataFrame(verdicts)),
+        "**The task from nothing**",
+        step_table(setups, "words"),
+        "**Three scores**",
+        step_table(scored, "sae", "d_sae", "l0", "asked"),
+        f"**Two scores over latents**, L0 = {L0}",
+        step_table(growth, "d_sae", "l0"),
+        f"**Two scores over words**, {three['untrained']['d_sae']} latents",
+        step_table(by_words, "words", "letters"),
+        "**A wide SAE on many words**",
+        step_table([big], "words", "d_sae", "l0", "task_seconds"),
+    ]
+    return "\n\n".join(blocks).replace("\n\n\n", "\n\n")
 
 
 def write_readme(report, begin=BEGIN, end=END):
@@ -390,29 +417,25 @@ def write_readme(report, begin=BEGIN, end=END):
         part.write_text(f"{before}{begin}\n\n{report}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
-def main():
+def arguments():
+    "The command line."
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="tiny sizes, once, in one process: does it run? The numbers mean nothing",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="threads of PyTorch and NumPy (default 1); the evaluator itself holds PyTorch to one",
-    )
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="repetitions of each measurement (default 3)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every single number here")
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="tiny sizes, once: does it run? Numbers mean nothing")
+    add("--threads", type=int, default=1, help="threads of PyTorch and NumPy (default 1)")
+    add("--repeat", type=int, default=3, help="repetitions of each measurement (default 3)")
+    add("--json", metavar="FILE", help="write every single number here")
+    add("--write", action="store_true", help="replace the tables in README.md")
     args = parser.parse_args()
     if args.quick and args.write:
         parser.error(
             "the numbers of --quick mean nothing: run without it to write them into README.md"
         )
+    return args
+
+
+def main():
+    args = arguments()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(args.threads)  # for the children
     bench = Bench(args.threads)

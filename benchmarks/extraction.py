@@ -1,6 +1,10 @@
-"What extraction costs beside the model's own forward pass, and whether its memory grows with the text. README.md beside this file explains the numbers."
+"""What extraction costs beside the model's own forward pass, and whether its memory grows with the
+text. README.md beside this file explains the numbers."""
 
-import argparse, statistics, tempfile, time
+import argparse
+import statistics
+import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from atm_sae import activations
+from atm_sae.data import activations
 from atm_sae.data.activations import build_cache
 from atm_sae.artefacts import atomic_write, provenance
 from atm_sae.report.estimate import lm_shape
@@ -116,7 +120,8 @@ def ratio_row(name, make_lm, n_rows, batch, rounds, threads):
     found = alone(ratios, make_lm, n_rows, batch, rounds, threads)
     middle = statistics.median(found)
     return {
-        "what": f"extraction over the forward pass to block {LAYER} of {name}, {n_rows * CONTEXT:,} tokens",
+        "what": f"extraction over the forward pass to block {LAYER} of {name},"
+        f" {n_rows * CONTEXT:,} tokens",
         "measured": f"{middle:.3f} [{found[0]:.3f}, {found[-1]:.3f}]",
         "goal": f"at most {OVERHEAD}",
         "verdict": "met" if middle <= OVERHEAD else "NOT met",
@@ -154,7 +159,10 @@ def main():
         }
     )
     machine = provenance()
-    text = f"{time.strftime('%Y-%m-%d')}, {machine['cpu']}, {a.threads} thread, {rounds} rounds (3 of the exact shape), median [least, most].\n\n{to_markdown(pd.DataFrame(table))}"
+    text = (
+        f"{time.strftime('%Y-%m-%d')}, {machine['cpu']}, {a.threads} thread, {rounds} rounds (3 of"
+        f" the exact shape), median [least, most].\n\n{to_markdown(pd.DataFrame(table))}"
+    )
     print(text)
     if not a.write:
         return

@@ -1,6 +1,15 @@
-"How long a training step takes here and in the libraries that people use, on the same data, side by side. README.md beside this file explains the numbers."
+"""How long a training step takes here and in the libraries that people use, on the same data, side
+by side. README.md beside this file explains the numbers."""
 
-import argparse, datetime, json, os, statistics, subprocess, sys, tempfile, venv
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
 from pathlib import Path
 
 import pandas as pd
@@ -34,7 +43,8 @@ TASK = dict(
     l0_coef=1e-3,
     bandwidth=0.05,
     threshold=0.01,
-    # dictionary-learning's JumpReLU has no other penalty than this one, its standard trainer does not clip
+    # dictionary-learning's JumpReLU has no other penalty than this one, and its standard trainer
+    # does not clip
     recipes={
         "jumprelu of dictionary-learning": dict(target_l0=32.0),
         "standard of dictionary-learning": dict(grad_clip=1e9),
@@ -54,7 +64,10 @@ def sparse_data(task, features=8192, active=24, seed=0):
     often = torch.arange(1, features + 1) ** -0.8
     often = (active * often / often.sum()).clamp(max=0.9)
     shape = task["batch_size"], features
-    size = lambda: (1 + 0.3 * torch.randn(shape, generator=g)).clamp(min=0.1)
+
+    def size():
+        return (1 + 0.3 * torch.randn(shape, generator=g)).clamp(min=0.1)
+
     x = torch.stack(
         [
             ((torch.rand(shape, generator=g) < often) * size()) @ directions
@@ -83,7 +96,8 @@ def write_task(folder, task):
 
 
 def environment(library):
-    "The interpreter of a library's own environment; made first if need be, with the PyTorch of this one."
+    """The interpreter of a library's own environment; made first if need be, with the PyTorch of
+    this one."""
     named = os.environ.get(f"ATM_SAE_{library.upper().replace('-', '_')}")
     if named or library == "atm-sae":
         return named or sys.executable
@@ -139,7 +153,8 @@ def race(who, folder, threads):
 
 @torch.no_grad()
 def final_loss(weights, who, task, x):
-    "Loss of the weights (squared error and penalty) on a batch that no step has seen, and the mean number of active latents."
+    """Loss of the weights (squared error and penalty) on a batch that no step has seen, and the
+    mean number of active latents."""
     base, task = (
         who[1].removesuffix("+atm"),
         task | task["recipes"].get(f"{who[1]} of {who[2]}", {}),
@@ -155,7 +170,8 @@ def final_loss(weights, who, task, x):
 
 
 def phases(seconds):
-    "Median of a step while the SAE is still dense, and once it is sparse: the first and the last third, without the very first step."
+    """Median of a step while the SAE is still dense, and once it is sparse: the first and the last
+    third, without the very first step."""
     third = len(seconds) // 3
     return statistics.median(seconds[1:third]), statistics.median(seconds[-third:])
 
@@ -165,7 +181,6 @@ def table(records):
     lines = []
     for who, runs in records.items():
         early, late = (sorted(p) for p in zip(*(phases(r["seconds"]) for r in runs)))
-        spread = lambda v: f"{statistics.median(v):.3f} [{v[0]:.3f}, {v[-1]:.3f}]"
         lines.append(
             {
                 "library": who[0],
@@ -181,9 +196,18 @@ def table(records):
     return pd.DataFrame(lines)
 
 
+def spread(values):
+    "Median [least, most] of sorted values."
+    return f"{statistics.median(values):.3f} [{values[0]:.3f}, {values[-1]:.3f}]"
+
+
+def total(run):
+    "Seconds of all steps but the first."
+    return sum(run["seconds"][1:])
+
+
 def ratios(records, slow, fast):
     "Of each round: how many times as fast `fast` is, over all steps but the first."
-    total = lambda r: sum(r["seconds"][1:])
     return sorted(total(a) / total(b) for a, b in zip(records[slow], records[fast]))
 
 
@@ -209,14 +233,14 @@ def verdicts(records):
     for m in METHODS:
         faster = min(
             ((r, m, r) for r in RIVALS),
-            key=lambda w: statistics.median(sum(x["seconds"][1:]) for x in records[w]),
+            key=lambda w: statistics.median(map(total, records[w])),
         )
         lines.append(
             verdict(
                 f"{m}: times as fast as {faster[0]}, the faster of the two",
                 ratios(records, faster, ours(m, faster[0])),
                 f"at least {GOALS[m]:g}",
-                lambda v: v >= GOALS[m],
+                lambda v, m=m: v >= GOALS[m],
             )
         )
     cost = ratios(records, ours("standard+atm"), ours("standard"))
@@ -268,7 +292,8 @@ def main():
                 )
     machine, done = provenance(), verdicts(records)
     head = (
-        f"{datetime.date.today()}, {machine['cpu']}, {a.threads} threads, {a.repeat} rounds, median [least, most]; d_in {task['d_in']}, d_sae {task['d_sae']}, "
+        f"{datetime.date.today()}, {machine['cpu']}, {a.threads} threads, {a.repeat} rounds, "
+        f"median [least, most]; d_in {task['d_in']}, d_sae {task['d_sae']}, "
         f"batch {task['batch_size']}, {task['steps']} steps, fp32. {', '.join(RIVALS.values())}."
     )
     text = f"{head}\n\n{to_markdown(done)}\n\n{to_markdown(table(records))}\n"

@@ -1,10 +1,12 @@
-"""One library trains one SAE on given batches and says how long each step took; `training.py` runs it in each library's own environment.
+"""One library trains one SAE on given batches and says how long each step took; `training.py` runs
+it in each library's own environment.
 
     python training_worker.py atm-sae topk TASK_FOLDER RESULT.json --threads 2
 
-TASK_FOLDER holds `task.json` (sizes and recipes), `batches.safetensors` (steps, batch, d_in) and `start.safetensors` (the first weights).
-Every library starts from the same weights, sees the same batches in the same order, and uses the same learning rate without a
-schedule; times are those between two requests for a batch, so that they hold everything a step does, and nothing else.
+TASK_FOLDER holds `task.json` (sizes and recipes), `batches.safetensors` (steps, batch, d_in) and
+`start.safetensors` (the first weights). Every library starts from the same weights, sees the same
+batches in the same order, and uses the same learning rate without a schedule; times are those
+between two requests for a batch, so that they hold everything a step does, and nothing else.
 """
 
 import argparse
@@ -67,7 +69,8 @@ def atm_sae(method, task, start, batches):
     return seconds, {n: p.detach() for n, p in sae.state_dict().items()}
 
 
-def dictionary_learning(method, task, start, batches):
+def dictionary_learning_trainer(method, task):
+    "The trainer of dictionary_learning for a method."
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
@@ -97,6 +100,11 @@ def dictionary_learning(method, task, start, batches):
         )
         for group in trainer.optimizer.param_groups:
             group["betas"] = (0.9, 0.999)  # as the others have
+    return trainer
+
+
+def dictionary_learning(method, task, start, batches):
+    trainer = dictionary_learning_trainer(method, task)
     ae = trainer.ae
     if method == "jumprelu":
         own = dict(

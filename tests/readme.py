@@ -1,15 +1,17 @@
-"""README.md is nbs/index.ipynb as Markdown. Write it with `python tests/readme.py`."""
+"""README.md is nbs/index.ipynb as Markdown. Write it with `python tests/notebooks.py readme`."""
 
-import json, posixpath, re
+import json
+import posixpath
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def relink(text, folder="nbs"):
+def relink(text: str, folder: str = "nbs") -> str:
     "Relative links and pictures of a notebook in `folder`, as seen from the project's root."
 
-    def move(match):
+    def move(match: re.Match) -> str:
         target = match[2]
         if re.match(r"[a-z]+:|[#/]", target):
             return match[0]
@@ -18,65 +20,69 @@ def relink(text, folder="nbs"):
     return re.sub(r'(\]\(|src=")([^)"\s]+)', move, text)
 
 
-def fenced(text, language=""):
+def fenced(text: str, language: str = "") -> str:
     "`text` as a code block."
     return f"```{language}\n{text.rstrip()}\n```"
 
 
-def output_markdown(output, where):
+def output_markdown(output: dict, name: str) -> str:
     "One output of a code cell as Markdown; ValueError for a picture, which a README cannot hold."
     if output["output_type"] == "stream":
         return fenced("".join(output["text"]))
     if output["output_type"] == "error":
-        raise ValueError(
-            f"{where} ended with {output['ename']}: mend it before it becomes the README"
-        )
+        error = output["ename"]
+        raise ValueError(f"{name} ended with {error}: mend it before it becomes the README")
     data = output["data"]
     if any(kind.startswith("image/") for kind in data):
         raise ValueError(
-            f"{where} draws a picture: show the file in reports/figures with ![](../reports/figures/NAME.png) instead"
+            f"{name} draws a picture: show the file in reports/figures"
+            " with ![](../reports/figures/NAME.png) instead"
         )
     if "text/markdown" in data:
         return relink("".join(data["text/markdown"])).strip()
     return fenced("".join(data["text/plain"]))
 
 
-def joined(outputs):
+def joined(outputs: list[dict]) -> list[dict]:
     "Outputs of a cell, with what it printed in pieces in one."
-    out = []
-    for o in outputs:
-        if out and o["output_type"] == out[-1]["output_type"] == "stream":
-            out[-1] = out[-1] | {"text": [*out[-1]["text"], *o["text"]]}
+    out: list[dict] = []
+    for output in outputs:
+        if out and output["output_type"] == out[-1]["output_type"] == "stream":
+            out[-1] = out[-1] | {"text": [*out[-1]["text"], *output["text"]]}
         else:
-            out.append(o)
+            out.append(output)
     return out
 
 
-def cell_markdown(cell, where):
+def directive(text: str) -> str:
+    "Pattern of a line that tells nbdev something: `#| text`, or as ruff writes it `# | text`."
+    return rf"^#\s*\|\s*{text}" + (r"\s*$" if text else "")
+
+
+def cell_markdown(cell: dict, name: str) -> list[str]:
     "The blocks that one cell gives: none if it is hidden."
     source = "".join(cell["source"]).strip()
     if cell["cell_type"] == "markdown":
         return [relink(source)] if source else []
-    if cell["cell_type"] != "code" or re.search(r"^#\|\s*hide\s*$", source, re.M):
+    if cell["cell_type"] != "code" or re.search(directive("hide"), source, re.M):
         return []
-    code = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
-    shown = bool(code) and not re.search(r"^#\|\s*echo:\s*false\s*$", source, re.M)
-    return [fenced(code, "python")] * shown + [
-        output_markdown(o, where) for o in joined(cell["outputs"])
-    ]
+    lines = [line for line in source.splitlines() if not re.match(directive(""), line)]
+    code = "\n".join(lines).strip()
+    shown = bool(code) and not re.search(directive(r"echo:\s*false"), source, re.M)
+    blocks = [fenced(code, "python")] if shown else []
+    return blocks + [output_markdown(output, name) for output in joined(cell["outputs"])]
 
 
-def readme_text(path=ROOT / "nbs" / "index.ipynb"):
-    "The notebook at `path` as Markdown; cells with `#| hide` are left out, of cells with `#| echo: false` only the output stays."
+def readme_text(path: str | Path = ROOT / "nbs" / "index.ipynb") -> str:
+    """The notebook at `path` as Markdown. Cells with `#| hide` are left out; of cells with
+    `#| echo: false` only the output stays."""
     path = Path(path)
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    blocks = [
-        block
-        for i, cell in enumerate(cells)
-        for block in cell_markdown(cell, f"{path.name}, cell {i}")
-    ]
+    blocks = []
+    for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        blocks += cell_markdown(cell, f"{path.name}, cell {i}")
     return "\n\n".join(blocks) + "\n"
 
 
-if __name__ == "__main__":
+def write_readme() -> None:
+    "Write the README."
     (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")

@@ -1,4 +1,5 @@
-"First-letter absorption: both scores branch by branch, probes, split latents, the whole evaluation on planted words, caches, messages."
+"""First-letter absorption: both scores branch by branch, probes, split latents, the whole
+evaluation on planted words, caches, messages."""
 
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from scipy import sparse
 
 from atm_sae.evals import absorption as ab
+from atm_sae.evals import first_letter as fl
 from atm_sae.evals.absorption import (
     AbsorptionConfig,
     absorbed_projection,
@@ -30,8 +32,7 @@ from atm_sae.evals.first_letter import (
     first_letter_prompts,
     fit_letter_probes,
     get_task,
-    load_task,
-    save_task,
+    get_tasks,
     stratified_split,
     task_from_activations,
 )
@@ -69,8 +70,8 @@ def alphabet():
         x,
         pd.DataFrame(
             {
-                "text": [f"{LETTERS[l]}{e}" for l, e in zip(letter, ending)],
-                "letter": [LETTERS[l] for l in letter],
+                "text": [f"{LETTERS[k]}{e}" for k, e in zip(letter, ending)],
+                "letter": [LETTERS[k] for k in letter],
             }
         ),
         ending,
@@ -78,7 +79,8 @@ def alphabet():
 
 
 def alphabet_sae(absorbed, keep=0.0):
-    "Words with the first `absorbed` endings get a latent of their own; the letter's latent keeps the part `keep` there."
+    """Words with the first `absorbed` endings get a latent of their own; the letter's latent
+    keeps the part `keep` there."""
     x, _, ending = alphabet()
     pairs = x[ending < absorbed]
     plain = torch.eye(26 + N_ENDINGS)
@@ -181,7 +183,7 @@ def test_thresholds_come_from_the_config():
 
 def test_letter_probes_do_not_depend_on_the_unit():
     x, words, _ = alphabet()
-    letter = T([LETTERS.index(l) for l in words.letter])
+    letter = T([LETTERS.index(k) for k in words.letter])
     W, b = fit_letter_probes(x, letter)
     W2, b2 = fit_letter_probes(1000 * x, letter)
     assert torch.allclose(W, 1000 * W2, atol=1e-4) and torch.allclose(b, b2, atol=1e-4)
@@ -209,9 +211,12 @@ def test_main_latents_stop_at_the_first_failure():
         T([0.0, 0, 5, 5, 0, 0, 0, 0]),
         T([1.0, 0, 1, 0, 1, 0, 1, 0]),
     )
-    run = lambda *cols: main_latents(
-        torch.stack(cols, 1)[None], y[None], torch.stack(cols, 1)[None], y[None]
-    )
+
+    def run(*cols):
+        return main_latents(
+            torch.stack(cols, 1)[None], y[None], torch.stack(cols, 1)[None], y[None]
+        )
+
     k, f1, hit = run(a, b, junk)
     assert (k, f1) == (2, 1) and torch.equal(hit[0], y)
     assert run(a, junk, b)[0] == 1  # b would help, but junk before it does not
@@ -277,8 +282,8 @@ def test_planted_words_are_counted_exactly(task, absorbed):
     _, words, ending = alphabet()
     result = evaluate_absorption(alphabet_sae(absorbed), task)
     truth = [
-        float((ending[(words.letter == l).to_numpy() & words_test] < absorbed).float().mean())
-        for l in LETTERS
+        float((ending[(words.letter == k).to_numpy() & words_test] < absorbed).float().mean())
+        for k in LETTERS
         for words_test in [task.test.numpy()]
     ]
     assert np.allclose(result.letters.full_absorption_rate, truth) and np.allclose(
@@ -317,37 +322,39 @@ def test_table_columns_and_means(task):
     assert result.config["n_words"] == 520 and result.config["l2"] == 1
 
 
-def test_evaluation_seeds_are_asked_apart_and_averaged(task):
-    sae = alphabet_sae(5)
-    three, apart = (
-        evaluate_absorption(sae, task, eval_seeds=3),
-        [evaluate_absorption(sae, task.again(s)) for s in range(3)],
-    )
-    assert (
-        three.seeds.index.tolist() == [0, 1, 2]
-        and three.seeds.full.tolist() == [r.full for r in apart]
-        and len(set(three.seeds.full)) > 1
-    )
-    assert three.full == pytest.approx(
-        np.mean([r.full for r in apart])
-    ) and three.noise.full == pytest.approx(np.std([r.full for r in apart], ddof=1))
-    assert (
-        len(three.letters) == 78
-        and np.isnan(apart[0].noise.full)
-        and apart[1].letters.eval_seed.unique() == [1]
-    )
+def test_evaluation_seeds_are_scored_apart_and_averaged(task):
+    x, words, _ = alphabet()
+    sae, tasks = alphabet_sae(5), [task_from_activations(x, words, seed) for seed in range(3)]
+    three = evaluate_absorption(sae, tasks)
+    apart = [evaluate_absorption(sae, task) for task in tasks]
+    full = [r.full for r in apart]
+    assert three.seeds.index.tolist() == three.config["seeds"] == [0, 1, 2]
+    assert three.seeds.full.tolist() == full and len(set(full)) > 1
+    assert three.full == pytest.approx(np.mean(full))
+    assert three.noise.full == pytest.approx(np.std(full, ddof=1))
+    assert len(three.letters) == 78 and np.isnan(apart[0].noise.full)
+    assert apart[1].letters.eval_seed.unique() == [1]
     assert np.isnan(three.ablation) and "ablation" not in three.seeds
-    with pytest.raises(ValueError, match="eval_seeds must be at least 1, not 0"):
-        evaluate_absorption(sae, task, eval_seeds=0)
 
 
-def test_the_next_seed_of_a_models_task_has_other_prompts(lm, tmp_path, monkeypatch):
+def test_tasks_that_cannot_be_scored_together(task):
+    sae = alphabet_sae(5)
+    with pytest.raises(ValueError, match="no task to score on"):
+        evaluate_absorption(sae, [])
+    with pytest.raises(
+        ValueError, match=r"seeds are \[0, 0\], but each must have a seed of its own"
+    ):
+        evaluate_absorption(sae, [task, task])
+    with pytest.raises(ValueError, match="different places.*score them apart"):
+        evaluate_absorption(sae, [task, replace(task, layer=1, seed=1)])
+
+
+def test_tasks_of_several_seeds_have_other_prompts(lm, tmp_path, monkeypatch):
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
-    first = get_task("nano-gemma2", 0, n_icl=1, max_words=40)
-    again = first.again(1)
-    assert again.seed == 1 and again.origin == first.origin and not again.words.equals(first.words)
-    assert torch.equal(again.x, get_task("nano-gemma2", 0, seed=1, n_icl=1, max_words=40).x)
-    assert first.again(0) is first
+    first, second = get_tasks("nano-gemma2", 0, [0, 1], n_icl=1, max_words=40)
+    assert (first.seed, second.seed) == (0, 1) and not second.words.equals(first.words)
+    assert (second.n_icl, second.max_words) == (1, 40)
+    assert torch.equal(second.x, get_task("nano-gemma2", 0, seed=1, n_icl=1, max_words=40).x)
 
 
 def test_decoder_norms_are_folded(task):
@@ -433,7 +440,7 @@ def test_model_without_that_layer(lm):
 def test_task_cache(lm, tmp_path, monkeypatch):
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
     made = get_task(lm, 1, seed=2, n_icl=1, max_words=60)
-    monkeypatch.setattr(ab, "build_task", lambda *a, **k: pytest.fail("built again"))
+    monkeypatch.setattr(fl, "build_task", lambda *a, **k: pytest.fail("built again"))
     again = get_task(lm, 1, seed=2, n_icl=1, max_words=60)
     assert (
         torch.equal(made.x, again.x)
@@ -504,10 +511,10 @@ def test_gaps_are_those_of_whole_prompts(lm, lm_task, halves):
 
     rows, at = torch.arange(3), lm_task.at[:3]
     stream = path(halves, lm_task, rows, (0.0, 0.3))
-    ids = T([lm.tokenizer(f" {l}")["input_ids"][0] for l in LETTERS])
+    ids = T([lm.tokenizer(f" {k}")["input_ids"][0] for k in LETTERS])
     for j in range(2):
 
-        def put(resid):
+        def put(resid, j=j):
             return resid.index_put((torch.arange(3), at), stream[:, j])
 
         with splice(lm, 1, put):
@@ -616,16 +623,6 @@ def test_an_sae_of_another_hook_is_refused(lm_task):
         evaluate_absorption(sae, lm_task)  # it fits; the random model cannot spell
 
 
-def test_another_seed_keeps_the_penalty():
-    x, words, _ = alphabet()
-    stiff = task_from_activations(x, words, l2=50.0)
-    assert (
-        torch.equal(stiff.again(1).W, task_from_activations(x, words, seed=1, l2=50.0).W)
-        and stiff.again(1).l2 == 50
-    )
-    assert not torch.equal(stiff.again(1).W, task_from_activations(x, words, seed=1).W)
-
-
 @pytest.mark.parametrize(
     "settings, text",
     [
@@ -639,16 +636,13 @@ def test_impossible_settings(settings, text):
         AbsorptionConfig(**settings)
 
 
-def test_too_few_words_and_models_in_memory(lm, lm_task):
+def test_too_few_words_and_equal_activations(lm):
     with pytest.raises(
         ValueError,
-        match="5 words, but a prompt needs 10 others besides its own: raise max_words or lower n_icl",
+        match=(
+            "5 words, but a prompt needs 10 others besides its own: raise max_words or lower n_icl"
+        ),
     ):
         build_task(lm, 1, max_words=5)
-    with pytest.raises(
-        ValueError,
-        match="cannot be loaded again .*build the task at the other seed yourself, with build_task",
-    ):
-        lm_task.again(1)
     with pytest.raises(ValueError, match="all alike: no probe can read anything"):
         fit_letter_probes(torch.ones(30, 4), torch.arange(30) % 26)

@@ -1,8 +1,10 @@
 """Every branch of both absorption scores, end to end, on words whose latents are written by hand.
 
-520 words: letter + ending, unit vectors; the last 4 of 20 endings are test words. The training words are alike under every exchange of
-letters or endings, so the fitted probe of a letter is p = (e_letter - mean of the other letters) * s, with s^2 (1 + 1/25) = 1, s = 0.98058:
-a word has A = s, and a unit decoder row with the part r along the letter has c = r s. All ratios q / A are as if p were the letter itself.
+520 words: letter + ending, unit vectors; the last 4 of 20 endings are test words. The training
+words are alike under every exchange of letters or endings, so the fitted probe of a letter is p =
+(e_letter - mean of the other letters) * s, with s^2 (1 + 1/25) = 1, s = 0.98058: a word has A = s,
+and a unit decoder row with the part r along the letter has c = r s. All ratios q / A are as if p
+were the letter itself.
 """
 
 import warnings
@@ -32,7 +34,7 @@ def first_letter_task(x=X):
     test, letters = ENDING >= TRAIN, [LETTERS[i] for i in LETTER]
     words = pd.DataFrame(
         {
-            "text": [f"{l}{int(e)}" for l, e in zip(letters, ENDING)],
+            "text": [f"{k}{int(e)}" for k, e in zip(letters, ENDING)],
             "letter": letters,
             "test": test.numpy(),
         }
@@ -61,9 +63,11 @@ class Table:
 
 
 def dictionary(cases, mains=1, row=1.0, x=X):
-    """One latent a letter, all words honest, but for the `cases` {(letter, ending): (keep, absorbers)}: there the main latents fire with `keep`
-    (one number each), and each absorber (share, r) brings `share` of the letter by a row with the part r along it.
-    Letter C has `mains` latents that take turns with the endings; the part of its rows along the letter is `row`."""
+    """One latent a letter; all words are honest but `cases` {(letter, ending): (keep, absorbers)}.
+
+    There the main latents have the values `keep` (one number each), and each absorber (share, r)
+    reconstructs `share` of the letter by a row with the part r along it. Letter C has `mains`
+    latents that take turns with the endings; the part of its rows along the letter is `row`."""
     Z, W_dec = torch.eye(26)[LETTER], torch.eye(46)[:26]
     W_dec[C, C], W_dec[C, 26] = row, (1 - row**2) ** 0.5
     mine = [C, *range(26, 25 + mains)]
@@ -95,7 +99,8 @@ def scores(result, letter=C):
 
 # one altered word of four ---------------------------------------------------
 
-# what the main latent keeps, the absorbers (share of A, part of the row along the letter), full, fraction
+# what the main latent keeps, the absorbers (share of A, part of the row along the letter), full,
+# fraction
 CASES = {
     "honest": (1, [], 0, 0),  # M = A
     "lost": (0, [], 0, 0),  # M = T = 0
@@ -185,10 +190,15 @@ def test_scores_are_means_over_letters(all_cases):
 def test_absorber_and_detection_are_named(all_cases):
     words = all_cases.words.set_index("text")
     order = {name: i for i, name in enumerate(CASES)}
-    first = lambda name: 26 + sum(
-        len(c[1]) for c in list(CASES.values())[: order[name]]
-    )  # its first extra latent
-    at = lambda name: words.loc[f"{LETTERS[order[name]]}{TRAIN + order[name] % 4}"]
+
+    def first(name):
+        return 26 + sum(
+            len(c[1]) for c in list(CASES.values())[: order[name]]
+        )  # its first extra latent
+
+    def at(name):
+        return words.loc[f"{LETTERS[order[name]]}{TRAIN + order[name] % 4}"]
+
     for name, nth in [
         ("absorbed", 0),
         ("partial, capped", 0),
@@ -314,7 +324,7 @@ def test_letters_that_the_probe_cannot_find_do_not_count():
     result = evaluate_absorption(
         dictionary({(0, 16): (0, [(1, 0.7)]), (C, 17): (0, [(1, 0.7)])}, x=x), first_letter_task(x)
     )
-    assert list(result.letters.first_letter) == [l for l in LETTERS if l not in "CF"] and set(
+    assert list(result.letters.first_letter) == [k for k in LETTERS if k not in "CF"] and set(
         result.words.letter
     ) == set(result.letters.first_letter)
     assert result.full == result.fraction == pytest.approx(1 / 4 / 24)
@@ -328,7 +338,7 @@ def test_too_few_letters_are_named():
     assert (
         "only 19 letters" in said
         and "20 are needed" in said
-        and all(f"{l} 0.00" in said for l in "ABCDEFG")
+        and all(f"{k} 0.00" in said for k in "ABCDEFG")
         and "H 1.00" not in said
     )
     assert (

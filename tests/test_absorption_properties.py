@@ -1,4 +1,5 @@
-"Absorption scores: properties that hold for any dictionary, and a literal re-implementation, word by word, that they must agree with."
+"""Absorption scores: properties that hold for any dictionary, and a literal re-implementation, word
+by word, that they must agree with."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -67,9 +68,10 @@ class Word:
     A: float
 
 
-grid = lambda low, high, unit, shift=0.0: st.integers(low, high).map(
-    lambda k: k * unit + shift
-)  # shifted: no ties by design
+def grid(low, high, unit, shift=0.0):
+    return st.integers(low, high).map(lambda k: k * unit + shift)  # shifted: no ties by design
+
+
 ONE_Z = st.one_of(
     st.just(0.0), grid(0, 40, 0.25), st.floats(0, 10), st.sampled_from([1e-9, 1e-6, -0.5])
 )
@@ -80,7 +82,8 @@ ONE_C = st.one_of(
 
 @st.composite
 def one_word(draw, least=-4):
-    "Latents with many zeros, cosines of both signs and near both thresholds, one to three main latents; A at random, or near what they bring."
+    """Latents with many zeros, cosines of both signs and near both thresholds, one to three
+    main latents; A at random, or near what they bring."""
     z = draw(st.lists(ONE_Z, min_size=2, max_size=9))
     c = draw(st.lists(ONE_C, min_size=len(z), max_size=len(z)))
     main = draw(
@@ -110,7 +113,8 @@ def library(w):
 
 
 def on_the_edge(w):
-    "Whether a share lies so near 0.4, M so near A, or two largest q so near each other, that rounding decides."
+    """Whether a share lies so near 0.4, M so near A, or two largest q so near each other, that
+    rounding decides."""
     q, (M, T) = sorted(z * c for z, c in zip(w.z, w.c)), oracle_projections(w.z, w.c, w.main)
     return (
         w.A > 0
@@ -131,7 +135,8 @@ def test_formulas_agree_with_the_literal_ones(w):
 
 
 def test_the_words_reach_every_branch():
-    "Words like those above take each way through the formulas: otherwise the comparison would say little."
+    """Words like those above take each way through the formulas: otherwise the comparison would
+    say little."""
     seen = Counter()
 
     @settings(many, max_examples=200)
@@ -235,9 +240,10 @@ class Toy:
 
 
 def planted(seed, n_letters=4, n_words=15, noise=0.1):
-    """Words that are letter + own direction, in a random basis; one in seven has little of its letter. A latent a letter, and one a word; those of
-    two words in three take a share, up to all, of the letter from the letter's latent. The first letter's latent is split in two. Everything is
-    a little noisy, and there are four random latents."""
+    """Words that are letter + own direction, in a random basis; one in seven has little of its
+    letter. A latent a letter, and one a word; those of two words in three take a share, up to
+    all, of the letter from the letter's latent. The first letter's latent is split in two.
+    Everything is a little noisy, and there are four random latents."""
     g, n = torch.Generator().manual_seed(seed), n_letters * n_words
     letter, index, d = (
         torch.arange(n_letters).repeat_interleave(n_words),
@@ -264,8 +270,8 @@ def planted(seed, n_letters=4, n_words=15, noise=0.1):
     x = 4 * (strength * L @ letters + own) @ basis + noise * torch.randn(n, d, generator=g)
     words = pd.DataFrame(
         {
-            "text": [f"{LETTERS[l]}{i}" for i, l in enumerate(letter)],
-            "letter": [LETTERS[l] for l in letter],
+            "text": [f"{LETTERS[k]}{i}" for i, k in enumerate(letter)],
+            "letter": [LETTERS[k] for k in letter],
         }
     )
     return task_from_activations(x, words, seed), Toy(read.T, write, torch.full((len(read),), -0.3))
@@ -281,7 +287,10 @@ NUMBERS = [
     "k_sparse_f1",
     "probe_f1",
 ]
-evaluate = lambda sae, task, **options: evaluate_absorption(sae, task, CONFIG, **options)
+
+
+def evaluate(sae, task, **options):
+    return evaluate_absorption(sae, task, CONFIG, **options)
 
 
 def assert_same(a, b, where=None):
@@ -338,10 +347,10 @@ def test_every_word_agrees_with_the_literal_formulas(seed):
             oracle_fraction(z, c, main[w.letter], A), abs=1e-3
         )
         rates.setdefault(w.letter, []).append((w.full, w.fraction))
-    for l in result.letters.itertuples():
-        full, fraction = zip(*rates[l.first_letter])
-        assert l.num_full_absorption == sum(full) and l.num_probe_true_positives == len(full)
-        assert [l.full_absorption_rate, l.mean_absorption_fraction] == pytest.approx(
+    for k in result.letters.itertuples():
+        full, fraction = zip(*rates[k.first_letter])
+        assert k.num_full_absorption == sum(full) and k.num_probe_true_positives == len(full)
+        assert [k.full_absorption_rate, k.mean_absorption_fraction] == pytest.approx(
             [sum(full) / len(full), sum(fraction) / len(full)]
         )
     assert result.full == pytest.approx(result.letters.full_absorption_rate.mean())
@@ -349,7 +358,8 @@ def test_every_word_agrees_with_the_literal_formulas(seed):
 
 
 def test_the_planted_words_absorb():
-    "Both scores and the number of main latents vary, so that the comparisons have something to compare."
+    """Both scores and the number of main latents vary, so that the comparisons have something
+    to compare."""
     words, letters = (
         pd.concat(t)
         for t in zip(
@@ -423,11 +433,13 @@ def test_what_does_not_matter(change, seed):
 @settings(quick, max_examples=5)
 @given(seeds)
 def test_same_inputs_same_bytes(seed):
-    once = lambda: [
-        t.to_csv().encode()
-        for r in [evaluate(*planted(seed)[::-1])]
-        for t in (r.letters, r.words, r.seeds)
-    ]
+    def once():
+        return [
+            t.to_csv().encode()
+            for r in [evaluate(*planted(seed)[::-1])]
+            for t in (r.letters, r.words, r.seeds)
+        ]
+
     assert once() == once()
 
 
@@ -435,10 +447,11 @@ def test_same_inputs_same_bytes(seed):
 
 
 def test_bfloat16_changes_little():
-    """bfloat16 rounds by at most 2^-9 = 0.2%; inputs, weights, latents and norms add up to less than 1% of A = 4.
-    T / A has a density of 2/3 / 1.3 = 0.5 words between 0 and 1. So `full` may flip where T / A lies within 0.01 of 0.4, or the main latent's
-    pre-activation within 0.04 of zero: in 0.5 * 0.02 + 0.5 * 0.02 = 2% of the words at most. `fraction` jumps by less than 1 in the first 1% of them,
-    and moves by less than 1% elsewhere: 2% in the mean."""
+    """bfloat16 rounds by at most 2^-9 = 0.2%; inputs, weights, latents and norms add up to less
+    than 1% of A = 4. T / A has a density of 2/3 / 1.3 = 0.5 words between 0 and 1. So `full` may
+    flip where T / A lies within 0.01 of 0.4, or the main latent's pre-activation within 0.04 of
+    zero: in 0.5 * 0.02 + 0.5 * 0.02 = 2% of the words at most. `fraction` jumps by less than 1 in
+    the first 1% of them, and moves by less than 1% elsewhere: 2% in the mean."""
     words = []
     for seed in range(8):
         task, sae = planted(seed, n_letters=8, n_words=20, noise=0.02)

@@ -1,23 +1,30 @@
 "The store on disk and its shuffled reader."
 
-import errno, json, multiprocessing, pickle
+import errno
+import json
+import pickle
+import shutil
+from pathlib import Path
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
+from safetensors.torch import load_file
 
 from atm_sae import core
 from atm_sae.data import activations as module
 from atm_sae.data.activations import (
     ActivationCache,
     ActivationSpec,
+    activation_artefact,
     activation_key,
     build_cache,
     get_activations,
 )
 from atm_sae.data.batches import CacheBatches, held_out
-from atm_sae.artefacts import OutputError, stable_hash
+from atm_sae.artefacts import OutputError, file_lock, stable_hash
 from atm_sae.core import to_plain
 from atm_sae.data.lm import residual_stream, save_lm, tiny_lm
 from atm_sae.data.letters import LineConfig
@@ -68,8 +75,36 @@ def test_rows_are_the_tokens_that_are_not_special(cache, lm, tokens):
     assert len(cache) == 20 * 15 - 2 - 6 and cache.d_in == 32
     expected = residual_stream(lm, tokens, 1)[tokens > 2]
     assert torch.allclose(cache.rows(slice(None)), expected, atol=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_shards_are_mapped_not_read(cache):
     (shard,) = cache.shards
-    assert isinstance(shard, np.memmap) and shard.shape == (292, 32) and not shard.flags.writeable
+    assert shard.shape == (292, 32) and "activations-00000.safetensors" in (
+        Path("/proc/self/maps").read_text()
+    )
+
+
+def test_shards_are_safetensors_files(cache):
+    found = load_file(cache.folder / "activations-00000.safetensors")
+    assert list(found) == ["activations"]
+    assert torch.equal(found["activations"], cache.rows(slice(None)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_pieces_of_a_shard(tmp_path, dtype):
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    one, some = tmp_path / "one", tmp_path / "some"
+    assert module.write_shard(one, [x], 3, dtype) == module.write_shard(
+        some, [x[:2], x[2:2], x[2:]], 3, dtype
+    )
+    assert one.read_bytes() == some.read_bytes() and torch.equal(module.read_shard(one), x)
+
+
+def test_an_empty_shard(tmp_path):
+    n, sha = module.write_shard(tmp_path / "x", [], 3, "float32")
+    assert n == 0 and module.read_shard(tmp_path / "x").shape == (0, 3)
+    assert sha == module.shard_sha256(tmp_path / "x")
 
 
 def test_batch_size_does_not_matter(cache, lm, tokens, tmp_path):
@@ -95,7 +130,8 @@ def test_meta_says_what_it_is(lm, tokens, tmp_path):
 )
 def test_stored_dtypes(cache, lm, tokens, tmp_path, dtype, size, tolerance):
     made = build_cache(lm, tokens, 1, tmp_path / "c", dtype=dtype, progress=False)
-    assert (tmp_path / "c" / "activations-00000.bin").stat().st_size == 292 * 32 * size
+    path = tmp_path / "c" / "activations-00000.safetensors"
+    assert path.stat().st_size == 256 + 292 * 32 * size
     x, y = cache.rows(slice(None)), ActivationCache.open(tmp_path / "c").rows(slice(None))
     assert y.dtype == torch.float32 and ((x - y).abs() <= tolerance * x.abs() + 1e-7).all()
     assert torch.equal(made.rows(np.array([3, 1])), y[[3, 1]])
@@ -124,17 +160,18 @@ def test_pickling_maps_the_file_anew(cache):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_held_out_activations_have_the_letter_lines_of_the_rest(lm, tmp_path, monkeypatch, seed):
-    """Rows of 8 tokens leave 7 activations each, of which the last 400 rows are held out, with less than one letter line too many or too few
-    (see the order of rows in test_text); of the others, then, as well. Rows in random order would be 9 off."""
+    """Rows of 8 tokens leave 7 activations each. The last 400 of 4,000 rows are held out. Their
+    letter lines are less than one off their share (see the order of rows in test_text), and so
+    are those of the other rows. Rows in random order would be 9 off."""
     texts = [
         " ".join(python_docs()[:400]).replace("\n", " ")
     ]  # one text, so that no row loses an EOS
     (newline,) = lm.tokenizer("\n")["input_ids"]
-    letters = (
-        lambda lm, rows, layer: (rows[:, 1] == newline)
-        .float()[:, None, None]
-        .expand(*rows.shape, lm.d_model)
-    )
+
+    def letters(lm, rows, layer):
+        is_line = (rows[:, 1] == newline).float()
+        return is_line[:, None, None].expand(*rows.shape, lm.d_model)
+
     monkeypatch.setattr(module, "residual_stream", letters)
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
     cache = get_activations(
@@ -159,15 +196,20 @@ def change(path, edit):
     "name, edit, message",
     [
         (
-            "activations-00000.bin",
+            "activations-00000.safetensors",
             lambda b: b[:-4],
-            "activations-00000.bin is truncated .* 37,372 bytes, expected 37,376: delete",
+            "activations-00000.safetensors is truncated .* 37,628 bytes, expected 37,632: delete",
         ),
-        ("activations-00000.bin", lambda b: b + b"0", "truncated or not its own"),
+        ("activations-00000.safetensors", lambda b: b + b"0", "truncated or not its own"),
         (
-            "activations-00000.bin",
-            lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:],
-            "activations-00000.bin fails its checksum",
+            "activations-00000.safetensors",
+            lambda b: b[:900] + bytes([b[900] ^ 1]) + b[901:],
+            "activations-00000.safetensors fails its checksum",
+        ),
+        (
+            "activations-00000.safetensors",
+            lambda b: b.replace(b"292", b"291"),
+            "activations-00000.safetensors fails its checksum",
         ),
         ("meta.json", lambda b: b[:20], "meta.json is not valid JSON"),
         ("meta.json", lambda b: b'{"n": 292}', "meta.json lacks d_in, dtype, sha256, shards"),
@@ -183,7 +225,10 @@ def test_damage_is_named(fresh, name, edit, message):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("activations-00000.bin", "truncated .* 0 bytes"), ("meta.json", "meta.json is missing")],
+    [
+        ("activations-00000.safetensors", "truncated .* 0 bytes"),
+        ("meta.json", "meta.json is missing"),
+    ],
 )
 def test_missing_files_are_named(fresh, name, message):
     (fresh.folder / name).unlink()
@@ -197,9 +242,9 @@ def test_missing_folder(tmp_path):
 
 
 def test_verify_false_skips_the_checksum_only(fresh):
-    change(fresh.folder / "activations-00000.bin", lambda b: b[:-1] + b"\x00")
+    change(fresh.folder / "activations-00000.safetensors", lambda b: b[:-1] + b"\x00")
     ActivationCache.open(fresh.folder, verify=False)
-    change(fresh.folder / "activations-00000.bin", lambda b: b[:-1])
+    change(fresh.folder / "activations-00000.safetensors", lambda b: b[:-1])
     with pytest.raises(ValueError, match="truncated"):
         ActivationCache.open(fresh.folder, verify=False)
 
@@ -254,6 +299,9 @@ class FullDisk:
             raise OSError(errno.ENOSPC, "No space left on device")
         self.f.write(data)
 
+    def __getattr__(self, name):
+        return getattr(self.f, name)
+
     def __enter__(self):
         return self
 
@@ -294,7 +342,6 @@ def test_folder_that_cannot_be_written(lm, tokens, tmp_path, monkeypatch, number
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "home"))
-    monkeypatch.setattr(module, "_verified", set())
     return tmp_path / "home"
 
 
@@ -360,7 +407,10 @@ def test_key_follows_text_and_weights_but_not_the_place(spec, lm, tmp_path):
 
 def test_a_damaged_store_is_not_used(home, spec, monkeypatch):
     made = get_activations(spec, texts=TEXTS)
-    change(made.folder / "activations-00000.bin", lambda b: b[:8] + bytes([b[8] ^ 1]) + b[9:])
+    change(
+        made.folder / "activations-00000.safetensors",
+        lambda b: b[:-8] + bytes([b[-8] ^ 1]) + b[-7:],
+    )
     with pytest.raises(ValueError, match="fails its checksum.*delete .* and run again"):
         get_activations(spec, texts=TEXTS)
 
@@ -368,11 +418,88 @@ def test_a_damaged_store_is_not_used(home, spec, monkeypatch):
 def test_verified_once_in_a_process(home, spec, monkeypatch):
     get_activations(spec, texts=TEXTS)
     seen = []
-    real = module.file_sha256
-    monkeypatch.setattr(module, "file_sha256", lambda p: seen.append(p) or real(p))
+    real = module.shard_sha256
+    monkeypatch.setattr(module, "shard_sha256", lambda p: seen.append(p) or real(p))
     for _ in range(3):
         get_activations(spec, texts=TEXTS)
     assert len(seen) == 1
+
+
+def test_the_content_is_known_after_the_folder_is_deleted(home, spec):
+    made = get_activations(spec, texts=TEXTS)
+    artefact = activation_artefact(spec, TEXTS)
+    assert artefact.content() == made.meta["sha256"]
+    shutil.rmtree(made.folder)
+    assert not artefact.exists() and artefact.content() == made.meta["sha256"]
+    assert get_activations(spec, texts=TEXTS).meta == made.meta
+
+
+def test_the_content_does_not_depend_on_where_model_and_text_lie(home, spec, lm, tmp_path):
+    elsewhere = replace(spec, model=str(save_lm(lm, tmp_path / "elsewhere")))
+    first = get_activations(spec, texts=TEXTS)
+    shutil.rmtree(first.folder)
+    assert get_activations(elsewhere, texts=TEXTS).meta["sha256"] == first.meta["sha256"]
+
+
+def test_reading_is_recorded(home, spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATM_SAE_OPENED", str(tmp_path / "opened"))
+    for _ in range(2):
+        made = get_activations(spec, texts=TEXTS)
+    lines = [json.loads(line) for line in (tmp_path / "opened").read_text().splitlines()]
+    assert [(o["kind"], o["key"], o["content"]) for o in lines] == 2 * [
+        ("activations", made.folder.name, made.meta["sha256"])
+    ]
+
+
+def test_makers_of_activations(home, spec):
+    "Code that changes numbers is part of the key; reading, batches and letters' prose are not."
+    found = activation_artefact(spec, TEXTS).closure.definitions
+    assert {
+        "data.activations.token_activations",
+        "data.letters.mixed_tokens",
+        "data.lm.residual_stream",
+        "data.text.PackedRows",
+    } <= found.keys()
+    assert not [name for name in found if "CacheBatches" in name or "ActivationCache" in name]
+
+
+class Turns:
+    "Stands for two ranks: what rank 0 says in each exchange, for one of the two."
+
+    def __init__(self, rank, words):
+        self.rank, self.size, self.words = rank, 2, iter(words)
+
+    def high(self, t):
+        return torch.maximum(t, torch.tensor(next(self.words)))
+
+
+def test_ranks_exchange_a_word_while_rank_0_waits_for_the_lock(tmp_path):
+    "Rank 0 tries three times, and says so each time; then it holds the lock."
+    path = tmp_path / "lock"
+    other = file_lock(path)
+    other.acquire()
+    said = []
+
+    class Rank0(Turns):
+        def high(self, t):
+            said.append(int(t))
+            if len(said) == 2:
+                other.release()
+            return t
+
+    with module.one_maker(file_lock(path), Rank0(0, []), patience=0.05):
+        assert said == [0, 0, 1]
+        with pytest.raises(Timeout):
+            other.acquire(timeout=0)
+    with other.acquire(timeout=0):
+        pass
+
+
+def test_other_ranks_follow_rank_0_without_the_lock(tmp_path):
+    path = tmp_path / "lock"
+    ranks = Turns(1, [0, 0, 1])
+    with file_lock(path), module.one_maker(file_lock(path), ranks, patience=0.05):
+        assert next(ranks.words, None) is None
 
 
 def test_spec_is_plain_data():
@@ -396,9 +523,10 @@ def test_epochs_by_hand():
 
 
 def test_seeds_and_iteration():
-    take = lambda seed: [
-        b.flatten().tolist() for b, _ in zip(CacheBatches(Count(50), 8, seed), range(12))
-    ]
+    def take(seed):
+        reader = CacheBatches(Count(50), 8, seed)
+        return [b.flatten().tolist() for b, _ in zip(reader, range(12))]
+
     assert take(0) == take(0) != take(1)
 
 

@@ -21,12 +21,23 @@ from atm_sae.sae.atm import (
     masking_probability,
     seen_contribution,
 )
-from atm_sae.sae.sae import ARCHITECTURES, SAE, SAEConfig, nested_share, nested_x_hat
-from atm_sae.sae.sparse import Everywhere
+from atm_sae.sae.architectures import ARCHITECTURES, SAEConfig, nested_share
+from atm_sae.sae.sae import SAE
+from atm_sae.sae.sparse import DenseSet
 
 
 def gen(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def make(d_sae, steps=100, **settings):
+    "A masker without a warm-up."
+    return ATMMasker(d_sae, ATMConfig(**dict(warmup=0) | settings), steps)
+
+
+def blind(d_sae, steps=100, rates=(), **settings):
+    "A control without a warm-up."
+    return BlindMasker(d_sae, ATMConfig(**dict(warmup=0) | settings), steps, rates)
 
 
 def test_ema_by_hand():
@@ -39,30 +50,32 @@ def test_ema_by_hand():
 
 def test_statistics_by_hand():
     z = torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    assert magnitude(z, Everywhere(4)).tolist() == [1, 0.5] and frequency(
-        z, Everywhere(4)
+    assert magnitude(z, DenseSet(4)).tolist() == [1, 0.5] and frequency(
+        z, DenseSet(4)
     ).tolist() == [0.5, 0.25]
 
 
 def test_contribution_by_hand():
     h = torch.tensor([[2.0, 1.0]], requires_grad=True)
     (torch.tensor([[3.0, 1.0]]) - h @ torch.eye(2)).square().sum().backward()
-    assert contribution(h.detach(), h.grad, torch.eye(2), Everywhere(1)).tolist() == [[8, 1]]
+    assert contribution(h.detach(), h.grad, torch.eye(2), DenseSet(1)).tolist() == [[8, 1]]
 
 
 def test_effects_by_hand():
-    "The sample above: residual (1, 0), so the first-order gain is 2 * 2 * 1 and 0, and the squares are 4 and 1; the second latent in half of two nested ones."
+    """The sample above: residual (1, 0), so the first-order gain is 2 * 2 * 1 and 0.
+
+    The squares are 4 and 1. The second latent lies in half of the nested dictionaries."""
     h, grad, share = (
         torch.tensor([[2.0, 1.0]]),
         torch.tensor([[-2.0, 0.0]]),
         torch.tensor([1.0, 0.5]),
     )
     found = {
-        e: contribution(h, grad, torch.eye(2), Everywhere(1), effect=e).tolist() for e in EFFECTS
+        e: contribution(h, grad, torch.eye(2), DenseSet(1), effect=e).tolist() for e in EFFECTS
     }
     assert found == {"exact": [[8, 1]], "first-order": [[4, 0]], "norm": [[4, 1]]}
     shared = {
-        e: contribution(h, grad, torch.eye(2), Everywhere(1), share, e).tolist() for e in EFFECTS
+        e: contribution(h, grad, torch.eye(2), DenseSet(1), share, e).tolist() for e in EFFECTS
     }
     assert shared == {"exact": [[8, 0.5]], "first-order": [[4, 0]], "norm": [[4, 0.5]]}
 
@@ -86,10 +99,12 @@ def test_contribution_is_leave_one_out(architecture, per):
         x, None if shape is None else torch.rand(shape, generator=gen(1)) < 0.7, sparsity=0.5
     )
     loss.total.backward()
-    free = contribution(loss.h, loss.h.grad, sae.W_dec, loss.where, nested_share(sae.config))
-    nested_error = lambda h: torch.stack(
-        [(x - part).square().sum(1) for part in nested_x_hat(sae, h, loss.where)]
-    ).mean(0)
+    free = contribution(loss.h, loss.h.grad, sae.W_dec, loss.active, nested_share(sae.architecture))
+
+    def nested_error(h):
+        parts = sae.decode_nested(h, loss.active)
+        return torch.stack([(x - part).square().sum(1) for part in parts]).mean(0)
+
     with torch.no_grad():
         for i in range(24):
             h = loss.h.clone()
@@ -100,7 +115,7 @@ def test_contribution_is_leave_one_out(architecture, per):
 
 def test_importance_by_hand():
     m, f, c = torch.tensor([3.0, 1.0]), torch.tensor([0.75, 0.25]), torch.tensor([8.0, -1.0])
-    # divided by their means 2, .5 and 4 (the negative contribution counts as 0): (1.5, .5), (1.5, .5), (2, 0)
+    # over their means 2, .5 and 4 (the negative one counts as 0): (1.5, .5), (1.5, .5), (2, 0)
     expect = dict(
         geometric=[4.5 ** (1 / 3), 0],
         product=[4.5, 0],
@@ -115,7 +130,7 @@ def test_importance_by_hand():
 
 
 def test_importance_of_nothing_is_zero_and_masks_nothing():
-    masker = ATMMasker(3)
+    masker = make(3)
     assert masker.importance().tolist() == [0, 0, 0] and masker.mask_probability().tolist() == [
         0,
         0,
@@ -124,10 +139,9 @@ def test_importance_of_nothing_is_zero_and_masks_nothing():
 
 
 def test_threshold_by_hand():
-    I = torch.tensor([0.0, 1.0, 1.0, 2.0])
-    assert importance_threshold(I) == 1 and importance_threshold(I, 1.0).item() == pytest.approx(
-        1 + math.sqrt(0.5)
-    )
+    four = torch.tensor([0.0, 1.0, 1.0, 2.0])
+    assert importance_threshold(four) == 1
+    assert importance_threshold(four, 1.0).item() == pytest.approx(1 + math.sqrt(0.5))
 
 
 def test_probability_by_hand():
@@ -142,7 +156,7 @@ def test_no_mask_below_a_threshold_that_is_not_positive(theta):
 
 def test_first_observation_needs_no_warmth():
     z = torch.rand(16, 5, generator=gen())
-    masker = ATMMasker(5, decay=0.999)
+    masker = make(5, decay=0.999)
     masker.observe(z, z.square())
     assert torch.allclose(
         masker.importance(), importance(z.mean(0), z.sign().mean(0), z.square().mean(0)), atol=1e-3
@@ -150,7 +164,7 @@ def test_first_observation_needs_no_warmth():
 
 
 def test_hidden_contribution_waits():
-    masker, ones = ATMMasker(2, decay=0.5), torch.ones(1, 2)
+    masker, ones = make(2, decay=0.5), torch.ones(1, 2)
     masker.observe(ones, ones)
     for _ in range(20):
         masker.observe(ones, torch.tensor([[1.0, 0.0]]), torch.tensor([True, False]))
@@ -169,7 +183,7 @@ def test_seen_contribution_by_hand():
 
 def follow(careful):
     "Importance over threshold of a latent that is silent for 100 steps and useful from then on."
-    masker, g, path = ATMMasker(4, decay=0.95, r=3.0), gen(), []
+    masker, g, path = make(4, decay=0.95, r=3.0), gen(), []
     for t in range(800):
         z = torch.tensor([[1.2, 1.1, float(t >= 100), 0.1]])
         keep = masker.sample(g)
@@ -192,7 +206,7 @@ def test_a_masked_useful_latent_recovers_in_training():
     sae = SAE(SAEConfig(4, 4, l1=0.01))
     sae.W_enc.data, sae.W_dec.data = torch.eye(4), torch.eye(4)
     masker, optimiser, g = (
-        ATMMasker(4, decay=0.9, r=3.0),
+        make(4, decay=0.9, r=3.0),
         torch.optim.Adam(sae.parameters(), lr=1e-4),
         gen(),
     )
@@ -206,28 +220,28 @@ def test_a_masked_useful_latent_recovers_in_training():
         loss = sae.loss(x, keep)
         optimiser.zero_grad()
         loss.total.backward()
-        masker.observe(loss.z, contribution(loss.h, loss.h.grad, sae.W_dec, loss.where), keep)
+        masker.observe(loss.z, contribution(loss.h, loss.h.grad, sae.W_dec, loss.active), keep)
         optimiser.step()
     assert masker.mask_probability()[0] == 0 and masker.importance()[0] > 1
 
 
 def test_sampling_rate_warmup_and_shape():
-    masker, g = ATMMasker(3, warmup=2), gen()
+    masker, g = make(3, steps=100, warmup=0.02), gen()
     z = torch.tensor([[2.0, 1.0, 0.0]])
     masker.observe(z, z.square())
-    assert masker.sample(g).all()  # one step seen, two to wait
+    assert masker.warmup == 2 and masker.sample(g).all()  # one step seen, and the warm-up is two
     masker.observe(z, z.square())
     rate = 1 - torch.stack([masker.sample(g) for _ in range(4000)]).float().mean(0)
     assert torch.allclose(rate, masker.mask_probability(), atol=0.03) and rate[0] == 0
-    masker.per = "sample"
-    assert masker.sample(g, 7).shape == (7, 3)
+    each = make(3, per="sample")
+    assert each.sample(g, 7).shape == (7, 3)
     with pytest.raises(ValueError, match="needs their number"):
-        masker.sample(g)
+        each.sample(g)
 
 
 def at(p, **options):
     "A masker whose probabilities are `p`, whatever it sees."
-    masker = ATMMasker(len(p), **options)
+    masker = make(len(p), **options)
     masker.mask_probability = lambda: torch.tensor(p)
     return masker
 
@@ -255,7 +269,7 @@ def test_one_number_decides_over_a_nested_mask():
 
 def test_a_nested_draw_hides_the_least_important():
     masker, z = (
-        ATMMasker(20, draw="nested", per="sample"),
+        make(20, draw="nested", per="sample"),
         torch.rand(64, 20, generator=gen()) * torch.rand(20, generator=gen(1)),
     )
     masker.observe(z, z.square())
@@ -283,13 +297,13 @@ def test_factor_by_hand():
     )
     assert at(P).factor(keep) is keep
     assert (
-        at(P, rescale=True, warmup=1).factor(keep[:3].repeat(2)[:5]).tolist() == [1] * 5
+        at(P, rescale=True, warmup=0.01).factor(keep[:3].repeat(2)[:5]).tolist() == [1] * 5
     )  # nothing is hidden yet, and nothing enlarged
 
 
 def test_a_rescaled_mask_is_finite_where_all_is_hidden():
     "At r = 40 the probability of a latent that never fires is 1 in fp32."
-    masker = ATMMasker(3, r=40, rescale=True)
+    masker = make(3, r=40, rescale=True)
     masker.observe(z := torch.tensor([[3.0, 1.0, 0.0]]), z.square())
     p, keep = masker.current_probability(), masker.sample(gen())
     assert (
@@ -300,24 +314,19 @@ def test_a_rescaled_mask_is_finite_where_all_is_hidden():
     )
 
 
-def test_a_mask_that_fades_needs_its_end():
-    with pytest.raises(
-        ValueError, match="a mask that fades needs the step at which it is gone: end"
-    ):
-        ATMMasker(3, anneal=10)
-
-
 def test_the_mask_fades_to_nothing():
     "Over the last 10 of 30 steps, after a warm-up of 5."
-    masker, z = ATMMasker(3, warmup=5, anneal=10, end=30), torch.tensor([[3.0, 1.0, 0.0]])
+    masker = make(3, steps=30, warmup=5 / 30, anneal=10 / 30)
+    z = torch.tensor([[3.0, 1.0, 0.0]])
     masker.observe(z, z.square())
     full = masking_probability(masker.importance(), masker.threshold())
     assert full.max() > 0
-    for steps, share in {4: 0, 5: 1, 20: 1, 21: 0.9, 25: 0.5, 29: 0.1}.items():
-        masker.steps = steps
-        assert torch.allclose(masker.current_probability(), share * full), steps
-    for steps in (30, 31):
-        masker.steps = steps
+    for step, share in {4: 0, 5: 1, 20: 1, 21: 0.9, 25: 0.5, 29: 0.1}.items():
+        masker.step = step
+        now = masking_probability(masker.importance(), masker.threshold())
+        assert torch.allclose(masker.current_probability(), share * now), step
+    for step in (30, 31):
+        masker.step = step
         assert masker.current_probability().tolist() == [0] * 3 and masker.sample(gen()).all()
 
 
@@ -329,32 +338,31 @@ def test_without_annealing_the_mask_stays():
 
 
 def test_sampling_is_reproducible():
-    masker = ATMMasker(50)
+    masker = make(50)
     masker.observe(z := torch.rand(8, 50, generator=gen(0)), z)
     assert torch.equal(masker.sample(gen(1)), masker.sample(gen(1))) and not torch.equal(
         masker.sample(gen(1)), masker.sample(gen(2))
     )
 
 
-def test_blind_masker_hides_at_the_rate_of_the_step_and_does_not_look():
-    z, atm, blind = (
+def test_dropout_masks_at_the_rate_of_the_step_whatever_the_importance():
+    z, atm, control = (
         torch.tensor([[9.0, 1.0, 0.0, 0.0]]),
-        ATMMasker(4),
-        BlindMasker(4, rates=[0.0, 0.5, 0.25]),
+        make(4),
+        blind(4, rates=[0.0, 0.5, 0.25]),
     )
-    seen = [blind.mask_probability().tolist()]
+    found = [control.mask_probability().tolist()]
     for _ in range(3):
-        for masker in (atm, blind):
+        for masker in (atm, control):
             masker.observe(z, z)
-        seen.append(blind.mask_probability().tolist())
-    assert seen == [[0.0] * 4, [0.5] * 4, [0.25] * 4, [0.25] * 4] and torch.equal(
-        blind.importance(), atm.importance()
-    )
+        found.append(control.mask_probability().tolist())
+    assert found == [[0.0] * 4, [0.5] * 4, [0.25] * 4, [0.25] * 4]
+    assert torch.equal(control.importance(), atm.importance())
 
 
 @pytest.mark.parametrize("per", ["batch", "sample"])
-def test_a_blind_mask_has_no_order_to_nest_by(per):
-    "The control of a nested mask hides latents one by one: all or nothing would be another experiment."
+def test_a_dropout_mask_has_no_order_to_nest_by(per):
+    "The control of a nested mask draws each latent by itself, and not all or none."
     masker = make_masker(
         ATMConfig(blind=True, draw="nested", per=per, warmup=0), 400, 10, rates=[0.5]
     )
@@ -362,37 +370,40 @@ def test_a_blind_mask_has_no_order_to_nest_by(per):
     assert ((0.35 < kept) & (kept < 0.65)).all()
 
 
-def test_a_blind_mask_does_not_fade_twice():
+def test_a_dropout_mask_does_not_fade_twice():
     "The rates are those of a twin that fades itself."
-    blind = BlindMasker(4, rates=[0.5, 0.25], anneal=2, end=2)
-    blind.steps = 1
-    assert blind.current_probability().tolist() == [0.25] * 4
+    control = blind(4, steps=2, rates=[0.5, 0.25], anneal=1.0)
+    control.step = 1
+    assert control.current_probability().tolist() == [0.25] * 4
+
+
+def test_a_control_needs_rates():
+    with pytest.raises(ValueError, match="needs the mask rate of each step"):
+        make_masker(ATMConfig(blind=True), 4, 10)
+
+
+def test_settings_name_what_the_masks_depend_on():
+    "Two controls with other rates are not the same run."
+    a, b = (blind(4, rates=[rate]).settings() for rate in (0.5, 0.25))
+    assert a != b and a["steps"] == 100 and a["config"] == b["config"]
 
 
 def test_state_round_trip():
-    a, b = ATMMasker(6), ATMMasker(6)
+    a, b = make(6), make(6)
     for s in range(5):
         z = torch.rand(8, 6, generator=gen(s))
         a.observe(z, z.square(), torch.rand(6, generator=gen(s)) < 0.5)
     b.load_state_dict(a.state_dict())
-    assert torch.equal(a.importance(), b.importance()) and a.steps == b.steps
+    assert torch.equal(a.importance(), b.importance()) and a.step == b.step
 
 
 def test_make_masker():
     assert make_masker(None, 4, 100) is None
     assert make_masker(ATMConfig(warmup=0.3, per="sample"), 4, 100).warmup == 30
     masker = make_masker(ATMConfig(effect="norm", draw="nested", rescale=True, anneal=0.25), 4, 100)
-    assert (masker.effect, masker.draw, masker.rescale, masker.anneal, masker.end) == (
-        "norm",
-        "nested",
-        True,
-        25,
-        100,
-    )
-    assert (
-        make_masker(ATMConfig(blind=True), 4, 100, rates=[0.3]).rates == [0.3]
-        and type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
-    )
+    assert (masker.anneal, masker.steps, masker.config.effect) == (25, 100, "norm")
+    assert make_masker(ATMConfig(blind=True), 4, 100, rates=[0.3]).rates == [0.3]
+    assert type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
 
 
 @pytest.mark.parametrize(
@@ -418,4 +429,4 @@ def test_config_refuses(settings, text):
 
 def test_masker_refuses_another_width():
     with pytest.raises(ValueError, match="follows 4 latents, not 5"):
-        ATMMasker(4).observe(torch.ones(2, 5), torch.ones(2, 5))
+        make(4).observe(torch.ones(2, 5), torch.ones(2, 5))

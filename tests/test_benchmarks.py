@@ -1,6 +1,10 @@
 "The benchmark runs and prints its tables; how long anything takes is not tested here."
 
-import importlib.util, json, os, subprocess, sys
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 import pytest
 

@@ -1,4 +1,5 @@
-"The command line: what it prints and where, exit statuses, errors of one line, completion; and the files that describe the package."
+"""The command line: what it prints and where, exit statuses, errors of one line, completion; and
+the files that describe the package."""
 
 import ast
 import contextlib
@@ -27,7 +28,6 @@ from atm_sae.evals.first_letter import LETTERS, task_from_activations
 from atm_sae.data.activations import ActivationSpec, get_activations
 from atm_sae.data.batches import held_out
 from atm_sae.cli import app, main
-from atm_sae.artefacts import read_json
 from atm_sae.core import one_thread
 from atm_sae.data.lm import load_lm, save_lm, tiny_lm
 from atm_sae.evals.metrics import planted_metrics, reconstruction_metrics
@@ -38,7 +38,6 @@ from atm_sae.evals.saebench import read_saebench
 from atm_sae.data.planted import PlantedWorld, WorldConfig
 from atm_sae.methods import METHODS
 from atm_sae.train.runs import get_run, recipe, run_folder
-from toy import real, toy  # fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = WorldConfig(
@@ -70,7 +69,7 @@ def cache(tmp_path, monkeypatch):
     "Every test has a cache of its own, and one thread."
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    cli._model.cache_clear()
+    cli.load_model.cache_clear()
     with one_thread():
         yield tmp_path / "cache"
 
@@ -177,7 +176,13 @@ def test_version():
 
 
 def test_help_and_completion_need_no_torch():
-    code = 'import sys; from atm_sae.cli import main; status = main(); sys.exit(9 if {"torch", "numpy", "pandas", "transformers"} & sys.modules.keys() else status)'
+    code = """
+import sys
+from atm_sae.cli import main
+status = main()
+heavy = {"torch", "numpy", "pandas", "transformers"} & sys.modules.keys()
+sys.exit(9 if heavy else status)
+"""
     assert [
         ended(shell(*a, code=code))[0] for a in (["--help"], ["train", "--help"], ["--version"])
     ] == [0, 0, 0]
@@ -363,7 +368,7 @@ def test_train_on_a_model(model, tmp_path):
     assert again["model"] == str(Path(model).resolve()) and again["layer"] == 1
     core = again["core"]
     assert {k: core[k] for k in row["metrics"]} == row["metrics"]
-    # of an untrained model the score may have any size, so it is held against the losses that it is made of
+    # of an untrained model the score may have any size: it is held against the losses it is made of
     zero, sae, orig = (core[f"ce_{k}"] for k in ("zero", "sae", "orig"))
     assert (
         core["ce_loss_score"] == pytest.approx((zero - sae) / (zero - orig))
@@ -423,7 +428,12 @@ def test_out_replaces_nothing_else(planted, tmp_path):
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_goes_on(cache, how, status):
     args = ["train", "topk", *SMALL, "--set", "checkpoint_every=200", "--steps", 20_000]
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.cli import main; sys.exit(main())"
+    code = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from atm_sae.cli import main
+sys.exit(main())
+"""
     process, end = shell(*args, code=code), time.monotonic() + 100
     while not (found := list((cache / "runs").glob("*/checkpoint.safetensors"))):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -478,42 +488,29 @@ def test_evaluate_a_cached_run_and_one_without_a_record():
 
 @pytest.fixture
 def letters(monkeypatch):
-    "A first-letter task of exact vectors in the place of the model's."
+    "First-letter tasks of exact vectors, at two seeds, in the place of the model's."
     letter = torch.arange(26).repeat_interleave(20)
     x = torch.zeros(520, 48)
     x[range(520), letter] = x[range(520), 26 + torch.arange(20).repeat(26)] = 1
-    task = task_from_activations(
-        x,
-        pd.DataFrame(
-            {
-                "text": [f"{LETTERS[l]}{i}" for i, l in enumerate(letter)],
-                "letter": [LETTERS[l] for l in letter],
-            }
-        ),
-        model="tiny",
-        layer=1,
+    words = pd.DataFrame(
+        {
+            "text": [f"{LETTERS[n]}{i}" for i, n in enumerate(letter)],
+            "letter": [LETTERS[n] for n in letter],
+        }
     )
-    monkeypatch.setattr("atm_sae.evals.first_letter.get_task", lambda lm, layer: task)
-    return task
+    tasks = [task_from_activations(x, words, seed, model="tiny", layer=1) for seed in range(2)]
+    monkeypatch.setattr(
+        "atm_sae.evals.first_letter.get_tasks", lambda lm, layer, seeds: [tasks[i] for i in seeds]
+    )
+    return tasks
 
 
 def test_evaluate_on_a_model(model, foreign, letters, monkeypatch, tmp_path):
     sae, folder = foreign
     tasks = [t for t in probing_tasks(n_texts=24) if t.group == "tools"]
     monkeypatch.setattr("atm_sae.evals.probing.probing_tasks", lambda: tasks)
-    status, out, err = run(
-        "evaluate",
-        folder,
-        "--model",
-        model,
-        "--tokens",
-        3000,
-        "--eval-seeds",
-        2,
-        "--saebench",
-        tmp_path / "bench",
-        "--json",
-    )
+    args = ["--model", model, "--tokens", 3000, "--eval-seeds", 2, "--saebench", tmp_path / "bench"]
+    status, out, err = run("evaluate", folder, *args, "--json")
     assert status == 0 and "metrics: 100%" in err, err
     (row,) = json.loads(out)
     assert (row["method"], row["model"], row["layer"]) == ("topk", model, 1)
@@ -521,7 +518,7 @@ def test_evaluate_on_a_model(model, foreign, letters, monkeypatch, tmp_path):
         sae, held_out(get_activations(ActivationSpec(model=model, layer=1, n_tokens=3000)), 20_000)
     )
     assert {k: row["core"][k] for k in core} == core
-    result = evaluate_absorption(sae, letters, eval_seeds=2)
+    result = evaluate_absorption(sae, letters)
     assert (
         row["absorption"]["full"],
         row["absorption"]["fraction"],
@@ -644,7 +641,7 @@ def test_only_takes_several_names(toy):
 
 def test_reproduce_says_what_failed(toy, monkeypatch):
     (toy.path.parent / "10_count.ipynb").write_text(
-        (toy.path.parent / "10_count.ipynb").read_text().replace("head = ", "head = nothing + ")
+        (toy.path.parent / "10_count.ipynb").read_text().replace("lines = [", "lines = nothing + [")
     )
     code, out, _ = toy.cli()
     assert (
@@ -697,7 +694,7 @@ def test_push_dry_run_shows_card_and_files(foreign, tmp_path):
         "would send to me/mine: README.md, cfg.json, sae_weights.safetensors\n\n---\n"
     )
     named = dict(l0=4.97, explained_variance=0.7, mean_full_absorption_score=0.012)
-    assert cli._card_scores(tmp_path / "scores.json") == named and shown.endswith(
+    assert cli.card_scores(tmp_path / "scores.json") == named and shown.endswith(
         model_card(foreign[0], named, "me/mine") + "\n"
     )
     (tmp_path / "scores.json").write_text(json.dumps(scores * 2))
@@ -745,7 +742,13 @@ def completed(words, kind="bash"):
         zsh=dict(_TYPER_COMPLETE_ARGS=words),
         fish=dict(_TYPER_COMPLETE_ARGS=words, _TYPER_COMPLETE_FISH_ACTION="get-args"),
     )[kind]
-    code = 'import sys; from atm_sae.cli import main; sys.argv = ["atm-sae"]; status = main(); sys.exit(9 if "torch" in sys.modules else status)'
+    code = """
+import sys
+from atm_sae.cli import main
+sys.argv = ["atm-sae"]
+status = main()
+sys.exit(9 if "torch" in sys.modules else status)
+"""
     return ended(shell(code=code, _ATM_SAE_COMPLETE=f"complete_{kind}", **env))[1]
 
 
@@ -811,7 +814,12 @@ def test_names_are_lazy_and_the_same_for_type_checkers():
         all(a.name == a.asname for node in block.body for a in node.names)
         and seen == atm_sae._NAMES
     )
-    code = 'import sys, atm_sae; assert "torch" not in sys.modules; from atm_sae import *; assert SAE and set(atm_sae.__all__) <= set(dir(atm_sae)) & globals().keys()'
+    code = """
+import sys, atm_sae
+assert "torch" not in sys.modules
+from atm_sae import *
+assert SAE and set(atm_sae.__all__) <= set(dir(atm_sae)) & globals().keys()
+"""
     assert ended(shell(code=code)) == (0, "", "")
 
 
@@ -820,14 +828,19 @@ def test_names_are_those_of_their_modules():
         for name in names:
             assert getattr(atm_sae, name) is getattr(sys.modules[f"atm_sae.{module}"], name)
     with pytest.raises(AttributeError, match="module 'atm_sae' has no attribute 'nothing'"):
-        atm_sae.nothing
+        getattr(atm_sae, "nothing")  # noqa: B009  what is tested is the attribute
     with pytest.raises(ImportError):
         exec("from atm_sae import nothing")
 
 
 def test_train_is_the_function_whatever_was_imported_first():
-    code = 'import atm_sae.train, atm_sae; from atm_sae import train; assert callable(train) and atm_sae.train is train is sys.modules["atm_sae.train"].train'
-    assert ended(shell(code=f"import sys; {code}"))[0] == 0
+    code = """
+import sys, atm_sae.train, atm_sae
+from atm_sae import train
+assert callable(train)
+assert atm_sae.train is train is sys.modules["atm_sae.train.loop"].train
+"""
+    assert ended(shell(code=code))[0] == 0
     assert (
         isinstance(sys.modules["atm_sae.sae"], type(sys))
         and atm_sae.sae is sys.modules["atm_sae.sae"]
@@ -871,7 +884,7 @@ def test_pyproject_names_command_and_types():
 def test_wheel_holds_the_types_marker(tmp_path):
     import shutil
 
-    setuptools = pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path / "project"
     shutil.copytree(
         ROOT / "atm_sae", copy / "atm_sae", ignore=shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,5 @@
-"Worlds of letters, words and dictionaries by hand: exact where they should be, absorbing as much as they were asked to."
+"""Worlds of letters, words and dictionaries by hand: exact where they should be, absorbing as much
+as they were asked to."""
 
 import pandas as pd
 import pytest

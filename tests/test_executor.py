@@ -1,7 +1,9 @@
-"Grids of runs on a real Dask cluster of two workers: the same SAEs, sent back from caches elsewhere; what is made only once; errors."
+"""Grids of runs in processes and on a Dask cluster of two workers: the same SAEs, files
+sent back from other caches, errors, and workers that end with their parent."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -9,11 +11,25 @@ import time
 
 import distributed
 import pytest
+from dask import config as dask_config
+from small import WORLD, small, weights
 
 from atm_sae.artefacts import folder_sha256
-from atm_sae.train.runs import executor_pool, get_run, is_complete, recipe, run_folder, run_grid
+from atm_sae.train import runs
+from atm_sae.train.executors import Executor, find_executor, run_jobs
+from atm_sae.train.runs import (
+    get_run,
+    is_complete,
+    receive_run,
+    recipe,
+    run_folder,
+    run_grid,
+    twin_spec,
+)
 from test_cli import SMALL, done, fails, spec as cli_spec
-from test_train import WORLD, cache, small, training, weights  # cache is a fixture, of every test
+
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +78,7 @@ NOBODY = "dask:tcp://127.0.0.1:1"  # no scheduler listens there
 
 
 def made_by(place):
-    return {p.name for p in place.glob("runs/*") if (p / "run.json").exists()}
+    return {p.name for p in place.glob("runs/*") if (p / "artefact.json").exists()}
 
 
 def snapshots(run):
@@ -115,17 +131,16 @@ def test_workers_with_disks_of_their_own_send_whole_runs_back(far, dask, cache):
     for place in far:
         for key in made_by(place):
             assert folder_sha256(place / "runs" / key) == folder_sha256(cache / "runs" / key)
-    assert {p.name for p in (cache / "runs").iterdir()} == here
 
 
-def test_a_blind_control_finds_or_makes_its_twin_where_it_is_trained(
+def test_a_dropout_control_finds_or_makes_its_twin_where_it_is_trained(
     far, dask, cache, monkeypatch, tmp_path
 ):
     blind, twin = [[small(m, seed=s) for s in (0, 1)] for m in ("dropout", "atm")]
     many = run_grid(blind, progress=False, executor=dask)
     assert made_by(cache) == keys(blind + twin)
     for place in far:
-        assert keys([training._twin(s) for s in blind if s.key in made_by(place)]) <= made_by(place)
+        assert keys([twin_spec(s) for s in blind if s.key in made_by(place)]) <= made_by(place)
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
     for run in many:
         assert weights(run.sae) == weights(get_run(run.spec).sae)
@@ -133,7 +148,7 @@ def test_a_blind_control_finds_or_makes_its_twin_where_it_is_trained(
 
 def test_workers_on_a_common_disk_leave_runs_where_they_are(client, dask, cache, monkeypatch):
     settle(client, [cache, cache])
-    monkeypatch.setattr(training, "atomic_folder", None)  # nothing can be received
+    monkeypatch.setattr(runs, "atomic_folder", None)  # nothing can be received
     assert [
         r.spec.seed
         for r in run_grid([small("topk"), small("topk", seed=1)], progress=False, executor=dask)
@@ -158,14 +173,13 @@ def test_complete_runs_are_not_made_again(far, dask, cache):
 def test_what_comes_back_takes_the_place_of_a_run_that_was_stopped(far, dask, monkeypatch):
     spec = small("atm")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            training, "_save_history", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr(runs, "save_history", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             get_run(spec)
     assert (run_folder(spec) / "checkpoint.safetensors").exists() and not is_complete(spec)
     (run,) = run_grid([spec], progress=False, executor=dask)
     assert sorted(p.name for p in run.folder.iterdir()) == [
+        "artefact.json",
         "history.csv",
         "run.json",
         "sae",
@@ -173,51 +187,79 @@ def test_what_comes_back_takes_the_place_of_a_run_that_was_stopped(far, dask, mo
     ]
 
 
-def test_a_run_is_received_wholly_or_not_at_all(cache):
+def run_files(spec):
+    folder = get_run(spec).folder
+    return {name: (folder / name).read_bytes() for name in runs.RUN_FILES}
+
+
+def test_a_run_is_received_wholly_or_not_at_all(cache, monkeypatch, tmp_path):
     spec = small("topk")
+    files = run_files(spec)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "here"))
     with pytest.raises(TypeError):
-        training._receive(
-            spec, {"run.json": json.dumps(dict(key=spec.key)).encode(), "sae/cfg.json": "not bytes"}
-        )
-    assert list(cache.rglob("*")) == [cache / "runs"]
+        receive_run(spec, files | {"sae/cfg.json": "not bytes"})
+    assert not is_complete(spec) and list((tmp_path / "here" / "runs").iterdir()) == []
+    receive_run(spec, files)
+    assert run_files(spec) == files
 
 
-def test_a_run_that_other_code_made_is_not_received(far, dask, client, cache):
-    "A worker whose package is another version hashes to another key."
+def test_only_the_files_of_a_run_are_received(cache, monkeypatch, tmp_path):
+    spec = small("topk")
+    files = run_files(spec)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "here"))
+    receive_run(spec, files | {"../../../stolen": b"", str(tmp_path / "stolen"): b"", "more": b""})
+    assert run_files(spec) == files and not list(tmp_path.rglob("stolen"))
+    assert not (run_folder(spec) / "more").exists()
 
-    def other_code(version):
-        import atm_sae.train.runs, sys  # noqa: E401
 
-        sys.modules["atm_sae.train.runs"]._code = lambda: version
+def test_another_run_is_not_received(cache):
+    with pytest.raises(RuntimeError, match='a worker sent another run than "topk, L0 3, seed 1"'):
+        receive_run(small("topk", seed=1), run_files(small("topk")))
+    assert not is_complete(small("topk", seed=1))
 
-    client.run(other_code, "older")
+
+def test_a_worker_with_other_code_trains_nothing(far, dask, client, cache):
+    def change_code(change):
+        "Have a worker read its own package as if one statement of it were another."
+        from atm_sae import closure
+
+        if change:
+            sources = dict(closure._sources(str(closure.files("atm_sae"))))
+            old = "return WorldBatches(PlantedWorld(data), batch_size, seed)"
+            file = "data/batches.py"
+            assert old in sources[file]
+            sources[file] = sources[file].replace(old, f"data = data\n    {old}")
+            closure.real_sources = closure._sources
+            closure._sources = lambda root: sources
+        else:
+            closure._sources = closure.real_sources
+        closure._closure.cache_clear()
+
+    client.run(change_code, True)
     try:
         with pytest.raises(
             RuntimeError,
-            match=r'a worker trained "topk, L0 3, seed 0" with other code \(key [0-9a-f]{16}, here [0-9a-f]{16}\): install the same atm-sae',
+            match=r"the worker has other code, packages, data or devices \(key [0-9a-f]{16}, here "
+            r"[0-9a-f]{16}\): install the same atm-sae",
         ):
             run_grid([small("topk")], progress=False, executor=dask)
     finally:
-        client.run(other_code, training._code())
-    assert not is_complete(small("topk"))
+        client.run(change_code, False)
+    assert not is_complete(small("topk")) and not made_by(far[0]) | made_by(far[1])
 
 
 # ---- which executor
 
 
+def test_names_of_executors():
+    assert find_executor("processes") == find_executor(None) == Executor()
+    assert find_executor("dask") == Executor("dask")
+    assert find_executor("dask:tcp://10.0.0.1:8786") == Executor("dask", "tcp://10.0.0.1:8786")
+
+
 @pytest.mark.parametrize(
-    "name, pool, address",
-    [
-        ("processes", "_processes", ""),
-        ("dask", "_dask", ""),
-        ("dask:tcp://10.0.0.1:8786", "_dask", "tcp://10.0.0.1:8786"),
-    ],
+    "name", ["slurm", "Dask", "processes:2", "torchrun", ":tcp://10.0.0.1:8786"]
 )
-def test_names_of_executors(name, pool, address):
-    assert executor_pool(name) == (getattr(training, pool), address)
-
-
-@pytest.mark.parametrize("name", ["slurm", "Dask", "processes:2", ":tcp://10.0.0.1:8786"])
 def test_unknown_executor(name, cache):
     with pytest.raises(
         ValueError, match=f"unknown executor '{name}': use 'processes', 'dask' or 'dask:ADDRESS'"
@@ -245,10 +287,9 @@ def test_the_environment_names_an_executor(far, dask, monkeypatch):
 
 def test_the_run_that_failed_is_named(far, dask):
     bad = [recipe("topk", WORLD, d_in=9, d_sae=16, l0=3, steps=5, seed=s) for s in (3, 4)]
-    with pytest.raises(
-        RuntimeError,
-        match=r'run "topk, L0 3, seed [34]" \([0-9a-f]{16}\) failed: ValueError: the data are 8 wide, but the SAE has d_in = 9',
-    ):
+    why = "the data are 8 wide, but the SAE has d_in = 9"
+    name = r'run "topk, L0 3, seed [34]" \([0-9a-f]{16}\)'
+    with pytest.raises(RuntimeError, match=f"{name} failed: ValueError: {why}"):
         run_grid(bad, progress=False, executor=dask)
 
 
@@ -278,7 +319,7 @@ def test_the_scheduler_is_lost(tmp_path, cache):
             time.sleep(0.1)
         threading.Timer(3, scheduler.kill).start()  # no worker ever comes, so the run waits
         with pytest.raises(
-            ConnectionError, match="the Dask scheduler was lost: 1 runs are to be made"
+            ConnectionError, match="the Dask scheduler was lost: 1 jobs are not done"
         ):
             run_grid(
                 [small("topk")],
@@ -288,10 +329,8 @@ def test_the_scheduler_is_lost(tmp_path, cache):
 
 
 def test_no_scheduler_answers(quick, cache):
-    with pytest.raises(
-        ConnectionError,
-        match=r"no Dask scheduler answers at tcp://127.0.0.1:1 \(.*\): start one \(dask scheduler\), or check the address",
-    ):
+    why = r"no Dask scheduler answers at tcp://127.0.0.1:1 \(.*\): start one \(dask scheduler\)"
+    with pytest.raises(ConnectionError, match=f"{why}, or check the address"):
         run_grid([small("topk")], progress=False, executor=NOBODY)
     assert not is_complete(small("topk"))
 
@@ -305,6 +344,85 @@ def test_distributed_is_not_installed(monkeypatch):
         ):
             run_grid([small("topk")], progress=False, executor=name)
     assert run_grid([small("topk")], workers=1, progress=False)  # others do without
+
+
+def die(number):
+    if number == 1:
+        os._exit(3)
+    return number
+
+
+def test_a_worker_that_dies_is_an_error():
+    with pytest.raises(RuntimeError, match="a worker process was killed"):
+        [*run_jobs(die, [0, 1, 2], workers=2)]
+
+
+def test_a_dask_worker_that_dies_is_an_error():
+    with dask_config.set({"distributed.scheduler.allowed-failures": 0}):
+        (outcome,) = run_jobs(die, [1], 1, Executor("dask"))
+    assert type(outcome.error).__name__ == "KilledWorker"
+
+
+class Unpicklable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def refuse(number):
+    raise Unpicklable(number, number)
+
+
+def test_an_exception_that_cannot_be_pickled_keeps_its_text():
+    outcomes = [*run_jobs(refuse, [1, 2], workers=2)]
+    assert sorted(str(o.error) for o in outcomes) == [
+        "Unpicklable: 1 and 1",
+        "Unpicklable: 2 and 2",
+    ]
+
+
+def test_results_that_came_back_are_kept(cache):
+    bad = recipe("topk", WORLD, d_in=9, d_sae=16, l0=3, steps=5)
+    good = [small("topk", seed=s) for s in (1, 2)]
+    with pytest.raises(RuntimeError, match="the data are 8 wide"):
+        run_grid([*good, small("topk", steps=10**7), bad], progress=False)
+    assert is_complete(good[0])
+
+
+PARENT = """
+import os, signal, time
+from atm_sae.train.executors import run_jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
+def job(number):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+if __name__ == '__main__':
+    list(run_jobs(job, [1, 2], workers=2))
+"""
+
+
+def is_running(pid):
+    try:
+        return not open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(number, tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        workers = [int(parent.stdout.readline()) for _ in range(2)]
+        assert all(map(is_running, workers))
+        parent.send_signal(number)
+        try:
+            parent.wait(30)
+        finally:
+            parent.kill()  # or the end of this block would wait for it
+    end = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))
 
 
 # ---- from the command line

@@ -1,104 +1,177 @@
-"The whole path, small: every experiment in profile smoke, run twice; and the README's ten lines as a reader would type them."
+"""Every experiment small, from end to end: all in forked processes, one in real kernels, two of
+the profiles for Gemma-2-2b with the shipped model; and the lines of the README."""
 
-import json, os, re, subprocess, sys
+import json
+import re
+import shutil
 from pathlib import Path
-from atm_sae.report.figures import SMOKE
-from atm_sae.report.tables import read_summary
+
+import pytest
+import yaml
+from forks import forked
+from notebooks import execute_forked
+from small import documents
+
+from atm_sae.cli import main
+from atm_sae.report import runner
 from atm_sae.report.manifest import load_manifest
+from atm_sae.report.runner import reproduce
+from atm_sae.report.tables import SMOKE, read_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def reproduce(out, cache, *args):
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from atm_sae.cli import main; sys.exit(main())",
-        "reproduce",
-        "--profile",
-        "smoke",
-        "--out",
-        str(out),
-        *args,
-    ]
-    env = {
-        **os.environ,
-        "ATM_SAE_CACHE": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+@pytest.fixture
+def in_forks(monkeypatch, shared_cache):
+    "Experiments run in forked processes, and share a cache with the notebooks."
+    monkeypatch.setenv("ATM_SAE_CACHE", str(shared_cache))
+    monkeypatch.setattr(runner, "execute_notebook", execute_forked)
+
+
+def made(profile, out, **more):
+    "Run experiments that must all succeed."
+    lines = []
+    done = reproduce(profile=profile, out=out, say=lines.append, **more)
+    assert not [s.name for s in done.values() if s.state != "ok"], "\n".join(lines)[-6000:]
+
+
+def check_outputs(items, out):
+    "Every declared output is there, and recorded."
+    for item in items:
+        for output in item.outputs:
+            assert (out / output).stat().st_size > 0, output
+        record = json.loads((out / f"provenance/{item.name}.json").read_text())
+        assert set(record["outputs"]) == {*item.outputs, f"notebooks/{item.name}.ipynb"}
+
+
+SUMMARIES = {
+    "absorption": "mean_full_absorption_score",
+    "reconstruction": "explained_variance",
+    "probing": "sae_top_1_test_accuracy",
+    "planted": "absorption",
+}
+
+
+def check_summary(name, metric, out):
+    "The summary holds each method with its L0 and both seeds."
+    rows = read_summary(out / f"tables/{name}-summary.csv")
+    rows = rows[(rows.metric == metric) & ~rows.method.str.contains(" - ")]
+    assert {"atm", "topk", "random"} <= set(rows.method) and (rows.n == 2).all(), name
+    columns = ["mean", "low", "high", "l0", "l0_low", "l0_high"]
+    assert rows[columns].notna().all().all(), name
+
+
+def test_the_whole_smoke_profile(tmp_path, in_forks):
+    "One test, since all its parts look at the same run."
+    items = load_manifest().experiments
+    made("smoke", tmp_path)
+    check_outputs(items, tmp_path)
+    for name, metric in SUMMARIES.items():
+        check_summary(name, metric, tmp_path)
+    page = (tmp_path / "index.md").read_text()
+    assert SMOKE in page and all(item.title in page for item in items)
+
+
+# ---- in kernels
+
+
+def command(out, *args):
+    "The command in this process."
+    return main(["reproduce", "--profile", "smoke", "--only", "planted", "--out", str(out), *args])
 
 
 def outputs(folder):
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for part in ("figures", "tables")
-        for p in sorted((folder / part).iterdir())
-    }
+    "Content of all figures and tables."
+    files = (p for part in ("figures", "tables") for p in sorted((folder / part).iterdir()))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
-def every_declared_output_is_there(smoke):
-    for item in load_manifest().experiments:
-        for output in item.outputs:
-            assert (smoke / "reports" / output).stat().st_size > 0, output
-        record = json.loads((smoke / f"reports/provenance/{item.name}.json").read_text())
-        assert set(record["outputs"]) == {*item.outputs, f"notebooks/{item.name}.ipynb"}
-    page = (smoke / "reports/index.md").read_text()
-    assert SMOKE in page and all(item.title in page for item in load_manifest().experiments)
+def test_kernels_make_an_object_once(tmp_path, cache, capsys):
+    assert command(tmp_path) == 0 and "1 ok" in capsys.readouterr().out
+    check_outputs([load_manifest().pick("planted")], tmp_path)
+    before = outputs(tmp_path)
+    assert command(tmp_path) == 0 and "1 up to date" in capsys.readouterr().out
+    (tmp_path / "figures/planted.png").unlink()
+    assert command(tmp_path) == 0 and "1 ok" in capsys.readouterr().out
+    assert outputs(tmp_path) == before
 
 
-def summaries_carry_l0_and_seeds(smoke):
-    for name, metric in {
-        "absorption": "mean_full_absorption_score",
-        "reconstruction": "explained_variance",
-        "probing": "sae_top_1_test_accuracy",
-        "planted": "absorption",
-    }.items():
-        rows = read_summary(smoke / f"reports/tables/{name}-summary.csv")
-        rows = rows[(rows.metric == metric) & ~rows.method.str.contains(" - ")]
-        assert {"atm", "topk", "random"} <= set(rows.method) and (rows.n == 2).all(), name
-        assert rows[["mean", "low", "high", "l0", "l0_low", "l0_high"]].notna().all().all(), name
+# ---- the profiles for Gemma-2-2b, small
+
+SMALL = dict(
+    layer=2,
+    d_sae=64,
+    batch_size=256,
+    steps=20,
+    n_tokens=20_000,
+    targets=[4, 8],
+    target=4,
+    seeds=[0, 1],
+    pretrained=[],
+    max_words=1500,
+    every=10,
+)
+METHODS = ("atm", "topk", "jumprelu as published", "jumprelu+atm anneal=0.5", "random")
 
 
-def second_run_does_nothing_and_only_rebuilds_one(smoke):
-    before = outputs(smoke / "reports")
-    again = reproduce(smoke / "reports", smoke / "cache")
-    assert (
-        again.returncode == 0 and f"{len(load_manifest().experiments)} up to date" in again.stdout
-    ), again.stdout
-    (smoke / "reports/figures/planted.png").unlink()
-    only = reproduce(smoke / "reports", smoke / "cache", "--only", "planted")
-    assert only.returncode == 0 and "absorption: running" not in only.stdout, only.stdout
-    assert outputs(smoke / "reports") == before
+def small(value, text):
+    "Parameters of the manifest with small numbers, the shipped model, and a text from a file."
+    if not isinstance(value, dict):
+        return value
+    out = {k: SMALL[k] if k in SMALL else small(v, text) for k, v in value.items()}
+    if "model" in out:
+        out["model"] = str(ROOT / "data" / "nano-gemma2")
+    if "activations" in out:
+        buffer = {"buffer": 2048} if "buffer" in out["activations"] else {}
+        out["activations"] |= {"text": str(text), "context": 64} | buffer
+    if isinstance(out.get("methods"), list):
+        out["methods"] = [m for m in out["methods"] if m in METHODS]
+    return out
 
 
-def test_the_whole_smoke_profile(
-    tmp_path,
-):  # one test, for all its parts look at the same run, made from nothing
-    done = reproduce(tmp_path / "reports", tmp_path / "cache")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for check in (
-        every_declared_output_is_there,
-        summaries_carry_l0_and_seeds,
-        second_run_does_nothing_and_only_rebuilds_one,
-    ):
-        check(tmp_path)
+def small_manifest(profile, folder):
+    "The experiments with small parameters, in `folder`; returns the path of the manifest."
+    shutil.copytree(ROOT / "nbs" / "experiments", folder / "exp")
+    lines = [json.dumps(dict(text=text)) for text in documents(1000)]
+    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    path = folder / "exp" / "manifest.yaml"
+    manifest = yaml.safe_load(path.read_text())
+    for item in manifest["objects"]:
+        given = item.get("parameters", {})
+        kept = {p: given[p] for p in ("common", profile) if p in given}
+        item["parameters"] = small(kept, folder / "text.jsonl")
+    path.write_text(yaml.safe_dump(manifest, sort_keys=False))
+    return path
 
 
-def test_readme_lines_train_topk_and_atm(tmp_path):
+@pytest.mark.parametrize(
+    "profile, name", [("gemma", "reconstruction"), ("gemma-long", "absorption")]
+)
+def test_a_profile_for_gemma_with_the_shipped_model(profile, name, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(runner, "execute_notebook", execute_forked)
+    path = small_manifest(profile, tmp_path)
+    made(profile, tmp_path / "out", only=[name], manifest=path)
+    check_outputs([load_manifest(path).pick(name)], tmp_path / "out")
+    stored = [json.loads(p.read_text())["spec"] for p in cache.glob("activations/*/meta.json")]
+    assert all(s["dtype"] == s["lm_dtype"] == "bfloat16" for s in stored)
+    assert all(s["text"] == str(tmp_path / "text.jsonl") for s in stored)
+    held_out = {s["held_out"] for s in stored}
+    assert held_out == ({True} if profile == "gemma-long" else {False, True})  # a stream keeps none
+
+
+# ---- the README
+
+
+def lines_of_the_readme(code):
+    exec(code, {"__name__": "__main__"})
+
+
+def test_readme_lines_train_topk_and_atm(cache):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     code = next(b for b in blocks if "planted_metrics" in b)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ATM_SAE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    printed = dict(re.findall(r"(topk|atm): absorption (\d\.\d+) at L0 \d", done.stdout))
-    assert printed.keys() == {"topk", "atm"} and all(
-        0 <= float(v) <= 1 for v in printed.values()
-    ), done.stdout
+    done = forked(lines_of_the_readme, code)
+    assert done.status == 0, done.said
+    printed = dict(re.findall(r"(topk|atm): absorption (\d\.\d+) at L0 \d", done.said))
+    assert printed.keys() == {"topk", "atm"}, done.said
+    assert all(0 <= float(value) <= 1 for value in printed.values()), done.said

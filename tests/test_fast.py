@@ -1,13 +1,14 @@
-"Skipping the zeros gives what the dense loss gives: loss, gradients, ATM's statistics and whole trainings."
+"The sparse code path gives the loss, gradients, statistics and trainings of the dense one."
 
 import pytest
 import torch
 
-from atm_sae.sae import sae as sae_module
 from atm_sae.sae.atm import ATMConfig, contribution, make_masker
-from atm_sae.sae.sae import ARCHITECTURES, SAE, SAEConfig, nested_share
-from atm_sae.sae.sparse import Entries, Everywhere, find_entries
-from atm_sae.train.loop import TrainConfig, keep_freed_memory, train
+from atm_sae.ranks import ALONE
+from atm_sae.sae.architectures import ARCHITECTURES, SAEConfig, nested_share
+from atm_sae.sae.sae import SAE
+from atm_sae.sae.sparse import ActiveSet, DenseSet, find_active_set
+from atm_sae.train.loop import TrainConfig, train
 
 D, F, B = 24, 300, 50
 SIZES = dict(
@@ -69,7 +70,7 @@ def both(architecture, per):
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "tanh"])
 def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
     (dense, d), (fast, f) = both(architecture, per)
-    assert isinstance(dense.where, Everywhere) and isinstance(fast.where, Entries)
+    assert isinstance(dense.active, DenseSet) and isinstance(fast.active, ActiveSet)
     for part in ("total", "reconstruction", "penalty", "auxiliary"):
         assert getattr(fast, part).item() == pytest.approx(getattr(dense, part).item(), rel=1e-5), (
             part
@@ -78,7 +79,7 @@ def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
     for n in d:
         assert d[n].abs().max() > 0, n
         assert torch.allclose(f[n], d[n], rtol=0, atol=1e-5 * d[n].abs().max().item()), n
-    rows, cols = fast.where.rows, fast.where.cols
+    rows, cols = fast.active.rows, fast.active.cols
     assert (
         torch.allclose(dense.z[rows, cols], fast.z, atol=1e-6)
         and dense.z.count_nonzero() == fast.z.count_nonzero() > 0
@@ -100,11 +101,11 @@ def test_the_masker_sees_the_same(architecture, per):
                 loss.h,
                 loss.h.grad,
                 W_dec,
-                loss.where,
-                nested_share(sparse_sae(architecture).config),
+                loss.active,
+                nested_share(sparse_sae(architecture).architecture),
             ),
             mask(per),
-            loss.where,
+            loss.active,
         )
     for n, dense in maskers[0].state_dict().items():
         assert torch.allclose(
@@ -113,31 +114,34 @@ def test_the_masker_sees_the_same(architecture, per):
     assert maskers[0].contribution.abs().max() > 0
 
 
+def chosen(config, pre):
+    "The active set of these pre-activations."
+    sae = SAE(config)
+    return find_active_set(pre, lambda pre: sae.architecture.places(pre, sae, ALONE))
+
+
 def test_places_by_hand():
-    sae = SAE(SAEConfig(2, 40, "topk", k=2))
     pre = torch.zeros(2, 40)
     pre[0, [3, 7]], pre[1, [0, 39]] = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 5.0])
-    found = find_entries(sae, pre)
-    assert (
-        found.rows.tolist() == [0, 0, 1, 1]
-        and sorted(found.cols[:2].tolist()) == [3, 7]
-        and sorted(found.cols[2:].tolist()) == [0, 39]
-    )
+    found = chosen(SAEConfig(2, 40, "topk", k=2), pre)
+    assert found.rows.tolist() == [0, 0, 1, 1]
+    assert sorted(found.cols[:2].tolist()) == [3, 7] and sorted(found.cols[2:].tolist()) == [0, 39]
     assert found.at(torch.arange(40)).tolist() == found.cols.tolist()
-    assert (
-        found.mean(torch.tensor([1.0, 1.0, 1.0, 3.0]))[found.cols[3]] == 1.5
-    )  # 3 over two samples
-    assert find_entries(SAE(SAEConfig(2, 40, "batchtopk", k=1)), pre).cols.tolist() == [3, 39]
+    mean = found.mean(torch.tensor([1.0, 1.0, 1.0, 3.0]))
+    assert mean[found.cols[3]] == 1.5  # 3 over two samples
+    assert chosen(SAEConfig(2, 40, "batchtopk", k=1), pre).cols.tolist() == [3, 39]
 
 
 def test_pieces_of_a_dictionary_by_hand():
-    "Latents 0, 2 and 3 of two samples; the second sample has none before 2, and no sample any from 4 on."
-    where, W = (
-        Entries(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3]), 2, 5),
+    "Latents 0, 2 and 3 of two samples: the second has none before 2, and neither any from 4 on."
+    active, W = (
+        ActiveSet(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 3]), 2, 5),
         torch.tensor([[1.0], [10.0], [100.0], [1000.0], [9.0]]),
     )
     h = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    pieces = {(a, b): where.decode(h, W, a, b) for a, b in [(0, 2), (2, 3), (2, 5), (3, 3), (4, 5)]}
+    pieces = {
+        (a, b): active.decode(h, W, a, b) for a, b in [(0, 2), (2, 3), (2, 5), (3, 3), (4, 5)]
+    }
     assert {k: p.flatten().tolist() for k, p in pieces.items()} == {
         (0, 2): [1, 0],
         (2, 3): [200, 0],
@@ -153,16 +157,16 @@ def test_pieces_of_a_dictionary_by_hand():
     ]  # the piece from 2 to 3 lies in the one from 2 to 5
     full = torch.tensor([[1.0, 0, 2, 0, 0], [0, 0, 0, 3, 0]])
     for (a, b), p in pieces.items():
-        assert torch.equal(Everywhere(2).decode(full, W, a, b), p)
+        assert torch.equal(DenseSet(2).decode(full, W, a, b), p)
 
 
 def test_dense_where_skipping_does_not_pay():
     x = samples()
     crowded = SAE(SAEConfig(D, F, "standard", l1=0.1))  # about half of all places fire
-    assert isinstance(crowded.loss(x, fast=True).where, Everywhere)
-    assert isinstance(SAE(SAEConfig(D, F, "topk", k=F // 4)).loss(x, fast=True).where, Everywhere)
+    assert isinstance(crowded.loss(x, fast=True).active, DenseSet)
+    assert isinstance(SAE(SAEConfig(D, F, "topk", k=F // 4)).loss(x, fast=True).active, DenseSet)
     with torch.autocast("cpu", torch.bfloat16):
-        assert isinstance(sparse_sae("topk").loss(x, fast=True).where, Everywhere)
+        assert isinstance(sparse_sae("topk").loss(x, fast=True).active, DenseSet)
 
 
 def test_nothing_fires():
@@ -200,14 +204,18 @@ def trained(architecture, **settings):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_training_ends_alike(architecture, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(
-        sae_module, "find_entries", lambda *a: chosen.append(find_entries(*a)) or chosen[-1]
-    )
+    sets, loss = [], SAE.loss
+
+    def watched(self, *arguments):
+        result = loss(self, *arguments)
+        sets.append(type(result.active))
+        return result
+
+    monkeypatch.setattr(SAE, "loss", watched)
     dense, slow = trained(architecture, fast=False)
-    assert not chosen
+    assert set(sets) == {DenseSet}
     fast, quick = trained(architecture)
-    assert any(chosen)
+    assert ActiveSet in sets
     assert torch.allclose(fast.W_dec, dense.W_dec, atol=1e-3) and torch.allclose(
         fast.W_enc, dense.W_enc, atol=1e-3
     )
@@ -235,7 +243,3 @@ def test_the_encoder_lies_in_memory_as_its_gradient_does():
     sae = sparse_sae("topk")
     sae.loss(samples(), fast=True).total.backward()
     assert sae.W_enc.stride() == sae.W_enc.grad.stride() == (1, D)
-
-
-def test_freed_memory_is_kept_or_not_with_an_answer():
-    assert keep_freed_memory() in (True, False)

@@ -1,6 +1,8 @@
 "Loading models, reading the residual stream, splicing."
 
-import json, math, shutil
+import json
+import math
+import shutil
 
 import pytest
 import torch

@@ -1,13 +1,23 @@
 "The manifest: what is wrong with one, and whose results are out of date."
 
+import json
 from pathlib import Path
+
 import nbformat
 import pandas as pd
 import pytest
+import yaml
+from atm_sae.artefacts import artefact_closure, computing_versions
 from atm_sae.report import manifest as M
-from atm_sae.report.manifest import ManifestError, load_manifest, read_parameters, run_order
+from atm_sae.report.manifest import (
+    ManifestError,
+    Parameter,
+    load_manifest,
+    read_parameters,
+    run_order,
+)
 from atm_sae.methods import method_name
-from toy import DECLARED, DOUBLE, notebook, real, toy  # real and toy are fixtures
+from toy import DECLARED, DOUBLE, notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +45,17 @@ ROOT = Path(__file__).resolve().parent.parent
             "tables/count-summary.csv",
             "the output 'tables/count-summary.csv' is declared twice",
         ),
-        ("title: Doubling", "titel: Doubling", "unknown key 'titel'"),
+        (
+            "title: Doubling",
+            "titel: Doubling",
+            "double: unknown key 'titel'; known are name, title",
+        ),
+        ("title: Doubling", "title: 3", "double: `title` must be text, got 3"),
+        ("- name: double", "- 3\n  - name: double", "object 1: expected a mapping, got 3"),
+        ("published: [", "published: [3, ", "count: published 1: expected a mapping, got 3"),
+        ("after: [count]", "after: [3]", "double: after 1: expected text, got 3"),
+        ("total: 0.5", "total: much", "count: tolerance: `total` must be a number, got 'much'"),
+        ("objects:", "objekts:", "manifest.yaml: no `objects`"),
         ("title: Doubling", "about: nothing", "no `title`"),
         ("20_double.ipynb", "21_double.ipynb", "no notebook 21_double.ipynb"),
         ("tables/double.md", "../x.md", "output '../x.md' must lie in figures/ or tables/"),
@@ -48,9 +68,13 @@ ROOT = Path(__file__).resolve().parent.parent
         ("after: [count]", "after: count", "`after` must be a list"),
         ("tolerance: {total: 0.5}", "", "no tolerance for the published metric 'total'"),
         ("method: topk", "method: topq", "unknown method 'topq'"),
-        ("value: 6", "value: six", "published value 'six' is not a number"),
-        ("value: 6", "valu: 6", "unknown key 'valu'"),
-        ("expect: lower", "expect: less", "expects 'lower' or 'higher'"),
+        ("value: 6", "value: six", "count: published 1: `value` must be a number, got 'six'"),
+        (
+            "value: 6",
+            "valu: 6",
+            "count: published 1: unknown key 'valu'; known are method, metric, l0",
+        ),
+        ("expect: lower", "expect: less", "claims 1: `expect` must be 'lower' or 'higher'"),
         ("[tables/count-summary.csv]", "[tables/count.csv]", "read from tables/count-summary.csv"),
         ("budget: seconds}", "cost: 1}", "profile smoke: unknown key 'cost'"),
         ("title: Doubling", "title: Doubling\n    title: Again", "doubled key 'title'"),
@@ -85,6 +109,7 @@ def test_circle(toy):
         (dict(parameters=DECLARED + "k = 3"), "`k = 3` is not of the form"),
         (dict(parameters=DECLARED + "k: int = steps"), "`k: int = steps` is not of the form"),
         (dict(parameters=DECLARED + "k: list = [\n1]"), "line 5"),
+        (dict(parameters=DECLARED + "k: Odd = 3"), "with a type made of str, int, float"),
         (dict(parameters=DECLARED + "steps: int = 3"), "'steps' is declared twice"),
         (dict(parameters=DECLARED + "k: int = = 3"), "is not Python"),
     ],
@@ -104,18 +129,27 @@ def test_read_parameters(toy):
     assert p["steps"] == M.Parameter("steps", "int", 2, "how far to count") and p["rate"].help == ""
 
 
-def test_types():
-    assert (
-        M._fits(None, "int | None")
-        and M._fits(1, "float")
-        and M._fits([1], "list[int]")
-        and M._fits(object(), "Odd")
-    )
-    assert not M._fits(True, "int") and not M._fits("1", "int") and not M._fits(None, "int")
+@pytest.mark.parametrize(
+    "type, value, fits",
+    [
+        ("int | None", None, True),
+        ("float", 1, True),
+        ("list[int]", [1], True),
+        ("dict[str, float]", {"a": 1}, True),
+        ("int", True, False),
+        ("int", "1", False),
+        ("int", None, False),
+        ("list[int]", ["1"], False),
+    ],
+)
+def test_types(type, value, fits):
+    assert Parameter("x", type, None).accepts(value) == fits
 
 
-def test_braces():
-    assert M._expand("a/{x,y}.{p, q}") == ["a/x.p", "a/x.q", "a/y.p", "a/y.q"]
+def test_braces(toy):
+    toy.replace("[tables/double.md]", '["tables/{x,y}.{md, csv}"]')
+    names = ("x.md", "x.csv", "y.md", "y.csv")
+    assert load_manifest(toy.path).pick("double").outputs == tuple(f"tables/{n}" for n in names)
 
 
 def test_manifest_that_is_not_there(tmp_path):
@@ -128,8 +162,6 @@ def test_manifest_that_is_not_there(tmp_path):
 
 def test_the_real_manifest_fits_the_real_notebooks():
     path = M.project_root() / "nbs" / "experiments" / "manifest.yaml"
-    if not list(path.parent.glob("*.ipynb")):
-        pytest.skip("no experiment notebooks yet")
     manifest = load_manifest(path)
     assert set(manifest.profiles) == {"smoke", "default", "full", "gemma", "gemma-long"}
     assert {e.notebook for e in manifest.experiments} == {
@@ -139,8 +171,8 @@ def test_the_real_manifest_fits_the_real_notebooks():
 
 def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
     path = M.project_root() / "nbs" / "experiments" / "manifest.yaml"
-    experiments, wrong = M._check_manifest(M._load_yaml(path), path)
-    assert [w for w in wrong if "no notebook" not in w] == [] or list(path.parent.glob("*.ipynb"))
+    experiments, wrong = M.check_manifest(yaml.safe_load(path.read_text()), path)
+    assert not wrong
     values = {
         (p["method"], p["metric"], p.get("l0")): p["value"]
         for e in experiments
@@ -219,16 +251,63 @@ def test_the_frozen_settings_are_what_the_committed_search_chose():
     )
 
 
-def test_the_library_is_hashed_once_as_long_as_its_files_stay(tmp_path, monkeypatch):
-    "Every object of a page asks for it."
-    (tmp_path / "a.py").write_text("x = 1")
-    asked = []
-    monkeypatch.setattr(M.importlib.resources, "files", lambda package: tmp_path)
-    monkeypatch.setattr(
-        M, "code_hash", lambda without: asked.append(without) or f"hash {len(asked)}"
-    )
-    assert [M._library_hash() for _ in range(3)] == ["hash 1"] * 3
-    (tmp_path / "a.py").write_text("x = 22")
-    assert M._library_hash() == "hash 2"
-    (tmp_path / "b.py").write_text("")
-    assert [M._library_hash() for _ in range(2)] == ["hash 3"] * 2 and len(asked) == 3
+# ---- fingerprints
+
+
+def opened(*lines):
+    "The lines of a log, as `Artefact.opened` writes them."
+    base = dict(kind="runs", code="c", inputs={}, makers=["a.b"], choose={}, cut=[], sources={})
+    base |= dict(spec_types=[], packages={}, content="x")
+    return "".join(json.dumps(base | line) + "\n" for line in lines)
+
+
+def test_opened_artefacts_are_grouped(tmp_path):
+    log = tmp_path / "opened.jsonl"
+    assert M.opened_groups(log) == []
+    log.write_text(opened(dict(key="1"), dict(key="2"), dict(key="1"), dict(key="3", code="d")))
+    groups = {g["code"]: g for g in M.opened_groups(log)}
+    assert {code: g["number"] for code, g in groups.items()} == {"c": 2, "d": 1}
+    assert "key" not in groups["c"] and groups["c"]["keys"] != groups["d"]["keys"]
+
+
+def test_opened_artefacts_that_would_be_made_otherwise(tmp_path, monkeypatch):
+    "Once for each kind, with what changed: code, packages, or an input."
+    maker = ("data.planted.zipf_rates",)
+    now = artefact_closure(*maker, choose={}, cut=(), spec_types=())
+    versions = computing_versions(now.packages)
+    good = dict(makers=maker, code=now.hash, packages=versions, sources=dict(model="m"))
+    good |= dict(inputs=dict(model="abc", activations="any"))
+    monkeypatch.setattr("atm_sae.data.lm.model_checksum", lambda name: {"m": "abc"}[name])
+    log = tmp_path / "opened.jsonl"
+
+    def changes(*lines):
+        log.write_text(opened(*(good | dict(key=str(i)) | line for i, line in enumerate(lines))))
+        return M.opened_changes(M.opened_groups(log))
+
+    assert changes({}, {}) == []
+    assert changes(dict(code="old"), {}) == ["runs (code)"]
+    assert changes(dict(makers=["data.planted.gone"])) == ["runs (code)"]
+    assert changes(dict(packages=dict(numpy="1"))) == ["runs (packages)"]
+    old = dict(inputs=dict(model="xyz"), kind="activations", code="old")
+    assert changes(old, {}) == ["activations (code, model)"]
+
+
+def test_changed_parts_name_at_most_three():
+    old = dict(notebook="a", library=dict(a=1, b=1, c=1, d=1), inputs=dict(x=1))
+    new = dict(notebook="b", library=dict(a=2, b=2, c=2, e=1), inputs=dict(x=1))
+    assert M.changed_parts(old, new) == ["notebook", "library (a, b, c, ...)"]
+    assert M.changed_parts({}, dict(parameters=dict(steps=1))) == ["parameters"]
+
+
+def test_a_fingerprint_follows_what_the_notebook_imports(toy):
+    "The code that it reaches by name, up to the getters; not the modules that only carry results."
+    path = toy.path.parent / "20_double.ipynb"
+    call = "from atm_sae.train.runs import get_run\nfrom atm_sae.stats import format_interval"
+    notebook(path, call)
+    manifest = load_manifest(toy.path)
+    parts = M.fingerprint(manifest, manifest.pick("double"), "smoke", toy.out)
+    assert {"stats.format_interval", "stats.format_number"} <= parts["library"].keys()
+    assert not [k for k in parts["library"] if k.startswith(("train", "report", "artefacts"))]
+    assert parts["inputs"] == {"tables/count-summary.csv": None}
+    notebook(path, call + "  # a comment")
+    assert M.fingerprint(manifest, manifest.pick("double"), "smoke", toy.out) == parts

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from atm_sae.evals.metrics import (
     planted_metrics,
     planted_table,
     reconstruction_metrics,
-    silence_rates,
+    miss_rates,
     spliced_metrics,
 )
 from atm_sae.data.planted import PlantedWorld, WorldConfig
@@ -188,7 +187,10 @@ def test_special_positions_keep_their_stream(lm, tokens):
 
 def test_kl_by_hand(lm, tokens):
     sae = Toy(torch.eye(32), torch.eye(32))
-    logp = lambda: lm.model(input_ids=tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+
+    def logp():
+        return lm.model(input_ids=tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+
     ordinary = tokens > 2
     with torch.no_grad():
         p = logp()
@@ -242,8 +244,8 @@ def test_silence_by_hand():
         T([1, 1, 1, 1, 1, 0]).bool(),
         T([1, 1, 1, 0, 0, 0]).bool(),
     )
-    assert silence_rates(on, parent, child) == (pytest.approx(2 / 3), 0)
-    assert math.isnan(silence_rates(on, parent, torch.zeros(6, dtype=torch.bool))[0])
+    assert miss_rates(on, parent, child) == (pytest.approx(2 / 3), 0)
+    assert math.isnan(miss_rates(on, parent, torch.zeros(6, dtype=torch.bool))[0])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"Reconstruction and spliced metrics against the literal definitions, token by token, and what they must not depend on."
+"""Reconstruction and spliced metrics against the literal definitions, token by token, and what they
+must not depend on."""
 
 from math import isnan, log, sqrt
 
@@ -59,13 +60,15 @@ KEEP = Toy(torch.eye(2), torch.eye(2))  # keeps positive coordinates, drops nega
 @pytest.mark.parametrize(
     "sae, x, want",
     [
-        # |e|^2 = 0, 9: nothing of the negative token is left, its cosine counts 0. E|x|^2 = 17, E x = (0, 1): variance 16
+        # |e|^2 = 0, 9: nothing of the negative token is left, its cosine counts 0. E|x|^2
+        # = 17, E x = (0, 1): variance 16
         (
             KEEP,
             [[3, 4], [-3, 0]],
             dict(mse=4.5, cosine=0.5, l0=1, l1=3.5, dead_share=0, shrinkage=1),
         ),
-        # x_hat = (0, 1), (0, 3): E|x|^2 = (2 + 10) / 2 = 6, E x = (0, 2), variance 2, E|e|^2 = 1; cosines 1/sqrt 2, 3/sqrt 10
+        # x_hat = (0, 1), (0, 3): E|x|^2 = (2 + 10) / 2 = 6, E x = (0, 2), variance 2,
+        # E|e|^2 = 1; cosines 1/sqrt 2, 3/sqrt 10
         (
             KEEP,
             [[-1, 1], [-1, 3]],
@@ -79,7 +82,8 @@ KEEP = Toy(torch.eye(2), torch.eye(2))  # keeps positive coordinates, drops nega
                 fvu=1 / (6 - 5),
             ),
         ),
-        # doubles everything: e = x, so FVU = E|x|^2 / variance = 5 / (5 - 4), and |x_hat|^2 / x.x_hat = 4 / 2
+        # doubles everything: e = x, so FVU = E|x|^2 / variance = 5 / (5 - 4), and
+        # |x_hat|^2 / x.x_hat = 4 / 2
         (
             Toy(torch.eye(2), 2 * torch.eye(2)),
             [[1, 0], [3, 0]],
@@ -105,7 +109,8 @@ KEEP = Toy(torch.eye(2), torch.eye(2))  # keeps positive coordinates, drops nega
             [[1, 0], [0, 2]],
             dict(mse=(2 + 8) / 2, cosine=0, l0=1, fvu=5 / (2.5 - 1.25), shrinkage=None),
         ),
-        # always answers (1, 1), the mean: |x_hat|^2 = 2, 2 and x.x_hat = 3, 1; cosines 3/sqrt 10, 1/sqrt 2
+        # always answers (1, 1), the mean: |x_hat|^2 = 2, 2 and x.x_hat = 3, 1; cosines
+        # 3/sqrt 10, 1/sqrt 2
         (
             Toy(torch.zeros(2, 1), torch.ones(1, 2), b_dec=1.0),
             [[1, 2], [1, 0]],
@@ -134,7 +139,8 @@ def test_mse_of_saebench_divides_by_the_tokens_of_its_batch(tokens):
 
 
 def test_variance_of_the_reference_is_another_number():
-    "Tokens (9, 0), (11, 0) and x_hat = (10, 0): the variance is 101 - 100 = 1 and all of it is lost; 101 - 5^2 = 76 would leave 1/76."
+    """Tokens (9, 0), (11, 0) and x_hat = (10, 0): the variance is 101 - 100 = 1 and all of it
+    is lost; 101 - 5^2 = 76 would leave 1/76."""
     x = T([[9.0, 0], [11, 0]])
     m = reconstruction_metrics(Toy(torch.zeros(2, 1), torch.ones(1, 2), b_dec=[10.0, 0]), x)
     wrong = 1 - m["mse"] / float(x.square().sum(1).mean() - x.mean() ** 2)
@@ -148,7 +154,10 @@ def literal(sae, x):
     "Section by section, one token at a time, in Python's numbers."
     Z, X = sae.encode(x).tolist(), x.tolist()
     X_hat, n, d = sae.decode(sae.encode(x)).tolist(), len(X), len(X[0])
-    dot = lambda a, b: sum(i * j for i, j in zip(a, b))
+
+    def dot(a, b):
+        return sum(i * j for i, j in zip(a, b))
+
     e2 = [sum((i - j) ** 2 for i, j in zip(a, b)) for a, b in zip(X, X_hat)]
     mean = [sum(row[i] for row in X) / n for i in range(d)]
     variance = sum(dot(a, a) for a in X) / n - dot(mean, mean)
@@ -299,7 +308,8 @@ def test_spliced_agrees_with_the_literal_definitions(lm, seed, layer):
     ordinary = T([[t not in special for t in row] for row in ids])[..., None]
 
     def losses(change):
-        "CE of the next token and the distributions, at each position whose token and successor are ordinary."
+        """CE of the next token and the distributions, at each position whose token and
+        successor are ordinary."""
         with torch.no_grad(), splice(lm, layer, lambda r: torch.where(ordinary, change(r), r)):
             p = lm.model(input_ids=tokens).logits.double().softmax(-1)
         at = [

@@ -1,33 +1,39 @@
-"Every assertion in every notebook holds: each is run from top to bottom, in a process of its own."
+"Every assertion in every library notebook holds: each is run from top to bottom in a process."
 
-import os, subprocess, sys
+import json
 from pathlib import Path
+
 import pytest
+from forks import forked
+from notebooks import run_notebook
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(
-    p
-    for p in NBS.rglob("*.ipynb")
-    if ".ipynb_checkpoints" not in p.parts and not (p.parent / ".notest").exists()
+    path
+    for path in NBS.rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts and not (path.parent / ".notest").exists()
 )
 
 
 @pytest.mark.parametrize(
-    "path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).with_suffix("").as_posix()
+    "path", NOTEBOOKS, ids=lambda path: path.relative_to(NBS).with_suffix("").as_posix()
 )
-def test_notebook_runs(path):
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1], n_workers=0)",
-        str(path),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=NBS.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:] or done.stdout[-4000:]
-    assert "Success." in done.stdout, done.stdout  # nothing eligible would pass silently
+def test_notebook_runs(path, shared_cache):
+    ended = forked(run_notebook, str(path), ATM_SAE_CACHE=shared_cache)
+    assert ended.status == 0, ended.said[-4000:]
+    assert ended.value > 0, "no cell was run"
+
+
+def saved(path, *sources):
+    "A notebook of code cells at `path`."
+    cells = [dict(cell_type="code", metadata={}, outputs=[], source=s) for s in sources]
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    return str(path)
+
+
+def test_a_failing_cell_is_shown(tmp_path):
+    good, bad = "#| eval: false\n1 / 0", "assert 1 + 1 == 3"
+    ended = forked(run_notebook, saved(tmp_path / "bad.ipynb", good, "#| slow\n1 / 0", bad))
+    assert ended.status == 1
+    assert "While Executing Cell #3" in ended.said and "AssertionError" in ended.said
+    assert forked(run_notebook, saved(tmp_path / "good.ipynb", good, "1")).value == 1

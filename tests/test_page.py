@@ -1,13 +1,30 @@
-"The landing pages: what they say, that every link leads somewhere, and that nothing comes from outside."
+"The pages of results: what they say, that every link leads somewhere, that nothing is loaded."
 
-import base64, io, re
+import base64
+import io
+import re
+import tomllib
+from fnmatch import fnmatch
 from html.parser import HTMLParser
+
 import pytest
 from PIL import Image
-from atm_sae.report.manifest import load_manifest
-from atm_sae.report.page import _cell, _headline, _leading, html_page, result_folders, tally
 from readme import ROOT
-from toy import DOUBLE, notebook, real, toy  # real and toy are fixtures
+from toy import DOUBLE, notebook
+
+from atm_sae.report.manifest import NEVER_RUN, ObjectState, load_manifest, read_record
+from atm_sae.report.page import (
+    Cell,
+    find_doubt,
+    headline,
+    html_page,
+    markdown_page,
+    number_cell,
+    profile_results,
+    result_folders,
+    tally,
+    templates,
+)
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
@@ -15,43 +32,37 @@ PIXEL = base64.b64decode(
 VOID = {"meta", "link", "input", "img", "br", "hr"}
 
 
-def test_landing_page(toy):
+def test_markdown_page(toy):
     toy.run()
     page = (toy.out / "index.md").read_text()
+    assert "| [Counting](#counting) | 1 reproduced | 1 holds |" in page
+    assert "SMOKE: not a result" in page
     assert (
-        "| [Counting](#counting) | 1 reproduced | 1 holds |" in page
-        and "SMOKE: not a result" in page
+        "| TopK | total | 6 | 8.00 | 6.00 [5.50, 6.50] | 3 | 8.00 | reproduced | 0.00 | 0.500 "
+        "| at the published L0 | a book | primary |" in page
     )
-    assert (
-        "| TopK | total | 6 | 8.00 | a book (primary) | 6.00 [5.50, 6.50] | 8.00 | 0.00 | 0.500 | **reproduced**: at the published L0 |"
-        in page
-    )
-    assert (
-        "| less | w | 8.00 [8.00, 8.00] | -2.0 [-3.0, -1.0] | 3 | holds |" in page
-        and "`steps = 3`, `rate = 0.5`" in page
-        and "characters" in page
-    )
-    assert str(toy.folder) not in page
+    assert "| less | w | 8.00 [8.00, 8.00] | -2.0 [-3.0, -1.0] | 3 | holds |" in page
+    assert "Parameters: `steps = 3`, `rate = 0.5`. Runtime 0:0" in page
+    assert "characters" in page and "[executed notebook](notebooks/count.ipynb) · " in page
+    assert str(toy.folder) not in page and "\n\n\n" not in page
     toy.run(profile="default", out=toy.folder / "d")
-    assert (
-        "**not comparable**: because" in (toy.folder / "d" / "index.md").read_text()
-        and "SMOKE" not in (toy.folder / "d" / "index.md").read_text()
-    )
+    page = (toy.folder / "d" / "index.md").read_text()
+    assert "| not comparable | 0.00 | 0.500 | because |" in page and "SMOKE" not in page
 
 
-def test_landing_page_survives_a_broken_summary(toy):
+def test_markdown_page_survives_a_broken_summary(toy):
     toy.run()
     (toy.out / "tables/count-summary.csv").write_text("a,b")
     notebook(toy.path.parent / "10_count.ipynb", "1/0")
     assert toy.run()[0] == {"count": "FAILED", "double": "skipped"}
-    assert "Older than its sources" in (toy.out / "index.md").read_text()
+    assert "not made again since* (changed: notebook" in (toy.out / "index.md").read_text()
 
 
 # ---- the page for a browser
 
 
 class Reader(HTMLParser):
-    "Checks that tags are closed in order; gathers identifiers, what is linked to and what is loaded."
+    "Checks that tags are closed in order; gathers identifiers, links and what is loaded."
 
     def __init__(self, text):
         super().__init__()
@@ -143,37 +154,61 @@ def test_page_is_whole(drawn):
         and 'class="stamp">SMOKE' in text
         and str(drawn.folder) not in text
     )
-    assert page.tags.count("math") == 4 and "Older than" not in text and "Not run yet" not in text
+    assert text.count('class="formula"') == 4 and "all made by the present code" in text
+    assert "not made again since" not in text and "Not run yet" not in text
 
 
 def test_same_results_same_bytes(drawn):
     drawn.run()
     manifest = load_manifest(drawn.path)
-    home, folders = result_folders(manifest, "smoke", drawn.out)
-    assert (home, folders) == (drawn.out, {"smoke": drawn.out})
-    pages = {html_page(manifest, folders, home) for _ in range(2)} | {
-        (drawn.out / "index.html").read_text(encoding="utf-8")
-    }
-    assert len(pages) == 1
+    assert result_folders(manifest, "smoke", drawn.out) == (drawn.out, {"smoke": drawn.out})
+    results = profile_results(manifest, "smoke", drawn.out)
+    assert html_page([results]) == html_page([results])
+    assert html_page([results]) == (drawn.out / "index.html").read_text(encoding="utf-8")
+    assert markdown_page(results) == (drawn.out / "index.md").read_text(encoding="utf-8")
 
 
 def test_what_is_missing_or_old_is_said(drawn):
     drawn.run(only=["count"])
     text, page = check(drawn.out / "index.html")
-    assert (
-        "Not run yet:</strong> atm-sae reproduce --profile smoke --only double" in text
-        and "1 not run yet" in text
-        and page.images == []
-    )
+    assert "Not run yet:</strong> atm-sae reproduce --profile smoke --only double" in text
+    assert "1 not run yet" in text and page.images == []
     drawn.run()
     notebook(drawn.path.parent / "10_count.ipynb", "1/0")
     drawn.run()
-    assert (
-        "Older than its sources</strong> (changed: notebook)" in check(drawn.out / "index.html")[0]
-    )
+    text = check(drawn.out / "index.html")[0]
+    assert "not made again since</strong> (changed: notebook" in text
+    assert "6.00 [5.50, 6.50]" in text  # the old result stays, with that remark
     (drawn.out / "tables/count-summary.csv").unlink()
     drawn.run(only=["count"])
-    check(drawn.out / "index.html")
+    assert "6.00 [5.50, 6.50]" not in check(drawn.out / "index.html")[0]
+
+
+def test_results_of_other_code_name_its_commit(toy):
+    toy.run()
+    manifest = load_manifest(toy.path)
+    count, record = manifest.pick("count"), read_record(toy.out, "count")
+
+    def doubt(reason, **more):
+        return find_doubt(ObjectState(count, record | more, reason), "smoke")
+
+    sha = "0123456789abcdef" * 2
+    old = doubt("changed: library", git_sha=sha)
+    assert (old.head, old.commit) == ("Made by commit 0123456789ab, not made again since", sha[:12])
+    assert doubt("changed: library", git_sha=None).head.startswith("Made by other code")
+    assert doubt("missing: tables/a.csv", git_sha=sha).commit == ""
+    assert doubt("made elsewhere") is None and doubt(None) is None
+    assert find_doubt(ObjectState(count, None, NEVER_RUN), "smoke").head == "Not run yet:"
+
+
+def test_a_profile_of_other_code_says_so_once_at_its_top(toy):
+    toy.run()
+    toy.replace("steps: 3", "steps: 4")
+    results = profile_results(load_manifest(toy.path), "smoke", toy.out)
+    assert results.notice.startswith("1 of 2 objects of profile smoke were made by ")
+    page = markdown_page(results)
+    assert page.count(results.notice) == 1 and page.index(results.notice) < page.index("| object")
+    assert html_page([results]).count(results.notice) == 1
 
 
 def test_data_is_never_markup(drawn):
@@ -216,17 +251,20 @@ def test_a_folder_that_happens_to_be_called_like_a_profile_is_its_own_home(drawn
 
 
 def test_sort_keys():
-    assert (
-        _cell("x", float("nan"))["key"] == _cell("x", float("inf"))["key"] == ""
-        and _cell("x", 3)["key"] == "3.0"
-        and _cell("x")["key"] is None
-    )
-    assert (
-        _leading("1.5e-07 [0, 1]") == 1.5e-7
-        and _leading("−2 [−3, −1]") == -2
-        and tally(["a", "b", "a"]) == "2 a, 1 b"
-    )
-    assert _headline([])[0] == ("Published values", "0 compared: –.")
+    assert number_cell("x", float("nan")) == number_cell("x", float("inf")) == Cell("x", "")
+    assert number_cell("x", None) == Cell("x", "") and number_cell("x", 3) == Cell("x", "3.0")
+    assert tally(["a", "b", "a"]) == "2 a, 1 b"
+    assert headline([])[0] == ("Published values", "0 compared: –.")
+
+
+def test_templates_are_package_data():
+    "A wheel has the files that the page is made from."
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["atm_sae.report"]
+    files = sorted(p.name for p in (ROOT / "atm_sae/report/templates").iterdir())
+    assert files == ["index.md.j2", "page.css", "page.html.j2", "page.js"]
+    assert all(any(fnmatch(f"templates/{f}", p) for p in patterns) for f in files)
+    assert sorted(templates().list_templates()) == files
 
 
 def test_the_committed_page():

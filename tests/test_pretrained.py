@@ -1,6 +1,12 @@
-"SAEs of other libraries: recorded files of the real ones, exports, damaged files one by one, the Hub without a network."
+"SAEs of other libraries: recorded files, exports, damaged files, the Hub without a network."
 
-import json, os, pickle, shutil, subprocess, sys, venv
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from atm_sae import from_pretrained, export_sae, model_card, push_to_hub
 from atm_sae.core import cache_dir
 from atm_sae.data.lm import hook_point
-from atm_sae.report.tables import score_runs, summary_table, pretty
 from atm_sae.sae.sae import SAE, SAEConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -98,7 +103,7 @@ def test_a_file_or_a_subfolder_will_do():
 
 
 def test_gemma_scope_by_hand():
-    "z and x_hat written out with numpy, in double precision, as Gemma Scope's own example computes them."
+    "z and x_hat with numpy, in double precision, as in Gemma Scope's own example."
     w, x = np.load(GEMMA / "params.npz"), load_file(GEMMA / "recorded.safetensors")["x"]
     pre = x.numpy().astype(float) @ w["W_enc"] + w["b_enc"]
     z = (pre > w["threshold"]) * np.maximum(pre, 0)
@@ -115,7 +120,7 @@ def test_finetuned_factor_is_moved_into_the_decoder(tmp_path):
     assert torch.allclose(
         from_pretrained(old)(x), (z(x) * factor) @ w["W_dec"] + w["b_dec"], atol=1e-5
     )
-    with pytest.raises(ValueError, match="scaling_factor that cfg.json does not speak of"):
+    with pytest.raises(ValueError, match="scaling_factor that cfg.json does not mention"):
         from_pretrained(
             folder_with(
                 tmp_path / "b",
@@ -309,7 +314,7 @@ DAMAGE = dict(
     temporal=(
         STANDARD,
         cfg_change(architecture="temporal"),
-        "unknown architecture 'temporal'; these can be loaded: standard, topk, jumprelu",
+        "unknown architecture 'temporal'; these can be loaded: standard, topk, jumprelu, batchtopk",
     ),
     transcoder=(
         STANDARD,
@@ -651,7 +656,8 @@ def test_model_card():
     )
 
 
-# ---- the real libraries: ATM_SAE_SAELENS and ATM_SAE_DICTIONARY_LEARNING name a Python that has them; ATM_SAE_PEERS=1 makes one in data/cache/peers
+# ---- the real libraries: ATM_SAE_SAELENS and ATM_SAE_DICTIONARY_LEARNING name a Python that has
+# them; ATM_SAE_PEERS=1 makes one in data/cache/peers
 
 PEERS = {
     "saelens": ("ATM_SAE_SAELENS", ["sae-lens==6.54.12", "transformer-lens==3.9.0"]),

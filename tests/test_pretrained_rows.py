@@ -1,6 +1,9 @@
-"Pretrained SAEs beside trained ones: as runs, in tables, and in an experiment's notebook at smoke size."
+"Pretrained SAEs beside trained ones: as runs, in tables, and in an experiment's notebook."
 
-import math, os, subprocess, sys
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +101,12 @@ def test_tables_show_it_with_n_1_and_compare_only_what_was_trained(tmp_path):
 
 RUN = """
 import sys, papermill
-papermill.execute_notebook(sys.argv[1], sys.argv[2], dict(out=sys.argv[3], methods=["atm", "topk"], seeds=[0, 1], steps=4, d_sae=32, n_tokens=8000,
-                           spliced_tokens=512, pretrained=sys.argv[4:]), kernel_name="python3", cwd=".", progress_bar=False)
+notebook, done, out, *pretrained = sys.argv[1:]
+small = dict(methods=["atm", "topk"], seeds=[0, 1], steps=4, d_sae=32, n_tokens=8000)
+parameters = dict(out=out, spliced_tokens=512, pretrained=pretrained) | small
+papermill.execute_notebook(
+    notebook, done, parameters, kernel_name="python3", cwd=".", progress_bar=False
+)
 """
 
 

@@ -73,17 +73,17 @@ def test_l1_probes_are_at_the_optimum_that_sklearn_finds():
     z = sparse.csr_matrix(rng.exponential(size=(400, 60)) * (rng.random((400, 60)) < 0.1))
     Y = np.stack([z[:, j].toarray()[:, 0] + 0.3 * rng.random(400) > 0.25 for j in range(4)], 1)
     W, b = fit_l1_probes(z, Y, share=0.02, tol=1e-8)
-    for l in range(4):
-        weights = balanced_weights(T(Y[:, l])).numpy()
+    for k in range(4):
+        weights = balanced_weights(T(Y[:, k])).numpy()
         probe = LogisticRegression(
-            C=1 / (0.02 * l1_max(z, Y)[l]), l1_ratio=1.0, solver="saga", tol=1e-10, max_iter=100_000
+            C=1 / (0.02 * l1_max(z, Y)[k]), l1_ratio=1.0, solver="saga", tol=1e-10, max_iter=100_000
         )
-        w = probe.fit(z.toarray(), Y[:, l], sample_weight=weights).coef_[0]
+        w = probe.fit(z.toarray(), Y[:, k], sample_weight=weights).coef_[0]
         assert (
-            np.allclose(W[:, l], w, atol=1e-4 * np.abs(w).max())
-            and abs(b[l] - probe.intercept_[0]) < 1e-3
+            np.allclose(W[:, k], w, atol=1e-4 * np.abs(w).max())
+            and abs(b[k] - probe.intercept_[0]) < 1e-3
         )
-        assert 0 < (W[:, l] != 0).sum() < 60
+        assert 0 < (W[:, k] != 0).sum() < 60
     t, s = 2.0 * Y - 1, np.stack([balanced_weights(T(y)).numpy() for y in Y.T], 1)
     G = z.T @ (-s * t / (1 + np.exp(t * (z @ W + b))))
     assert kkt_error(G.T, W.T, 0.02 * l1_max(z, Y)).max() < 1e-7

@@ -1,4 +1,5 @@
-"Sparse probing: tasks, pooling, selection and probes by hand; the evaluation, its cache, its messages."
+"""Sparse probing: tasks, pooling, selection and probes by hand; the evaluation, its cache, its
+messages."""
 
 import numpy as np
 import pytest
@@ -105,12 +106,13 @@ def test_negatives_come_in_equal_parts(tasks):
 
 
 def test_balance_by_hand():
-    "Three positives need three negatives: b, c, b; with one negative class of one text, one positive is left."
-    texts, labels = pr._against(
+    """Three positives need three negatives: b, c, b; with one negative class of one text, one
+    positive is left."""
+    texts, labels = pr.against(
         "a", ("a", "b", "c"), dict(a=["a1", "a2", "a3"], b=["b1", "b2", "b3"], c=["c1", "c2"])
     )
     assert texts == ("a1", "a2", "a3", "b1", "c1", "b2") and labels == (True,) * 3 + (False,) * 3
-    assert pr._against("a", ("a", "b"), dict(a=["a1", "a2"], b=["b1"])) == (
+    assert pr.against("a", ("a", "b"), dict(a=["a1", "a2"], b=["b1"])) == (
         ("a1", "b1"),
         (True, False),
     )

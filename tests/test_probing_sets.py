@@ -1,6 +1,11 @@
-"Probing tasks from public data sets: the real `datasets` library on small local copies, and what is said when something is missing."
+"""Probing tasks from public data sets: the real `datasets` library on small local copies, and what
+is said when something is missing."""
 
-import importlib.util, json, os, subprocess, sys
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +18,7 @@ from atm_sae.data import text
 from atm_sae.evals import probing_sets as ps
 from atm_sae.data.lm import tiny_lm
 from atm_sae.evals.probing import evaluate_probing
-from atm_sae.evals.probing_sets import SAEBENCH_SETS, ProbingSet, dataset_tasks
+from atm_sae.evals.probing_sets import SAEBENCH_SETS, dataset_tasks
 
 SETS = {s.name: s for s in SAEBENCH_SETS}
 NEWS, BIOS, CODE, SPEECHES = SETS["news"], SETS["bios 2"], SETS["code"], SETS["speeches"]
@@ -161,7 +166,10 @@ def test_no_text_is_in_train_and_test(tasks):
 def test_positives_are_the_class_and_negatives_the_others_in_equal_parts(tasks):
     "nurse is 13; 8 positives, and 2 negatives of each of 11, 14, 18, 19."
     nurse = one(tasks, "nurse")
-    job = lambda text: int(text.split("job ")[1].split()[0])
+
+    def job(text):
+        return int(text.split("job ")[1].split()[0])
+
     assert [job(t) == 13 for t in nurse.train_texts] == list(nurse.train_labels)
     assert Counter(job(t) for t in nurse.train_texts) == {13: 8, 11: 2, 14: 2, 18: 2, 19: 2}
 
@@ -185,7 +193,10 @@ def test_sentiment_is_one_task(tasks):
 def test_programs_lose_their_first_lines_and_short_ones_are_left_out(tasks):
     task = one(tasks, "C")
     assert all(t.startswith("text ") and len(t) > 500 for t in task.train_texts)
-    ending = lambda t: t.split()[2]
+
+    def ending(t):
+        return t.split()[2]
+
     assert {ending(t) for t, label in zip(task.train_texts, task.train_labels) if label} <= {
         ".c",
         ".h",
@@ -234,7 +245,9 @@ def test_long_texts_are_cut(tmp_path):
 
 
 def test_repeated_texts_count_once_and_stay_on_one_side(tmp_path):
-    rows = lambda prefix: [dict(text=f"{prefix} {i}", label=i % 4) for i in range(16)]
+    def rows(prefix):
+        return [dict(text=f"{prefix} {i}", label=i % 4) for i in range(16)]
+
     write(tmp_path / NEWS.dataset / "train.jsonl", rows("shared") + rows("shared"))
     write(tmp_path / NEWS.dataset / "test.jsonl", rows("shared") + rows("own"))
     task = dataset_tasks((NEWS,), 8, 8, source=tmp_path)[0]
@@ -242,13 +255,17 @@ def test_repeated_texts_count_once_and_stay_on_one_side(tmp_path):
     assert not set(task.train_texts) & set(task.test_texts)
     with pytest.raises(
         ValueError,
-        match=r"ag_news, train: class 'world' has 4 different texts and 5 are needed; ask for fewer",
+        match=(
+            r"ag_news, train: class 'world' has 4 different texts and 5 are needed; "
+            r"ask for fewer"
+        ),
     ):
         dataset_tasks((NEWS,), 10, 8, source=tmp_path)
 
 
 def test_a_text_of_two_classes_belongs_to_one(tmp_path):
-    "Each class has 4 texts of its own, and all share one: 17 different texts for 16 places, so nobody is short."
+    """Each class has 4 texts of its own, and all share one: 17 different texts for 16 places,
+    so nobody is short."""
     for split in ("train", "test"):
         write(
             tmp_path / NEWS.dataset / f"{split}.jsonl",
@@ -282,10 +299,15 @@ def test_reading_stops_when_there_is_enough(monkeypatch):
 
 
 def test_what_is_missing_is_named(source, tmp_path):
-    ask = lambda s, n=16, where=source: dataset_tasks((s,), n, 8, source=where)
+    def ask(s, n=16, where=source):
+        return dataset_tasks((s,), n, 8, source=where)
+
     with pytest.raises(
         ValueError,
-        match=r"LabHC/bias_in_bios, train: class 'nurse' with gender 0 has 12 different texts and 100 are needed",
+        match=(
+            r"LabHC/bias_in_bios, train: class 'nurse' with gender 0 has 12 "
+            r"different texts and 100 are needed"
+        ),
     ):
         ask(replace(BIOS, classes=dict(nurse=13, poet=20)), 400)
     with pytest.raises(ValueError, match=r"ag_news has no column 'topic'; it has: label, text"):
@@ -300,7 +322,10 @@ def test_what_is_missing_is_named(source, tmp_path):
         ask(replace(SPEECHES, classes=dict(xx="xx-yy")))
     with pytest.raises(
         FileNotFoundError,
-        match=r"no folder .*ag_news: put a copy there \(hf download --repo-type dataset fancyzhx/ag_news",
+        match=(
+            r"no folder .*ag_news: put a copy there \(hf download --repo-type "
+            r"dataset fancyzhx/ag_news"
+        ),
     ):
         ask(NEWS, where=tmp_path)
     with pytest.raises(
@@ -318,12 +343,12 @@ def test_without_the_library(monkeypatch, source):
 def test_without_a_network():
     "In a process of its own: whether the Hub may be asked is decided when its library is imported."
     code = (
-        "import sys, atm_sae.probing_sets as p\nassert 'datasets' not in sys.modules\n"
+        "import sys, atm_sae.evals.probing_sets as p\nassert 'datasets' not in sys.modules\n"
         "for s in (p.SAEBENCH_SETS[6], p.SAEBENCH_SETS[5]):\n"
         "    try: p.dataset_tasks((s,))\n"
         "    except ConnectionError as e: print(e)\n"
     )
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(ps.__file__).parent.parent)}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(ps.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, line in zip(
@@ -344,7 +369,7 @@ def test_other_errors_are_named_not_hidden():
     try:
         try:
             raise TimeoutError("slow")
-        except TimeoutError as e:
+        except TimeoutError:
             raise RuntimeError("wrapped") from ConnectionError("refused")
     except RuntimeError as e:
         assert isinstance(text._dataset_error("some/set", e), ConnectionError)
@@ -362,7 +387,7 @@ def test_they_are_scored_like_any_other_tasks(source, tmp_path, monkeypatch):
 
     tasks = dataset_tasks((NEWS, SETS["sentiment"]), **SIZE, source=source)
     result = evaluate_probing(Identity(), tiny_lm(), 1, tasks)
-    assert len(result.tasks) == 5 and len(list(tmp_path.glob("probing/*"))) == 2
+    assert len(result.tasks) == 5 and len(list(tmp_path.glob("probing/*/probing.json"))) == 2
     score = result.tasks.sae_top_1_test_accuracy
     assert result.summary["sae_top_1_test_accuracy"] == pytest.approx(
         (score[:4].mean() + score[4]) / 2

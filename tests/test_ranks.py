@@ -1,96 +1,86 @@
-"Two processes that share each batch train the dictionary that one trains alone; what they must not do differently is found."
+"""Two processes that share each batch train the dictionary that one trains alone; what they must
+not do differently is found."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from forks import Fork, forked_ranks
+from small import make, make_and_die, small, steps_taken
 
 from atm_sae.data.activations import ActivationSpec
-from atm_sae.ranks import ALONE, Ranks
-from atm_sae.data.lm import save_lm, tiny_lm
-from atm_sae.sae.losses import batch_topk
 from atm_sae.data.text import python_docs
 from atm_sae.methods import METHODS
-from atm_sae.train.runs import get_run, is_complete, recipe, run_folder, run_grid
-from test_train import cache, small, training  # cache is a fixture of every test
+from atm_sae.ranks import ALONE, Ranks
+from atm_sae.sae.losses import batch_topk
+from atm_sae.train import runs as module
+from atm_sae.train.runs import get_run, is_complete, recipe, run_folder
 
-BOUND = 1e-4  # on any weight after 40 steps: two ranks sum in another order, and Adam divides by small numbers
-
-
-def torchrun(code, *args, ranks=2, fails=False):
-    "Run Python code in several processes that talk through gloo; returns what they print."
-    script = Path(os.environ["ATM_SAE_CACHE"]).parent / "ranks.py"
-    script.write_text(code)
-    env = os.environ | dict(
-        OMP_NUM_THREADS="1",
-        PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-        CUDA_VISIBLE_DEVICES="",
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            script,
-            *map(str, args),
-        ],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stdout + done.stderr
+pytestmark = pytest.mark.usefixtures("cache")
+# On any weight after 40 steps: two ranks sum in another order, and Adam divides by small numbers.
+BOUND = 1e-4
 
 
-OPERATIONS = """
-import json, torch
-from atm_sae.core import Ranks
-from atm_sae.sae import batch_topk
-r = Ranks.join()
-mine = torch.tensor([[1., 5.], [2., 8.]]) if r.rank == 0 else torch.tensor([[3., 0.], [7., 4.]])
-whole = torch.arange(8.).view(4, 2)
-out = dict(rank=r.rank, sum=r.sum(mine).tolist(), mean=r.mean(mine).tolist(), low=r.low(mine).tolist(), high=r.high(mine).tolist(),
-           share=r.share(whole).tolist(), gather=r.gather(mine).tolist(), top=batch_topk(mine, 1, r).tolist(), kept=mine.tolist())
-r.agree('the weather', 'fine')
-print('OUT' + json.dumps(out) + 'END', flush=True)
-r.wait()
-r.agree('the weather', ['fine', 'bad'][r.rank])
-"""
+def together(function, *args):
+    "What a function returns in each of two ranks."
+    ended = forked_ranks(function, *args)
+    assert not any(e.status for e in ended), "\n".join(e.said[-3000:] for e in ended)
+    return [e.value for e in ended]
+
+
+def failing(function, *args):
+    "What two ranks print, of which one fails at least."
+    ended = forked_ranks(function, *args)
+    assert any(e.status for e in ended)
+    return "\n".join(e.said for e in ended)
+
+
+def operations():
+    "Each operation on a small tensor."
+    r = Ranks.join()
+    mine = torch.tensor([[[1.0, 5.0], [2.0, 8.0]], [[3.0, 0.0], [7.0, 4.0]]])[r.rank]
+    whole = torch.arange(8.0).view(4, 2)
+    r.agree("the weather", "fine")
+    r.wait()
+    found = dict(sum=r.sum(mine), mean=r.mean(mine), low=r.low(mine), high=r.high(mine))
+    found |= dict(share=r.share(whole), gather=r.gather(mine), top=batch_topk(mine, 1, r))
+    return {name: t.tolist() for name, t in found.items()} | dict(kept=mine.tolist())
 
 
 def test_operations_by_hand():
-    said = torchrun(OPERATIONS, fails=True)
-    a, b = sorted(
-        (json.loads(p.partition("END")[0]) for p in said.split("OUT")[1:]), key=lambda o: o["rank"]
-    )
+    a, b = together(operations)
     for name, value in dict(
         sum=[[4, 5], [9, 12]],
         mean=[[2, 2.5], [4.5, 6]],
         low=[[1, 0], [2, 4]],
         high=[[3, 5], [7, 8]],
+        gather=[[1, 5], [2, 8], [3, 0], [7, 4]],
     ).items():
         assert a[name] == b[name] == value
-    assert a["gather"] == b["gather"] == [[1, 5], [2, 8], [3, 0], [7, 4]] and (
-        a["share"],
-        b["share"],
-    ) == ([[0, 1], [2, 3]], [[4, 5], [6, 7]])
-    assert (a["top"], b["top"]) == ([[0, 5], [0, 8]], [[0, 0], [7, 4]]) and a["kept"] == [
-        [1, 5],
-        [2, 8],
-    ]  # 8, 7, 5, 4 are the four largest of all
-    assert (
-        "the ranks disagree about the weather: rank 0 has fine, rank 1 has bad. Start all with the same command"
-        in said
+    assert (a["share"], b["share"]) == ([[0, 1], [2, 3]], [[4, 5], [6, 7]])
+    # 8, 7, 5, 4 are the four largest of all
+    assert (a["top"], b["top"]) == ([[0, 5], [0, 8]], [[0, 0], [7, 4]])
+    assert a["kept"] == [[1, 5], [2, 8]]
+
+
+def disagree():
+    ranks = Ranks.join()
+    ranks.agree("the weather", ["fine", "bad"][ranks.rank])
+
+
+def test_a_disagreement_is_told_by_every_rank():
+    said = failing(disagree)
+    why = (
+        "the ranks disagree about the weather: rank 0 has fine, rank 1 has bad. Start all with the"
     )
+    assert said.count(f"RuntimeError: {why} same command") == 2
 
 
 def test_alone_nothing_happens():
@@ -99,18 +89,13 @@ def test_alone_nothing_happens():
     assert torch.equal(batch_topk(x, 2, Ranks()), batch_topk(x, 2))
 
 
-TRAIN = """
-import sys
-from atm_sae.train import get_run
-from test_ranks import SPECS
-for spec in SPECS: get_run(spec)
-"""
 SPECS = [small(m) for m in METHODS if m != "random"] + [
     small("atm", per="sample"),
     small("topk+atm", rescale=True),
     small("standard", penalty="tanh"),
 ]
-# so sparse that a step skips the zeros; and at the very share where it ceases to, which one rank may reach and the other not
+# So sparse that a step skips the zeros; and at the very share where it ceases to, which one rank
+# may reach and the other not.
 SPECS += [
     recipe(m, SPECS[0].data, d_in=8, d_sae=200, l0=l0, steps=40, batch_size=32)
     for m in ("topk", "batchtopk", "matryoshka", "jumprelu", "atm")
@@ -118,78 +103,63 @@ SPECS += [
 ]
 
 
-def test_two_ranks_train_what_one_trains(cache, monkeypatch, tmp_path):
-    torchrun(TRAIN)
+def largest_difference(one, two):
+    "Between the weights of two runs."
+    other = two.sae.state_dict()
+    return max((other[n] - w).abs().max().item() for n, w in one.sae.state_dict().items())
+
+
+def test_two_ranks_train_what_one_trains(monkeypatch, tmp_path):
+    together(make, SPECS)
+    assert all(is_complete(s) for s in SPECS)
     two = [get_run(s) for s in SPECS]  # made by the ranks, so only loaded here
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
     for run in two:
         one = get_run(run.spec)
-        for n, w in one.sae.state_dict().items():
-            assert (run.sae.state_dict()[n] - w).abs().max() <= BOUND, (run.spec.name, n)
-        assert (
-            run.history.table.l0 - one.history.table.l0
-        ).abs().max() <= 0.05 and run.history.table.tokens.equals(one.history.table.tokens)
-        assert (run.history.table.fvu - one.history.table.fvu).abs().max() <= 1e-3
+        assert largest_difference(one, run) <= BOUND, run.spec.name
+        a, b = one.history.table, run.history.table
+        assert a.tokens.equals(b.tokens)
+        assert (a.l0 - b.l0).abs().max() <= 0.05 and (a.fvu - b.fvu).abs().max() <= 1e-3
 
 
-STREAM = """
-import sys
-from test_ranks import stream_specs, get_run
-for spec in stream_specs(sys.argv[1]): get_run(spec)
-"""
-
-
-def stream_specs(folder):
-    data = ActivationSpec(
-        model=f"{folder}/model", layer=1, n_tokens=1600, context=32, text=f"{folder}/text.jsonl"
-    )
+def stream_specs(model, text):
+    "A run on stored activations and two on a stream."
+    data = ActivationSpec(model=str(model), layer=1, n_tokens=1600, context=32, text=str(text))
+    settings = dict(l0=4, steps=20, batch_size=32, log_every=5)
+    kinds = [(0, "float32"), (400, "float32"), (400, "bfloat16")]
     return [
-        recipe(
-            "batchtopk+atm",
-            replace(data, buffer=b, dtype=t),
-            32,
-            48,
-            l0=4,
-            steps=20,
-            batch_size=32,
-            log_every=5,
-        )
-        for b, t in ((0, "float32"), (400, "float32"), (400, "bfloat16"))
+        recipe("batchtopk+atm", replace(data, buffer=b, dtype=t), 32, 48, **settings)
+        for b, t in kinds
     ]
 
 
-def test_two_ranks_share_the_work_of_the_model(cache, monkeypatch, tmp_path):
-    "The model's own numbers depend on how many rows run at once, in the last bits; so the bound is that of the weights."
-    save_lm(tiny_lm(), tmp_path / "model")
-    (tmp_path / "text.jsonl").write_text(
-        "".join(json.dumps(dict(text=d)) + "\n" for d in python_docs()[:200]), encoding="utf-8"
-    )
-    torchrun(STREAM, tmp_path)
-    two = [get_run(s) for s in stream_specs(tmp_path)]
+def test_two_ranks_share_the_work_of_the_model(model_folder, monkeypatch, tmp_path):
+    """The model's own numbers depend on how many rows run at once, in the last bits; so the bound
+    is that of the weights."""
+    lines = [json.dumps(dict(text=text)) for text in python_docs()[:200]]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    specs = stream_specs(model_folder, tmp_path / "text.jsonl")
+    together(make, specs)
+    two = [get_run(s) for s in specs]
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
     for run in two:
-        one = get_run(run.spec)
-        for n, w in one.sae.state_dict().items():
-            assert (run.sae.state_dict()[n] - w).abs().max() <= 10 * BOUND, (
-                run.spec.data.buffer,
-                n,
-            )
+        assert largest_difference(get_run(run.spec), run) <= 10 * BOUND, run.spec.data.buffer
 
 
-APART = """
-import sys, torch
-from atm_sae.core import Ranks
-from test_ranks import small, training
-ranks, what = Ranks.join(), sys.argv[1]
-spec = small('topk', seed=ranks.rank if what == 'seed' else 0, steps=41 if what == 'steps' and ranks.rank else 40)
-step = training._update
-def wrong(t, factor):
-    step(t, factor)
-    if what == 'nan' and t.i == 12: t.sae.W_dec.data.fill_(torch.nan)
-    if what == 'weights' and ranks.rank and t.i == 12: t.sae.W_dec.data[0, 0] += 1e-3
-training._update = wrong
-training.get_run(spec)
-"""
+def harm(what, rank, step, sae, history):
+    "After step 12, seen from the training loop."
+    if step == 12 and what == "nan":
+        sae.W_dec.data.fill_(torch.nan)
+    if step == 12 and what == "weights" and rank:
+        sae.W_dec.data[0, 0] += 1e-3
+
+
+def apart(what):
+    "Train with something that is not the same on both ranks, or is not a number on either."
+    rank = Ranks.join().rank
+    steps = 41 if what == "steps" and rank else 40
+    module.train = partial(module.train, watch=partial(harm, what, rank))
+    get_run(small("topk", seed=rank if what == "seed" else 0, steps=steps))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +169,7 @@ training.get_run(spec)
         ("seed", "the ranks disagree about the configuration"),
         (
             "weights",
-            "the ranks disagree about the weights after step 15: start again from the last checkpoint",
+            "the ranks disagree about the weights after step 15: start again from the last",
         ),
         (
             "nan",
@@ -208,81 +178,46 @@ training.get_run(spec)
     ],
 )
 def test_ranks_that_disagree(what, message):
-    assert re.search(message, torchrun(APART, what, fails=True))
+    assert re.search(message, failing(apart, what))
 
 
 def test_a_batch_that_does_not_split():
-    said = torchrun(
-        "from test_ranks import small, get_run\nget_run(small('topk', batch_size=33))", fails=True
-    )
+    said = failing(make, [small("topk", batch_size=33)])
     assert "a batch of 33 does not split over 2 ranks: choose a multiple" in said
 
 
-KILLED = """
-import os, signal, sys
-from test_ranks import small, training
-from atm_sae.core import Ranks
-step, left, ranks = training._train_step, 27, Ranks.join()
-def step_and_die(t, x):
-    global left
-    left -= 1
-    if left < 0: os.kill(os.getpid(), signal.SIGKILL)
-    return step(t, x)
-training._train_step = step_and_die
-training.get_run(small('atm'))
-"""
-
-
-def test_killed_ranks_resume_to_the_bit(cache, monkeypatch, tmp_path):
-    torchrun(KILLED, fails=True)
-    assert (run_folder(small("atm")) / "checkpoint.safetensors").exists() and not is_complete(
-        small("atm")
-    )
-    code = "from test_ranks import small, get_run\nget_run(small('atm'))"
-    torchrun(code)
-    resumed = get_run(small("atm"))
+def test_killed_ranks_resume_to_the_bit(monkeypatch, tmp_path):
+    spec = small("atm")
+    failing(make_and_die, spec, 27)
+    assert (run_folder(spec) / "checkpoint.safetensors").exists() and not is_complete(spec)
+    together(make, [spec])
+    resumed = get_run(spec)
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "straight"))
-    torchrun(code)
-    straight = get_run(small("atm"))
-    for n, w in straight.sae.state_dict().items():
-        assert torch.equal(w, resumed.sae.state_dict()[n]), n
+    together(make, [spec])
+    assert largest_difference(get_run(spec), resumed) == 0
 
 
-def test_the_command_under_torchrun_speaks_once(tmp_path):
-    args = [
-        "train",
-        "topk",
-        "--l0",
-        "4",
-        "--d-sae",
-        "64",
-        "--steps",
-        "10",
-        "--batch-size",
-        "32",
-        "--json",
-        "--quiet",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    said = torchrun(f"import sys; from atm_sae.cli import main; sys.exit(main({args!r}))")
-    assert said.count('"explained_variance"') == 1 and (tmp_path / "out" / "cfg.json").exists()
+def test_ranks_wait_for_a_run_that_another_process_makes(cache):
+    "Rank 0 waits for the lock, and the other rank for rank 0. Then both load the run."
+    spec = small("topk", steps=4000)
+    alone = Fork(make, [spec])
+    while not (cache / "locks" / f"runs-{spec.key}.lock").exists():
+        assert alone.process.exitcode is None, alone.said()
+        time.sleep(0.01)
+    assert together(steps_taken, spec) == [0, 0]
+    assert alone.ended().status == 0, alone.said()
 
 
-def test_the_executor_torchrun(cache, monkeypatch, tmp_path):
-    specs = [small("topk"), small("atm")]
-    two = run_grid(specs, progress=False, executor="torchrun:2")
-    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
-    for run in two:
-        for n, w in get_run(run.spec).sae.state_dict().items():
-            assert (run.sae.state_dict()[n] - w).abs().max() <= BOUND
-    bad = recipe("topk", small("topk").data, d_in=9, d_sae=16, l0=3, steps=5)
-    with pytest.raises(
-        RuntimeError,
-        match=r'run "topk, L0 3, seed 0" .* failed: RuntimeError: rank [01]: ValueError: the data are 8 wide, but the SAE has d_in = 9',
-    ):
-        run_grid([bad, small("standard")], progress=False, executor="torchrun:2")
-    assert not is_complete(small("standard"))  # an error ends the grid
-    for name in ("torchrun:two", "torchrun:0", "processes:2"):
-        with pytest.raises(ValueError, match=f"unknown executor '{name}'"):
-            run_grid(specs, progress=False, executor=name)
+def test_the_command_under_torchrun_prints_once(tmp_path):
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m atm_sae.cli train topk"
+    options = "--l0 4 --d-sae 64 --steps 10 --batch-size 32 --json --quiet --out"
+    done = subprocess.run(
+        [sys.executable, *command.split(), *options.split(), tmp_path / "out"],
+        env=os.environ | dict(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('"explained_variance"') == 1, done.stdout
+    assert (tmp_path / "out" / "cfg.json").exists()

@@ -14,10 +14,17 @@ import pandas as pd
 import pytest
 import torch
 
-from atm_sae.report import figures as report
-from atm_sae.methods import METHOD_COLOURS, METHOD_NAMES, method_name, method_style
-from atm_sae.report.figures import SMOKE, plot_curves, plot_intervals, save_figure, set_style, stamp
+from atm_sae.methods import METHODS, get_method, method_name, method_style
+from atm_sae.report.figures import (
+    plot_curves,
+    plot_intervals,
+    save_figure,
+    set_style,
+    spread,
+    stamp,
+)
 from atm_sae.report.tables import (
+    SMOKE,
     SUMMARY_COLUMNS,
     compare_published,
     difference_table,
@@ -27,7 +34,6 @@ from atm_sae.report.tables import (
     save_summary,
     save_table,
     score_runs,
-    summarise,
     summary_table,
     to_latex,
     to_markdown,
@@ -39,6 +45,7 @@ from atm_sae.stats import (
     format_number,
     mean_interval,
     paired_difference,
+    summarise,
 )
 
 
@@ -68,7 +75,7 @@ def close_figures():
     plt.close("all")
 
 
-# intervals: mean of 1..5 is 3, s = sqrt(10/4), t_4 = 2.7764, half width 2.7764 * sqrt(2.5/5) = 1.9632
+# mean of 1..5 is 3, s = sqrt(10/4), t_4 = 2.7764, half width 2.7764 * sqrt(2.5/5) = 1.9632
 def test_interval_by_hand():
     mean, low, high = mean_interval([1, 2, 3, 4, 5])
     assert (
@@ -217,7 +224,13 @@ def test_claim_verdict_refuses():
 
 
 def entry(**more):
-    return {"method": "topk", "metric": "absorption", "value": 0.23, "l0": 8} | more
+    "A published value whose place is the planted world."
+    known = {"method": "topk", "metric": "absorption", "value": 0.23, "l0": 8}
+    return known | {"at": {"world": "planted"}} | more
+
+
+AT_8 = {"world": "planted", "sparsity": 8}
+AT_40 = {"world": "planted", "sparsity": 40}
 
 
 @pytest.mark.parametrize(
@@ -228,11 +241,14 @@ def entry(**more):
         (entry(value=0.25, tolerance=0.05), "reproduced", "at the published L0"),
         (entry(l0=40), "not comparable", "published at L0 40.0, ours is at 8.00"),
         (entry(l0=None), "not comparable", "published without its L0"),
-        (entry(l0=None, at={"sparsity": 8}), "reproduced", "ours is at L0 8.00"),
-        (entry(method="jumprelu"), "not comparable", "no absorption of jumprelu"),
+        (entry(l0=None, at=AT_8), "reproduced", "ours is at L0 8.00"),
         (entry(metric="fvu", value=0.11), "not comparable", "no tolerance"),
         (entry(l0=9.9), "reproduced", "at the published L0"),
         (entry(l0=10.1), "not comparable", "published at L0 10.1"),
+        (entry(method="jumprelu"), "not measured", "no absorption of jumprelu in planted"),
+        (entry(l0=None, at=AT_40), "not measured", "of topk in planted at target L0 40"),
+        (entry(at={"world": "moon"}), "not measured", "no absorption of topk in moon"),
+        (entry(at={}), "not measured", "no absorption of topk"),
     ],
 )
 def test_compare_published(summary, published, verdict, reason):
@@ -240,28 +256,34 @@ def test_compare_published(summary, published, verdict, reason):
     assert line.verdict == verdict and reason in line.reason
 
 
+def test_nothing_stands_in_for_what_was_not_measured(summary):
+    "Neither another world, nor another target, nor the line of median L0."
+    missing = [
+        entry(at={"world": "moon"}),
+        entry(at={}),
+        entry(l0=None, at=AT_40),
+        entry(l0=None),
+    ]
+    table = compare_published(missing, summary, {"absorption": 1})
+    assert table[["ours", "low", "high", "n", "l0", "difference"]].isna().all().all()
+
+
 def test_compare_with_another_model(summary):
     line = compare_published([entry()], summary, {"absorption": 0.02}, "another model").iloc[0]
-    assert (
-        (line.verdict, line.reason) == ("not comparable", "another model")
-        and line.ours == pytest.approx(0.22)
-        and line.difference == pytest.approx(-0.01)
-    )
+    assert (line.verdict, line.reason) == ("not comparable", "another model")
+    assert line.ours == pytest.approx(0.22) and line.difference == pytest.approx(-0.01)
 
 
-def test_comparison_prefers_the_language_model_and_the_nearest_l0(summary):
+def test_comparison_takes_the_language_model_and_the_nearest_l0(summary):
     lm = summary.assign(world="nano-gemma2")
     both = pd.concat([summary, lm.assign(mean=0.5, l0=20.0), lm.assign(mean=0.6, l0=9.0)])
-    assert compare_published([entry()], both, {"absorption": 1}).ours[0] == 0.6
-    assert compare_published([entry(at={"world": "planted"})], both, {"absorption": 1}).ours[
-        0
-    ] == pytest.approx(0.22)
+    assert compare_published([entry(at={})], both, {"absorption": 1}).ours[0] == 0.6
+    assert compare_published([entry()], both, {"absorption": 1}).ours[0] == pytest.approx(0.22)
 
 
 def test_names_and_styles():
-    assert set(METHOD_NAMES) == set(METHOD_COLOURS) and len(set(METHOD_COLOURS.values())) == len(
-        METHOD_COLOURS
-    )
+    bases = [m for m in METHODS if "+" not in m]
+    assert len({get_method(m).colour for m in bases}) == len({method_name(m) for m in bases}) == 8
     assert (
         method_name("batchtopk+dropout") == "BatchTopK + dropout"
         and method_name("atm c=1 - atm") == "ATM c=1 − ATM"
@@ -271,19 +293,12 @@ def test_names_and_styles():
         method_name("topq")
 
 
-def test_every_trained_method_has_a_name():
-    train = pytest.importorskip("atm_sae.train.runs")
-    for method in train.METHODS:
-        method_name(method), method_style(method)
-
-
 def test_spread_by_hand():
-    assert report._spread([0, 10, 0], 2).tolist() == [-1, 10, 1]
-    assert (
-        report._spread([1, 1, 1], 3).tolist() == [-2, 1, 4] and report._spread([], 1).tolist() == []
-    )
+    assert spread([0, 10, 0], 2).tolist() == [-1, 10, 1]
+    assert spread([1, 1, 1], 3).tolist() == [-2, 1, 4]
+    assert spread([], 1).tolist() == []
     y = np.random.default_rng(0).normal(size=20)
-    assert np.diff(np.sort(report._spread(y, 0.5))).min() >= 0.5 - 1e-9
+    assert np.diff(np.sort(spread(y, 0.5))).min() >= 0.5 - 1e-9
 
 
 def test_figure_bytes_are_the_same_each_time(tmp_path, summary):
@@ -303,6 +318,20 @@ def test_figure_bytes_are_the_same_each_time(tmp_path, summary):
     )
     assert one[2].startswith(b"world,method") and b"0.06," in one[2]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["f.csv", "f.png", "f.svg"]
+
+
+def test_svg_bytes_do_not_depend_on_the_layouts_last_bits(tmp_path, summary):
+    "matplotlib names a clip path after coordinates that the file shows rounded."
+
+    def svg(folder, width):
+        fig, axes = plt.subplots(1, 2, figsize=(width, 3))
+        for ax in axes:
+            plot_curves(ax, summary, "absorption")
+        path = save_figure(fig, tmp_path / folder, "f", summary, "default")[1]
+        return path.read_text()
+
+    one, two = svg("a", 6.0), svg("b", 6.0 + 1e-12)
+    assert one == two and 'clip-path="url(#clip0)"' in one and '<clipPath id="clip1">' in one
 
 
 def test_stamp_once_and_loudly_for_smoke():
@@ -406,9 +435,10 @@ def test_score_runs_side_by_side_gives_the_same():
         SimpleNamespace(spec=SimpleNamespace(method=s.method, l0=s.l0, seed=s.seed), strength=k)
         for s, k in runs
     ]
-    score = lambda run: dict(
-        threads=torch.get_num_threads(), square=run.strength**2, process=os.getpid()
-    )
+
+    def score(run):
+        return dict(threads=torch.get_num_threads(), square=run.strength**2, process=os.getpid())
+
     one, two = (score_runs(score, plain, "toy", workers=w, progress=False) for w in (1, 2))
     assert (
         two.process.nunique() == 2

@@ -1,14 +1,21 @@
-"The runner: what it refuses, what it runs again, what it leaves behind. Most tests replace the kernel by a fast stand-in."
+"""The runner: what it refuses, what it runs again, what it leaves behind. Most tests replace the
+kernel by a fast stand-in."""
 
-import json, os, signal, subprocess, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 import nbformat
 import pytest
 from atm_sae.report import manifest as M, runner as R
 from atm_sae.artefacts import file_sha256, read_json
+from atm_sae.closure import Closure
 from atm_sae.report.manifest import ManifestError, load_manifest, published_verdicts
-from atm_sae.report.runner import RunError, reproduce, tidy_notebook
-from toy import COUNT, DOUBLE, notebook, real, stand_in, toy  # real and toy are fixtures
+from atm_sae.report.runner import tidy_notebook
+from toy import COUNT, DOUBLE, notebook, stand_in
 
 PAGES = {"index.md", "index.html"}
 FRESH, DONE = {"count": "ok", "double": "ok"}, {"count": "up to date", "double": "up to date"}
@@ -43,8 +50,8 @@ def test_changed_parameter(toy):
     states, lines = toy.run()
     assert (
         states == FRESH
-        and "count: running 10_count.ipynb (changed: parameters)" in lines
-        and "double: running 20_double.ipynb (changed: inputs)" in lines
+        and "count: running 10_count.ipynb (changed: parameters (steps))" in lines
+        and "double: running 20_double.ipynb (changed: inputs (tables/count-summary.csv))" in lines
     )
 
 
@@ -61,7 +68,11 @@ def test_changed_code_but_not_prose(toy):
 
 
 def test_changed_published_value_matters_to_notebooks_that_read_it(toy):
-    notebook(toy.path.parent / "20_double.ipynb", DOUBLE, "# load_manifest")
+    notebook(
+        toy.path.parent / "20_double.ipynb",
+        DOUBLE,
+        "from atm_sae.report.manifest import load_manifest",
+    )
     toy.run()
     toy.replace("value: 6", "value: 7")
     assert (
@@ -72,8 +83,10 @@ def test_changed_published_value_matters_to_notebooks_that_read_it(toy):
 
 def test_changed_library(toy, monkeypatch):
     toy.run()
-    monkeypatch.setattr(M, "_library_hash", lambda: "other")
-    assert "count: would run (changed: library)" in toy.run(dry_run=True)[1]
+    other = Closure({"stats.summarise": "other"}, ("numpy",))
+    monkeypatch.setattr(M, "notebook_closure", lambda code: other)
+    lines = toy.run(dry_run=True)[1]
+    assert "count: would run (changed: library (stats.summarise), packages (numpy)" in lines
 
 
 @pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_text("changed")])
@@ -144,9 +157,8 @@ def test_reports_that_came_with_a_clone_are_made_again(toy, monkeypatch, tmp_pat
     assert toy.run()[0] == FRESH and toy.run()[0] == DONE
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "another"))
     manifest = load_manifest(toy.path)
-    assert {M.stale_reason(manifest, e, "smoke", toy.out) for e in manifest.experiments} == {
-        "made elsewhere"
-    }
+    states = M.object_states(manifest, "smoke", toy.out)
+    assert {s.reason for s in states.values()} == {M.MADE_ELSEWHERE}
     assert toy.run()[0] == FRESH
 
 
@@ -171,7 +183,7 @@ def test_failure_keeps_old_outputs_and_skips_what_follows(toy):
     assert {k: v for k, v in new.items() if k not in PAGES} == {
         k: v for k, v in old.items() if k not in PAGES
     }
-    assert "Older than its sources* (changed: notebook)" in (toy.out / "index.md").read_text()
+    assert "not made again since* (changed: notebook" in (toy.out / "index.md").read_text()
     assert toy.cli()[0] == 1
 
 
@@ -186,7 +198,7 @@ def test_failure_keeps_old_outputs_and_skips_what_follows(toy):
         ),
         (
             DOUBLE + '\nPath(out, "tables/count-summary.csv").write_text("x")',
-            "changed tables/count-summary.csv, which belongs to another object",
+            "changed tables/count-summary.csv, which another object made",
         ),
     ],
 )
@@ -235,15 +247,45 @@ def test_killed_while_publishing_counts_as_stale(toy, monkeypatch):
     monkeypatch.setattr(R, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert toy.cli()[0] == 130
     monkeypatch.undo()
-    monkeypatch.setattr(R, "_execute", stand_in)
+    monkeypatch.setattr(R, "execute_notebook", stand_in)
     monkeypatch.setenv("ATM_SAE_CACHE", str(toy.folder / "cache"))
     toy.replace("steps: 4", "steps: 3")
     states, lines = toy.run()
     assert states["count"] == "ok" and "not as it was written: " in lines
 
 
+def test_states_are_computed_once(toy, monkeypatch):
+    "At the start, after an object ran, and again for what reads the outputs of one that ran."
+    asked = []
+    compute = M.fingerprint
+
+    def count(manifest, experiment, *rest):
+        asked.append(experiment.name)
+        return compute(manifest, experiment, *rest)
+
+    monkeypatch.setattr(M, "fingerprint", count)
+    toy.run()
+    asked.clear()
+    assert toy.run(dry_run=True)[0] == DONE and asked == ["double", "count"]
+    toy.replace("steps: 3", "steps: 4")
+    asked.clear()
+    toy.run()
+    assert asked == ["double", "count", "count", "double", "double"]
+
+
+def test_opened_artefacts_are_recorded(toy):
+    line = dict(kind="runs", key="k", content="x", code="old", inputs={}, sources={})
+    line |= dict(makers=["stats.summarise"], choose={}, cut=[], spec_types=[], packages={})
+    log = f"import os; open(os.environ['ATM_SAE_OPENED'], 'a').write({json.dumps(line)!r})"
+    notebook(toy.path.parent / "10_count.ipynb", log, COUNT)
+    toy.run()
+    (group,) = read_json(toy.out / "provenance/count.json")["opened"]
+    assert (group["kind"], group["number"]) == ("runs", 1) and "ATM_SAE_OPENED" not in os.environ
+    assert "count: would run (changed: runs (code, packages))" in toy.run(dry_run=True)[1]
+
+
 def test_two_runs_into_one_folder(toy):
-    with R._alone(toy.out, "smoke"):
+    with R.reports_lock(toy.out, "smoke"):
         code, _, err = toy.cli()
     assert code == 2 and "another run is writing" in err
 
@@ -281,28 +323,27 @@ def test_tidy_notebook(tmp_path):
 # ---- with real kernels
 
 
-def test_real_kernel_is_this_python(real, monkeypatch):
-    "Even where the user has another kernel called python3, and a plotting back end that needs a screen."
-    spec = real.folder / "jupyter" / "kernels" / "python3"
+@pytest.fixture
+def other_kernel(tmp_path, monkeypatch):
+    "The user has another kernel called python3, and a plotting back end with windows."
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(
-        json.dumps(
-            {
-                "argv": ["/nowhere/python", "-f", "{connection_file}"],
-                "display_name": "other",
-                "language": "python",
-            }
-        )
-    )
-    monkeypatch.setenv("JUPYTER_PATH", str(real.folder / "jupyter"))
+    argv = ["/nowhere/python", "-f", "{connection_file}"]
+    kernel = dict(argv=argv, display_name="other", language="python")
+    (spec / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
+
+
+def test_real_kernel_is_this_python(real, other_kernel, monkeypatch):
     monkeypatch.setenv("HERE", f"{sys.executable} {real.path.parent}")
     notebook(
         real.path.parent / "10_count.ipynb",
         COUNT,
         """
         import os, sys
-        assert f"{sys.executable} {Path.cwd()}" == os.environ["HERE"] and os.environ["MPLBACKEND"] != "TkAgg"
+        assert f"{sys.executable} {Path.cwd()}" == os.environ["HERE"]
+        assert os.environ["MPLBACKEND"] != "TkAgg"
         print(out, profile, steps, "warning", sys.path[0]); print("noise", file=sys.stderr)""",
     )
     states, lines = real.run(only=["count"])
@@ -344,56 +385,48 @@ def test_real_failure_names_cell_and_error(real):
     )
 
 
+SLOW = """
+import os, time
+if "GO" not in os.environ:
+    Path(out, "pid").write_text(str(os.getpid()))
+    time.sleep(300)"""
+# A job in the background inherits SIGINT as ignored; a user's terminal does not.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from atm_sae.cli import main
+sys.exit(main())
+"""
+
+
+def status_when_stopped(how, real, out):
+    "Exit status of the command that makes the object `count` and is sent a signal meanwhile."
+    args = ["--profile", "smoke", "--only", "count", "--manifest", real.path, "--out", out]
+    command = [sys.executable, "-c", COMMAND, "reproduce", *map(str, args)]
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    with subprocess.Popen(command, **pipes) as process:
+        path = R.scratch_folder(out, "smoke", "count") / "out" / "pid"
+        until(lambda: path.is_file() and path.read_text())
+        kernel = int(path.read_text())
+        process.send_signal(how)
+        process.communicate(timeout=150)
+    until(lambda: not alive(kernel))
+    return process.returncode
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_killed_then_resumed_gives_the_same_bytes(real, monkeypatch):
-    "Terminated, interrupted and killed outright, in three runs one after the other (kernels that start at once race for ports); then resumed."
-    notebook(
-        real.path.parent / "10_count.ipynb",
-        COUNT,
-        """
-        import os, time
-        if "GO" not in os.environ:
-            Path(out, "pid").write_text(str(os.getpid()))
-            time.sleep(300)""",
-    )
-    # a job in the background inherits SIGINT as ignored; a user's terminal does not
-    source = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from atm_sae.cli import main; sys.exit(main())"
-    command = [
-        sys.executable,
-        "-c",
-        source,
-        "reproduce",
-        "--profile",
-        "smoke",
-        "--only",
-        "count",
-        "--manifest",
-        str(real.path),
-        "--out",
-    ]
-    runs = {how: real.folder / how.name for how in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
-    environment = os.environ | {"PYTHONPATH": str(Path(R.__file__).parent.parent)}
-    for how, out in runs.items():
-        process = subprocess.Popen(
-            [*command, str(out)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        pid = R._scratch(out, "smoke", "count") / "out" / "pid"
-        until(lambda: pid.is_file() and pid.read_text())
-        kernel = int(pid.read_text())
-        process.send_signal(how)
-        _, err = process.communicate(timeout=150)
-        assert (
-            process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[how]
-        ), err
-        until(lambda: not alive(kernel))
-        assert not [p for p in runs[how].rglob("*") if p.is_file() and p.name not in PAGES]
+    """Terminated, interrupted and killed outright, in three runs one after the other (kernels that
+    start at once race for ports); then resumed."""
+    notebook(real.path.parent / "10_count.ipynb", COUNT, SLOW)
+    statuses = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+    for how, status in statuses.items():
+        out = real.folder / how.name
+        assert status_when_stopped(how, real, out) == status
+        assert not [p for p in out.rglob("*") if p.is_file() and p.name not in PAGES]
     monkeypatch.setenv("GO", "1")
     results = []
-    for out in (runs[signal.SIGKILL], real.out):
+    for out in (real.folder / "SIGKILL", real.out):
         real.out = out
         assert real.run(only=["count"])[0] == {"count": "ok"}
         results.append({k: v for k, v in real.hashes("provenance").items() if k not in PAGES})
@@ -419,7 +452,10 @@ def until(condition, seconds=150):
 
 
 def test_notebooks_are_told_where_to_train(toy, monkeypatch):
-    said = 'import os; Path(out, "tables/double.md").write_text(str(os.environ.get("ATM_SAE_EXECUTOR")))'
+    said = """
+import os
+Path(out, "tables/double.md").write_text(str(os.environ.get("ATM_SAE_EXECUTOR")))
+"""
     notebook(toy.path.parent / "20_double.ipynb", "from pathlib import Path", said)
     monkeypatch.delenv("ATM_SAE_EXECUTOR", raising=False)
     for before in (None, "dask:before"):

@@ -1,11 +1,13 @@
-"Architectures, losses and gradients against numbers worked by hand; saving, loading, folding; messages."
+"Architectures, losses and gradients by hand; saving, loading, folding; messages."
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from atm_sae import methods
 from atm_sae.sae.losses import (
     auxk_loss,
     batch_topk,
@@ -16,20 +18,12 @@ from atm_sae.sae.losses import (
     project_rows_,
     squared_error,
     step,
-    tanh_penalty,
+    tanh_count,
     topk,
 )
-from atm_sae.sae.sae import (
-    ARCHITECTURES,
-    SAE,
-    SAEConfig,
-    calibrate_l0,
-    gate_latents,
-    nested_share,
-    nested_x_hat,
-    random_sae,
-)
-from atm_sae.sae.sparse import Entries, Everywhere
+from atm_sae.sae.architectures import ARCHITECTURES, SAEConfig, nested_share
+from atm_sae.sae.sae import SAE, calibrate_l0, gate_latents, random_sae
+from atm_sae.sae.sparse import ActiveSet, DenseSet
 
 
 def gen(seed=0):
@@ -60,7 +54,7 @@ def identity(architecture="standard", **more):
     [
         (
             dict(architecture="tpok"),
-            "unknown architecture 'tpok': choose one of standard, topk, batchtopk, matryoshka, jumprelu",
+            "unknown architecture 'tpok': choose one of standard, topk, batchtopk, matryoshka, ",
         ),
         (dict(architecture="topk"), "topk needs k"),
         (dict(architecture="batchtopk", k=99), "1 <= k <= 12, not 99"),
@@ -69,7 +63,10 @@ def identity(architecture="standard", **more):
         (dict(architecture="matryoshka"), "matryoshka needs k"),
         (dict(penalty="l2"), "penalty must be 'l1' or 'tanh', not 'l2'"),
         *(
-            (dict(prefixes=bad), "growing shares of the dictionary and end with 1")
+            (
+                dict(architecture="matryoshka", k=1, prefixes=bad),
+                "growing shares of the dictionary and end with 1",
+            )
             for bad in [(0.5,), (0, 1), (0.5, 0.25, 1), (0.5, 0.5, 1), (0.5, 1, 2)]
         ),
     ],
@@ -84,17 +81,16 @@ def test_config_refuses_sizes():
         SAEConfig(0, 12)
 
 
+def ends(d_sae, architecture="matryoshka", **more):
+    config = SAEConfig(6, d_sae, architecture, k=1, **more)
+    return ARCHITECTURES[architecture](config).ends
+
+
 def test_ends_by_hand():
-    assert SAEConfig(6, 40, "matryoshka", k=1).ends == (
-        2,
-        5,
-        10,
-        20,
-        40,
-    )  # 2.5 is rounded to the even 2
-    assert SAEConfig(6, 8, "matryoshka", k=1).ends == (1, 1, 2, 4, 8)  # none is empty
-    assert SAEConfig(6, 8, "matryoshka", k=1, prefixes=[0.7, 1]).ends == (6, 8)
-    assert {SAEConfig(6, 8, a, k=1).ends for a in ARCHITECTURES if a != "matryoshka"} == {(8,)}
+    assert ends(40) == (2, 5, 10, 20, 40)  # 2.5 is rounded to the even 2
+    assert ends(8) == (1, 1, 2, 4, 8)  # none is empty
+    assert ends(8, prefixes=[0.7, 1]) == (6, 8)
+    assert {ends(8, name) for name in ARCHITECTURES if name != "matryoshka"} == {(8,)}
 
 
 def test_prefixes_of_a_list_are_the_same_config():
@@ -108,6 +104,48 @@ def test_same_seed_same_weights():
     a, b, c = SAE(config("standard")), SAE(config("topk")), SAE(SAEConfig(6, 12, seed=2))
     assert torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
     assert torch.equal(a.W_enc, a.W_dec.T) and torch.allclose(a.W_dec.norm(dim=1), torch.ones(12))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_table_of_methods_says_what_the_class_has(architecture):
+    row, sae = methods.ARCHITECTURES[architecture], SAE(config(architecture))
+    assert set(row.tensors) == set(sae.state_dict())
+    assert set(row.settings) <= {field.name for field in fields(SAEConfig)}
+    assert (row.sized_by == "k") == (not sae.architecture.has_penalty)
+    assert list(methods.ARCHITECTURES) == list(ARCHITECTURES)
+
+
+def fields_read(architecture):
+    "The fields of its configuration that an SAE reads to make its weights, to train and to encode."
+    read = set()
+
+    class Recording(SAEConfig):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    given = config(architecture)
+    sae = SAE(given)
+    sae.config = Recording(**{f.name: getattr(given, f.name) for f in fields(SAEConfig)})
+    sae.architecture = ARCHITECTURES[architecture](sae.config)
+    read.clear()  # what its making copied
+    sae.architecture.check()
+    sae.architecture.tensors()
+    x = torch.randn(16, sae.W_dec.shape[1])
+    for fast in (False, True):
+        loss = sae.loss(x, dead=torch.arange(3), fast=fast)
+        loss.total.backward()
+        sae.update_threshold(loss.z)
+    sae.constrain()
+    sae.encode(x)
+    return read & {f.name for f in fields(SAEConfig)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_settings_of_a_row_are_what_the_class_reads(architecture):
+    "They are part of the cache key: a setting that is missing there would be found stale."
+    base = {"d_in", "d_sae", "architecture", "seed"}
+    assert fields_read(architecture) <= base | set(methods.ARCHITECTURES[architecture].settings)
 
 
 # ---- activations
@@ -187,17 +225,17 @@ def test_tanh_by_hand():
         torch.tensor([[0.5, 0.0], [1.0, 0.25]], requires_grad=True),
         torch.tensor([[1.0, 0.0], [0.0, 2.0]]),
     )
-    price = tanh_penalty(h, W_dec, Everywhere(2))  # (tanh 2 + tanh 4 + tanh 2) / 2
-    price.backward()
-    assert price.item() == pytest.approx((0.96403 + 0.99933 + 0.96403) / 2, abs=1e-5)
+    norms = W_dec.norm(dim=1)
+    penalty = DenseSet(2).mean(tanh_count(h, norms)).sum()  # (tanh 2 + tanh 4 + tanh 2) / 2
+    penalty.backward()
+    assert penalty.item() == pytest.approx((0.96403 + 0.99933 + 0.96403) / 2, abs=1e-5)
     # slope 4 |d| (1 - tanh^2) / 2
     assert h.grad.flatten().tolist() == pytest.approx(
         [2 * (1 - 0.96403**2), 4, 2 * (1 - 0.99933**2), 4 * (1 - 0.96403**2)], abs=1e-4
     )
-    entries = Entries(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2)
-    assert tanh_penalty(torch.tensor([0.5, 1.0, 0.25]), W_dec, entries).item() == pytest.approx(
-        price.item()
-    )
+    active = ActiveSet(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2)
+    sparse = active.mean(tanh_count(torch.tensor([0.5, 1.0, 0.25]), active.at(norms))).sum()
+    assert sparse.item() == pytest.approx(penalty.item())
 
 
 def test_l0_by_hand():
@@ -299,20 +337,20 @@ def test_masked_matryoshka_loss_by_hand():
 
 
 def test_nested_share_by_hand():
-    assert nested_share(
-        SAEConfig(6, 4, "matryoshka", k=1, prefixes=(0.25, 0.5, 1))
-    ).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3])
-    assert nested_share(SAEConfig(6, 8, "matryoshka", k=1)).tolist() == pytest.approx(
-        [1, 0.6, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2]
-    )  # ends 1, 1, 2, 4, 8
-    assert nested_share(config("topk")).tolist() == [1] * 12
+    share = nested_share(
+        SAE(SAEConfig(6, 4, "matryoshka", k=1, prefixes=(0.25, 0.5, 1))).architecture
+    )
+    assert share.tolist() == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3])
+    share = nested_share(SAE(SAEConfig(6, 8, "matryoshka", k=1)).architecture)  # 1, 1, 2, 4, 8
+    assert share.tolist() == pytest.approx([1, 0.6, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2])
+    assert nested_share(SAE(config("topk")).architecture) is None
 
 
 def test_each_nested_dictionary_decodes_its_own_latents_alone():
-    sae, x = SAE(config("matryoshka", prefixes=(0.25, 0.5, 1))), torch.randn(8, 6, generator=gen())
+    sae = SAE(config("matryoshka", prefixes=(0.25, 0.5, 1)))
     sae.b_dec.data = torch.randn(6, generator=gen(1))
     h = torch.rand(8, 12, generator=gen(2))
-    for end, x_hat in zip((3, 6, 12), nested_x_hat(sae, h, Everywhere(8)), strict=True):
+    for end, x_hat in zip((3, 6, 12), sae.decode_nested(h, DenseSet(8)), strict=True):
         assert torch.allclose(x_hat, sae.decode(h * (torch.arange(12) < end)), atol=1e-6)
 
 
@@ -325,7 +363,7 @@ def test_a_matryoshka_of_one_dictionary_is_batchtopk(fast):
     ):
         loss = sae.loss(x, dead=torch.tensor([1, 5]), fast=fast)
         loss.total.backward()
-        assert isinstance(loss.where, Entries if fast else Everywhere)
+        assert isinstance(loss.active, ActiveSet if fast else DenseSet)
         grads.append([loss.total, *(p.grad for p in sae.parameters())])
     for a, b in zip(*grads):
         assert torch.equal(a, b)
@@ -383,7 +421,7 @@ def test_decoder_methods():
     sae.project_decoder_gradient()
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-5
     sae.W_dec.data *= 3
-    sae.normalise_decoder()
+    sae.constrain()
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(12))
 
 
@@ -406,7 +444,7 @@ def test_threshold_average_by_hand(architecture):
 def test_negative_thresholds_are_clipped():
     sae = SAE(config("jumprelu"))
     sae.threshold.data[0] = -1
-    sae.clip_threshold()
+    sae.constrain()
     assert sae.threshold[0] == 0
 
 
@@ -420,7 +458,7 @@ def trained(architecture):
         torch.randn(6, generator=gen(1)),
         0.1 * torch.randn(12, generator=gen(2)),
     )
-    if sae.config.pools:
+    if architecture in ("batchtopk", "matryoshka"):
         sae.threshold.fill_(0.3)
     return sae
 
@@ -452,7 +490,7 @@ def test_fold_decoder_norm(architecture):
 def test_fold_decoder_norm_refuses_topk():
     sae = trained("topk")
     sae.W_dec.data[0] *= 2
-    with pytest.raises(ValueError, match="would change which fire"):
+    with pytest.raises(ValueError, match="would change which are active"):
         sae.fold_decoder_norm()
 
 
@@ -491,7 +529,7 @@ def test_fields_that_came_later_have_their_defaults(tmp_path):
 
 
 def test_a_folder_of_another_library_is_named(tmp_path):
-    "What SAELens alone wrote may subtract, scale or normalise in ways that only from_pretrained reads."
+    "Only from_pretrained reads the ways in which SAELens subtracts, scales and normalises."
     trained("batchtopk").save(tmp_path / "b")
     cfg = json.loads((tmp_path / "b/cfg.json").read_text())
     (tmp_path / "b/cfg.json").write_text(

@@ -1,14 +1,19 @@
-"SAEBench's JSON: every field checked, ours written and read back, files of other versions, joins, messages."
+"SAEBench's JSON: every field checked, ours written and read, other versions, joins, messages."
 
-import copy, json, math, os, subprocess
+import copy
+import json
+import math
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 
-from atm_sae.evals import saebench as sb
 from atm_sae.evals.absorption import AbsorptionResult
 from atm_sae.evals.probing import ProbingResult
 from atm_sae.sae.sae import SAE, SAEConfig
@@ -51,7 +56,7 @@ CONFIG = dict(
     l1_share=0.01,
     model="nano",
     layer=2,
-    seed=7,
+    seeds=[7],
     position=-6,
 )
 
@@ -141,18 +146,17 @@ def ours(path=None, **more):
 # ---- the form
 
 
-def fields(form, path=()):
-    "(path, kind) of every field and every group of fields; lists are entered at their first entry."
-    for name, part in form.items():
-        yield (*path, name), part
-        if isinstance(part, list) and isinstance(part[0], dict):
-            yield from fields(part[0], (*path, name, 0))
-        if isinstance(part, dict):
-            yield from fields(part, (*path, name))
-
-
-def required(kind):
-    return isinstance(kind, dict) or isinstance(kind, str) and not kind.endswith("?")
+def fields(schema, part=None, path=()):
+    "(path, schema, required?) of every field; lists are entered at their first entry."
+    part = schema if part is None else part
+    if "$ref" in part:
+        part = schema["$defs"][part["$ref"].rsplit("/", 1)[1]]
+    for name, sub in part.get("properties", {}).items():
+        yield (*path, name), sub, name in part.get("required", ())
+        if "items" in sub:
+            yield from fields(schema, sub["items"], (*path, name, 0))
+        else:
+            yield from fields(schema, sub, (*path, name))
 
 
 def said(path):
@@ -172,10 +176,18 @@ def changed(data, path, value=None, drop=False):
     return data
 
 
-ALL = [(name, path, kind) for name, form in EVALUATIONS.items() for path, kind in fields(form)]
-REQUIRED = [case for case in ALL if required(case[2])]
-TYPED = [case for case in ALL if case[2] != "anything|null?"]
-IDS = lambda cases: [f"{name}:{said(path)}" for name, path, _ in cases]
+ALL = [(name, *field) for name, schema in EVALUATIONS.items() for field in fields(schema)]
+REQUIRED = [case for case in ALL if case[3]]
+TYPED = [case for case in ALL if case[2]]
+
+
+def ids(cases):
+    return [f"{name}:{said(path)}" for name, path, *_ in cases]
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_schemas_are_schemas(name):
+    Draft202012Validator.check_schema(EVALUATIONS[name])
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -186,59 +198,60 @@ def test_what_saebench_itself_wrote_is_accepted(name):
 def test_all_evaluations_have_an_example_and_enough_required_fields():
     assert set(EXAMPLES) == set(EVALUATIONS)
     count = {name: sum(n == name for n, *_ in REQUIRED) for name in EVALUATIONS}
-    # ten of the envelope, and: 1 group + 6 metrics + 6 of a letter; 2 groups + 1 metric + 2 of a data set; 7 groups + 26 metrics + 8 of a latent
+    # ten of the envelope, and: 1 group + 6 metrics + 6 of a letter;
+    # 2 groups + 1 metric + 2 of a data set; 7 groups + 26 metrics + 8 of a latent
     assert count == dict(absorption_first_letter=10 + 13, sparse_probing=10 + 5, core=10 + 41)
 
 
-@pytest.mark.parametrize("name, path, kind", REQUIRED, ids=IDS(REQUIRED))
-def test_each_required_field_is_missed(name, path, kind):
+@pytest.mark.parametrize("name, path", [case[:2] for case in REQUIRED], ids=ids(REQUIRED))
+def test_each_required_field_is_missed(name, path):
     with pytest.raises(ValueError) as e:
         validate_saebench(changed(example(name), path, drop=True))
     assert str(e.value).startswith(f"{said(path)}: found nothing, expected ")
 
 
-@pytest.mark.parametrize("name, path, kind", TYPED, ids=IDS(TYPED))
-def test_each_wrong_type_is_named(name, path, kind):
-    data = example(name)
-    if path == ("eval_type_id",):
-        path, wrong = path, "cores"
-    else:
-        wrong = object  # no JSON value at all
+@pytest.mark.parametrize("name, path", [case[:2] for case in TYPED], ids=ids(TYPED))
+def test_each_wrong_type_is_named(name, path):
+    wrong = "cores" if path == ("eval_type_id",) else object  # the second is no JSON value at all
     with pytest.raises(ValueError) as e:
-        validate_saebench(changed(data, path, wrong))
+        validate_saebench(changed(example(name), path, wrong))
     assert str(e.value).startswith(f"{said(path)}: found {wrong!r}, expected ")
 
 
-@pytest.mark.parametrize("name, path, kind", ALL, ids=IDS(ALL))
-def test_optional_fields_may_be_missing_and_null_only_where_allowed(name, path, kind):
+@pytest.mark.parametrize("name, path, kind, required", ALL, ids=ids(ALL))
+def test_optional_fields_may_be_missing_and_null_only_where_allowed(name, path, kind, required):
     data = example(name)
-    if not required(kind) and said(path).split(".")[0] != "eval_result_details[0]":
+    if not required and path[:2] != ("eval_result_details", 0):
         validate_saebench(changed(data, path, drop=True))
-    if isinstance(kind, str) and "|null" in kind:
+    if "null" in kind.get("type", ["null"]):
         return validate_saebench(changed(data, path, None))
     with pytest.raises(ValueError, match="found (None|nothing)"):
         validate_saebench(changed(data, path, None))
 
 
 @pytest.mark.parametrize(
-    "kind, good, bad",
+    "path, good, bad",
     [
-        ("number", [0, -1, 0.5], [True, "1", math.nan, math.inf, None]),
-        ("integer", [3, 615.0, -6], [2.5, True, math.nan, "3"]),
-        ("count", [1], [0, -1, 1.5]),
-        ("millis", [0, 9999999999999], [-1, 10**13, 0.5]),
-        ("text", ["", "a"], [1, None, ["a"]]),
-        ("letter", ["a", "Z"], ["", "ab", "1", 1]),
-        ("flag", [True, False], [0, 1, "true"]),
-        ("object", [{}, {"a": 1}], [[], "a"]),
+        ("f1_jump_threshold", [0, -1, 0.5], [True, "1", math.nan, math.inf, None]),  # number
+        ("random_seed", [3, 615.0, -6], [2.5, True, math.nan, math.inf, "3"]),  # integer
+        ("min_feats_for_eval", [1], [0, -1, 1.5]),  # count
+        ("model_name", ["", "a"], [1, None, ["a"]]),  # text
+        ("precalc_k_sparse_probe_sae_acts", [True, False], [0, 1, "true"]),  # flag
+        (("datetime_epoch_millis",), [0, 9999999999999], [-1, 10**13, 0.5]),
+        (("eval_result_details", 0, "first_letter"), ["a", "Z"], ["", "ab", "1", 1, "_"]),
+        (("sae_cfg_dict",), [{}, {"a": 1}, None], [[], "a"]),
+        (("eval_result_unstructured",), [None, 1, "a", [1]], []),
     ],
 )
-def test_kinds(kind, good, bad):
-    for v in good:
-        sb._check_value(v, kind, "x")
-    for v in bad:
-        with pytest.raises(ValueError, match="^x: found"):
-            sb._check_value(v, kind, "x")
+def test_kinds(path, good, bad):
+    data, path = example("absorption_first_letter"), path
+    if isinstance(path, str):
+        path = ("eval_config", path)
+    for value in good:
+        validate_saebench(changed(data, path, value))
+    for value in bad:
+        with pytest.raises(ValueError, match=f"^{re.escape(said(path))}: found"):
+            validate_saebench(changed(data, path, value))
 
 
 def test_lists_are_checked_entry_by_entry():
@@ -255,9 +268,9 @@ def test_lists_are_checked_entry_by_entry():
 
 def test_unknown_fields_pass_and_unknown_evaluations_do_not():
     validate_saebench(example("core") | {"more": 1})
+    known = "absorption_first_letter, sparse_probing, core"
     with pytest.raises(
-        ValueError,
-        match="^eval_type_id: found 'absorption', expected one of absorption_first_letter, sparse_probing, core$",
+        ValueError, match=f"^eval_type_id: found 'absorption', expected one of {known}$"
     ):
         validate_saebench(example("core") | {"eval_type_id": "absorption"})
     with pytest.raises(ValueError, match="^eval_type_id: found nothing, expected one of"):
@@ -288,12 +301,8 @@ def test_what_we_write_is_valid_and_read_back_unchanged(tmp_path):
         validate_saebench(r)
         assert json.loads(saebench_path(tmp_path, r).read_text()) == r
     table = read_saebench(tmp_path).set_index("eval_type")
-    assert (
-        table.source.tolist() == ["atm-sae"] * 3
-        and set(table.sae_id) == {"one"}
-        and set(table.method) == {"batchtopk"}
-        and set(table.layer) == {2}
-    )
+    assert table.source.tolist() == ["atm-sae"] * 3 and set(table.sae_id) == {"one"}
+    assert set(table.method) == {"batchtopk"} and set(table.layer) == {2}
     a, p, c = table.loc["absorption_first_letter"], table.loc["sparse_probing"], table.loc["core"]
     assert (
         a.mean_full_absorption_score,
@@ -343,13 +352,16 @@ def test_files_lie_where_saebench_looks_for_them(tmp_path):
 
 
 def test_equal_results_have_equal_bytes_and_different_ones_another_id(tmp_path):
-    ours(tmp_path / "a"), ours(tmp_path / "b")
-    files = lambda folder: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.json")}
-    assert files(tmp_path / "a") == files(tmp_path / "b") and len(files(tmp_path / "a")) == 3
+    def files(folder):
+        ours(folder)
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.json")}
+
+    first = files(tmp_path / "a")
+    assert first == files(tmp_path / "b") and len(first) == 3
     base = absorption_json(absorption_result())
     others = [
         absorption_json(absorption_result(), name="two"),
-        absorption_json(absorption_result(seed=8)),
+        absorption_json(absorption_result(seeds=[8])),
         absorption_json(absorption_result(), method="topk"),
     ]
     assert len({r["eval_id"] for r in [base, *others]}) == 4
@@ -411,7 +423,7 @@ def test_letters_of_several_seeds_become_one_entry():
         ("A", 1, 0.3, 0.4, 8, 20, 2),
         ("A", 2, 0.2, 0.3, 3, 10, 3),
     ]
-    out = absorption_json(absorption_result(rows, seed=4, eval_seeds=3))
+    out = absorption_json(absorption_result(rows, seeds=[4, 5, 6]))
     a, b = out["eval_result_details"]
     assert (
         a["first_letter"] == "A"
@@ -423,10 +435,11 @@ def test_letters_of_several_seeds_become_one_entry():
         40,
         2,
     ) and b["num_split_features"] == 2
-    assert (
-        out["eval_config"]["random_seed"] == 4
-        and out["eval_result_unstructured"]["eval_seeds"] == 3
-    )
+    assert out["eval_config"]["random_seed"] == 4 and out["eval_result_unstructured"]["seeds"] == [
+        4,
+        5,
+        6,
+    ]
 
 
 def test_probing_details_are_means_of_groups():
@@ -474,15 +487,19 @@ def test_core_says_minus_one_where_nothing_is_known():
     )
 
 
+def frequencies(values):
+    out = core_json(RECONSTRUCTION, SAE_DICT, frequency=torch.tensor(values), **WHERE)
+    return out["eval_result_metrics"]["misc_metrics"]
+
+
 def test_frequencies():
-    m = sb._frequency_metrics(
-        torch.tensor([0.5, 0.0625, 0.0078125, 0])
-    )  # two above 1%, one above 10%
+    m = frequencies([0.5, 0.0625, 0.0078125, 0])  # two above 1%, one above 10%
     assert (m["freq_over_1_percent"], m["freq_over_10_percent"]) == (0.5, 0.25)
     assert m["normalized_freq_over_1_percent"] == pytest.approx(0.5625 / 0.5703125) and m[
         "normalized_freq_over_10_percent"
     ] == pytest.approx(0.5 / 0.5703125)
-    assert set(sb._frequency_metrics(torch.zeros(3)).values()) == {0}
+    zeros = frequencies([0.0, 0, 0])
+    assert {v for k, v in zeros.items() if "freq" in k} == {0}
 
 
 def test_an_sae_describes_itself():
@@ -736,24 +753,16 @@ from pydantic import TypeAdapter
 from sae_bench.evals.absorption.eval_output import AbsorptionEvalOutput
 from sae_bench.evals.core.eval_output import CoreEvalOutput
 from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
-classes = dict(absorption_first_letter=AbsorptionEvalOutput, core=CoreEvalOutput, sparse_probing=SparseProbingEvalOutput)
+classes = dict(
+    absorption_first_letter=AbsorptionEvalOutput,
+    core=CoreEvalOutput,
+    sparse_probing=SparseProbingEvalOutput,
+)
 for file in sys.argv[1:]:
     text = open(file).read()
     TypeAdapter(classes[json.loads(text)['eval_type_id']]).validate_json(text)
 print(json.dumps({name: TypeAdapter(c).json_schema() for name, c in classes.items()}))
 """
-
-
-def schema_fields(schema, part, path=()):
-    "(path, required?) of all fields of a JSON schema, in the manner of `fields`."
-    if "$ref" in part:
-        part = schema["$defs"][part["$ref"].rsplit("/", 1)[1]]
-    for name, sub in part.get("properties", {}).items():
-        yield (*path, name), name in part.get("required", ())
-        inner = sub.get("items", {}) if sub.get("type") == "array" else sub
-        yield from schema_fields(
-            schema, inner, (*path, name, 0) if inner is not sub else (*path, name)
-        )
 
 
 @pytest.mark.skipif(
@@ -771,10 +780,8 @@ def test_saebench_accepts_our_files_and_has_our_fields(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for name, schema in json.loads(done.stdout).items():
-        theirs = dict(schema_fields(schema, schema)) | {
-            ("eval_type_id",): True
-        }  # the one field of which we ask more
-        mine = {path: required(kind) for path, kind in fields(EVALUATIONS[name])} | {
-            ("eval_config",): True
-        }
+        theirs = {path: required for path, _, required in fields(schema)}
+        theirs |= {("eval_type_id",): True}  # the one field of which we ask more
+        mine = {path: required for path, _, required in fields(EVALUATIONS[name])}
+        mine |= {("eval_config",): True}
         assert mine == theirs, name

@@ -1,21 +1,23 @@
-"Text and activations that come as they are needed: the same rows as from a whole text, a place that can be saved, killed builds that go on, memory that stays."
+"""Text and activations that come as they are needed: the same rows as from a whole text, a place
+that can be saved, killed builds that go on, memory that stays."""
 
 import itertools
 import json
 import os
 import shutil
+import resource
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
+from forks import forked
+from small import documents, make_and_die, weights
 
 from atm_sae.data import activations as module
+from atm_sae.data import batches as reader
 from atm_sae.data.activations import (
     ActivationCache,
     ActivationSpec,
@@ -24,48 +26,42 @@ from atm_sae.data.activations import (
     get_activations,
     read_ahead,
 )
-from atm_sae.data.batches import StreamBatches, held_out_activations, stream_activations
+from atm_sae.data.batches import (
+    StreamBatches,
+    held_out_activations,
+    held_out_tokens,
+    stream_activations,
+)
 from atm_sae.artefacts import OutputError
-from atm_sae.data.lm import save_lm, tiny_lm
+from atm_sae.data import letters
+from atm_sae.data.letters import LineConfig
+from atm_sae.data.lm import load_lm
 from atm_sae.data.text import (
     PackedRows,
-    TokenRows,
     documents_checksum,
     open_documents,
     pack_tokens,
-    python_docs,
 )
-from atm_sae.methods import METHODS
+from atm_sae.methods import METHODS, twin_method
+from atm_sae.train.loop import state_hash
 from atm_sae.train.runs import get_run, is_complete, recipe, run_folder
 
-DOCS = [d[:400] for d in python_docs()[:200] if d.strip()]
+DOCS = documents(200)
 TRAINED = [d for i, d in enumerate(DOCS) if i % 20]  # the others are held out
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return tiny_lm()
-
-
-@pytest.fixture(scope="module")
-def folder(lm, tmp_path_factory):
-    "A model and a text on disk."
-    folder = tmp_path_factory.mktemp("files")
-    save_lm(lm, folder / "model")
-    (folder / "text.jsonl").write_text(
-        "".join(json.dumps(dict(text=d)) + "\n" for d in DOCS), encoding="utf-8"
-    )
-    return folder
+def text(tmp_path_factory):
+    "The documents in a file."
+    path = tmp_path_factory.mktemp("files") / "text.jsonl"
+    path.write_text("".join(json.dumps(dict(text=d)) + "\n" for d in DOCS), encoding="utf-8")
+    return path
 
 
 @pytest.fixture
-def spec(folder):
+def spec(model_folder, text):
     return ActivationSpec(
-        model=str(folder / "model"),
-        layer=1,
-        n_tokens=3200,
-        context=32,
-        text=str(folder / "text.jsonl"),
+        model=str(model_folder), layer=1, n_tokens=3200, context=32, text=str(text)
     )
 
 
@@ -110,15 +106,13 @@ def test_a_text_without_documents(lm):
         packed(lm, []).take(1)
 
 
-def test_documents_of_files(folder):
-    assert list(open_documents(str(folder / "text.jsonl"), start=100)) == DOCS[100:]
-    assert documents_checksum(str(folder / "text.jsonl")) == documents_checksum(
-        str(folder / "text.jsonl")
-    )
+def test_documents_of_files(text):
+    assert list(open_documents(str(text), start=100)) == DOCS[100:]
 
 
-def test_a_changed_text_is_another(folder, spec, tmp_path):
-    other = shutil.copy(folder / "text.jsonl", tmp_path / "text.jsonl")
+def test_a_changed_text_is_another(text, spec, tmp_path):
+    other = shutil.copy(text, tmp_path / "text.jsonl")
+    assert documents_checksum(str(other)) == documents_checksum(str(text))
     before = activation_key(replace(spec, text=str(other)))
     with open(other, "a") as f:
         f.write('{"text": "more"}\n')
@@ -168,50 +162,36 @@ def test_shards_hold_what_one_file_holds(lm, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["many", "one"]
 
 
-KILLED = """
-import os, signal, sys
-from atm_sae.data import activations as module
-from atm_sae.activations import ActivationSpec, get_activations
-module.SHARD_BYTES, run, left = 40_000, module._activations, int(sys.argv[1])
-def run_and_die(*args):
-    global left
-    left -= 1
-    if left < 0: os.kill(os.getpid(), signal.SIGKILL)
-    return run(*args)
-module._activations = run_and_die
-get_activations(ActivationSpec(**__import__('json').loads(sys.argv[2])), batch_size=4)
-"""
+def build_and_die(spec, left):
+    "Build a store in small shards, and kill this process after some batches."
+    run = module.token_activations
 
+    def run_and_die(*args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(*args)
 
-def killed(code, *args):
-    "Run code in a process that kills itself."
-    env = os.environ | dict(
-        OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def plain(spec):
-    return json.dumps({k: v for k, v in vars(spec).items() if k != "lines"})
+    module.SHARD_BYTES, module.token_activations = 40_000, run_and_die
+    get_activations(spec, batch_size=4)
 
 
 def test_a_killed_build_goes_on_where_it_was(spec, shards, home, monkeypatch):
     straight = get_activations(spec, batch_size=4)
     kept = straight.meta
     shutil.rmtree(home)
-    killed(KILLED, 7, plain(spec))  # in the fourth shard of two batches each
+    ended = forked(build_and_die, spec, 7)  # in the fourth shard of two batches each
+    assert ended.status == -signal.SIGKILL, ended.said
     assert not straight.folder.exists()
-    ran, run = [], module._activations
-    monkeypatch.setattr(module, "_activations", lambda *a: ran.append(a[4]) or run(*a))
+    ran, run = [], module.token_activations
+    monkeypatch.setattr(module, "token_activations", lambda *a: ran.append(a[4]) or run(*a))
     assert get_activations(spec, batch_size=4).meta == kept and ran[0] == 24 and len(ran) == 25 - 6
 
 
 def test_a_build_of_another_text_is_begun_anew(spec, shards, home, lm, tmp_path):
-    killed(KILLED, 7, plain(spec))
-    (building,) = (home / "activations").iterdir()
+    assert forked(build_and_die, spec, 7).status == -signal.SIGKILL
+    (building,) = (home / "activations").glob(".*.building")
     building.rename(
         home / "activations" / f".{activation_key(replace(spec, n_tokens=1600))}.building"
     )  # as if it were this one's
@@ -239,10 +219,10 @@ def test_a_text_needs_a_number_of_rows(lm, tmp_path):
 
 
 def test_two_that_want_the_same_store_build_it_once(spec, shards, monkeypatch):
-    rows, run = [], module._activations
+    rows, run = [], module.token_activations
     monkeypatch.setattr(
         module,
-        "_activations",
+        "token_activations",
         lambda lm, tokens, *a: rows.append(len(tokens)) or run(lm, tokens, *a),
     )
     with ThreadPoolExecutor(2) as pool:
@@ -256,11 +236,12 @@ def test_two_that_want_the_same_store_build_it_once(spec, shards, monkeypatch):
 
 def test_a_truncated_shard(spec, shards):
     made = get_activations(spec, batch_size=4)
-    path = made.folder / "activations-00002.bin"
+    path = made.folder / "activations-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(
         ValueError,
-        match="activations-00002.bin is truncated or not its own: .* bytes, expected .*: delete .* and run again",
+        match="activations-00002.safetensors is truncated or not its own: .* bytes, expected .*:"
+        " delete .* and run again",
     ):
         ActivationCache.open(made.folder)
 
@@ -273,13 +254,20 @@ def test_a_disk_that_is_too_small(lm, tmp_path, monkeypatch):
     )
     with pytest.raises(
         OutputError,
-        match=r"x needs 0.0 GB and its disk has 0.0 GB free. What to do: free some space, set ATM_SAE_CACHE",
+        match="x needs 0.0 GB and its disk has 0.0 GB free. What to do: free some space, set ATM_",
     ):
         build_cache(lm, packed(lm), 1, tmp_path / "x", n_rows=30, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- without a store
+# ---- without a cache
+
+
+def test_a_state_with_nothing_left_over_has_a_hash():
+    "Ranks compare hashes; NumPy gives an empty array a stride of 0, which PyTorch cannot view."
+    empty = np.arange(3)[3:].copy()
+    state = dict(place=dict(read=1, rest=empty), n=torch.tensor(3))
+    assert state_hash(state) != state_hash(state | dict(n=torch.tensor(4)))
 
 
 def test_a_buffer_gives_what_the_text_holds(lm, tmp_path):
@@ -290,21 +278,19 @@ def test_a_buffer_gives_what_the_text_holds(lm, tmp_path):
     whole = build_cache(
         lm, packed(lm), 1, tmp_path / "x", n_rows=40, batch_size=4, progress=False
     ).rows(slice(0, len(out)))
-    key = lambda x: x[x[:, 0].argsort()]
-    assert (
-        torch.allclose(key(out), key(whole), atol=1e-6)
-        and len(stream.buffer) == 200
-        and len(stream.state_dict()["rest"]) < 4 * 32
-    )
+    out, whole = (x[x[:, 0].argsort()] for x in (out, whole))
+    assert torch.allclose(out, whole, atol=1e-6)
+    assert len(stream.buffer) == 200 and len(stream.state_dict()["rest"]) < 4 * 32
 
 
 def test_batches_are_mixed_over_the_buffer(lm, monkeypatch):
-    """Activations that are their own number. Of 16 that come in together, 16 * 16 / 320 = 0.8 are drawn with the next batch on average; a row is drawn after 20 batches on average,
-    and 400 draws bring that mean to within 20 / 20 = 1 (one standard deviation)."""
+    """Activations that are their own number. Of 16 that come in together, 16 * 16 / 320 = 0.8 are
+    drawn with the next batch on average; a row is drawn after 20 batches on average, and 400 draws
+    bring that mean to within 20 / 20 = 1 (one standard deviation)."""
     count = itertools.count()
     monkeypatch.setattr(
-        module,
-        "_activations",
+        reader,
+        "token_activations",
         lambda lm, tokens, *a: torch.tensor([float(next(count)) for _ in range(tokens.numel())])[
             :, None
         ].expand(-1, lm.d_model),
@@ -341,6 +327,73 @@ def test_held_out_documents_are_those_that_training_leaves_out(lm, spec, monkeyp
     assert list(kept(3)) == DOCS[60::20]
 
 
+def seen_documents(lm, rows, marks):
+    "The marks that occur in rows of tokens."
+    said = lm.tokenizer.decode(rows.flatten().tolist())
+    return {mark for mark in marks if f"<{mark}>" in said}
+
+
+def test_a_stream_of_the_default_text_leaves_documents_out(lm, monkeypatch):
+    "Documents by number: 0, 20, 40, ... are in the held-out rows alone."
+    monkeypatch.setattr(module, "python_docs", lambda: [f" document <{i}>" for i in range(400)])
+    spec = ActivationSpec(n_tokens=6400, context=32, line_share=0.3, buffer=100)
+    trained, kept = (
+        seen_documents(lm, module.token_rows(s, lm).take(200), range(400))
+        for s in (spec, replace(spec, held_out=True))
+    )
+    assert len(trained) > 300 and all(i % 20 for i in trained)
+    assert len(kept) > 15 and not any(i % 20 for i in kept)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_letter_lines_of_a_stream_are_of_no_training_stream(lm, seed, monkeypatch):
+    monkeypatch.setattr(module, "python_docs", lambda: DOCS)
+    spec = ActivationSpec(n_tokens=3200, context=32, line_share=1.0, buffer=100, seed=seed)
+    kept = {
+        tuple(r) for r in module.token_rows(replace(spec, held_out=True), lm).take(100).tolist()
+    }
+    for other in range(3):
+        trained = module.token_rows(replace(spec, seed=other), lm).take(100).tolist()
+        assert not kept & {tuple(r) for r in trained}
+
+
+def test_held_out_activations_of_a_stream_of_the_default_text(lm, spec, monkeypatch):
+    "They are those of the held-out documents."
+    docs = [f"The {i}th text says what a short test needs." for i in range(200)]
+    monkeypatch.setattr(module, "python_docs", lambda: docs)
+    spec = replace(spec, text="", buffer=100, line_share=0.0, seed=1)
+    read, rows = [], module.token_rows
+    monkeypatch.setattr(module, "token_rows", lambda s, *a: read.append(s) or rows(s, *a))
+    assert held_out_activations(spec, 50).shape == (50, 32)
+    (held,) = read
+    assert held.held_out and held.buffer == 100
+    said = lm.tokenizer.decode(rows(held, lm).take(13).flatten().tolist())
+    assert " 20th" in said and " 21th" not in said
+
+
+def test_given_texts_are_not_split(lm, spec):
+    with pytest.raises(ValueError, match="give the held-out documents as texts"):
+        module.token_rows(replace(spec, held_out=True), lm, ["one", "two"])
+
+
+def test_rows_of_the_cached_default_text(monkeypatch):
+    "Training reads the first nine tenths of the cache; held-out tokens lie behind them."
+    monkeypatch.setattr(letters, "python_docs", lambda: DOCS)
+    nano, spec = load_lm("nano-gemma2"), ActivationSpec(n_tokens=4096)
+    rows = module.token_rows(spec, nano).take(32)
+    lines = LineConfig(uniform=0.05)
+    assert torch.equal(rows, letters.mixed_tokens(nano.tokenizer, 4096, 128, 0.7, lines, 0, DOCS))
+    kept = held_out_tokens(spec, nano, 10_000)
+    special = torch.tensor(nano.tokenizer.all_special_ids, dtype=rows.dtype)
+    lengths = (~torch.isin(rows, special)).sum(1)
+    first = len(rows) - len(kept)
+    assert torch.equal(kept, rows[first:]) and len(kept) in (2, 3)
+    assert lengths[:first].sum() >= int(0.9 * lengths.sum())  # CacheBatches ends before
+    assert torch.equal(held_out_tokens(spec, nano, 128), kept[:1])
+    with pytest.raises(ValueError, match="held out by rows.*use held_out_tokens"):
+        module.token_rows(replace(spec, held_out=True), nano)
+
+
 def test_held_out_activations_of_a_stream(spec, lm, tmp_path):
     x = held_out_activations(replace(spec, buffer=100), 50)
     whole = build_cache(
@@ -351,30 +404,15 @@ def test_held_out_activations_of_a_stream(spec, lm, tmp_path):
     )
 
 
-MEMORY = """
-import json, resource, sys
-from atm_sae.activations import ActivationSpec, get_activations
-spec = ActivationSpec(**json.loads(sys.argv[1]))
-get_activations(spec)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
+def peak_memory(spec):
+    "The most that this process had in memory while it built a store, in MiB."
+    get_activations(spec)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def test_memory_does_not_grow_with_the_text(spec):
-    "Ten times the tokens, 13 MB more of activations: the peak (some 700 MB, of PyTorch) moves by less than 8 MB."
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    few, many = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY, plain(replace(spec, n_tokens=n))],
-                env=env,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for n in (12_800, 128_000)
-    )
+    "Ten times the tokens, 13 MB more of activations: the peak moves by less than 8 MB."
+    few, many = (forked(peak_memory, replace(spec, n_tokens=n)).value for n in (12_800, 128_000))
     assert many - few < 8, (few, many)
 
 
@@ -385,76 +423,43 @@ def test_a_buffer_that_is_too_small(lm):
         StreamBatches(lm, packed(lm), 1, 16, seed=0, buffer=8)
 
 
-def test_a_state_of_another_stream(spec, folder):
+def test_a_state_of_another_stream(spec):
     state = stream_activations(replace(spec, buffer=100), 16, 0).state_dict()
-    with pytest.raises(
-        ValueError, match="name is .*, not .*; resume with the model, text and settings"
-    ):
+    with pytest.raises(ValueError, match="name is .*, not .*; resume with the data and settings"):
         stream_activations(replace(spec, buffer=100, layer=2), 16, 0).load_state_dict(state)
     with pytest.raises(ValueError, match="seed is 0, not 1"):
         stream_activations(replace(spec, buffer=100), 16, 1).load_state_dict(state)
 
 
-training = sys.modules["atm_sae.train.loop"]
+# ---- killed
 
 
-def run_spec(method, folder, buffer):
-    data = ActivationSpec(
-        model=f"{folder}/model",
-        layer=1,
-        n_tokens=3200,
-        context=32,
-        text=f"{folder}/text.jsonl",
-        buffer=buffer,
-    )
-    return recipe(
-        method, data, 32, 48, l0=4, steps=30, batch_size=32, log_every=5, checkpoint_every=6
-    )
+def run_spec(data, method, buffer):
+    "Few steps and few latents, and a checkpoint every fourth step."
+    settings = dict(l0=4, steps=16, batch_size=32, log_every=3, checkpoint_every=4)
+    return recipe(method, replace(data, buffer=buffer), 32, 48, **settings)
 
 
-def run_and_die(spec, left, cache):
-    "Make a run, in a process of its own, that kills itself before a step."
-    os.environ["ATM_SAE_CACHE"], step = cache, training._train_step
-
-    def step_and_die(t, x):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(t, x)
-
-    training._train_step = step_and_die
-    get_run(spec)
+TRAINABLE = [m for m in METHODS if m != "random"]
+# the state of a stream is the same for all methods
+CASES = [(m, 0) for m in TRAINABLE] + [(m, 400) for m in ("topk", "matryoshka+atm", "dropout")]
 
 
-@pytest.fixture(scope="module")
-def processes():
-    "Quick to start, and without this process's threads."
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["atm_sae.train.runs", __name__])
-    return context
-
-
-@pytest.mark.parametrize("buffer", [0, 400])
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
+@pytest.mark.parametrize("method, buffer", CASES)
 def test_killed_at_a_random_step_and_resumed_to_the_bit(
-    method, buffer, folder, home, monkeypatch, tmp_path, processes
+    method, buffer, spec, monkeypatch, tmp_path
 ):
-    spec, left = (
-        run_spec(method, folder, buffer),
-        6 + sum(map(ord, method + str(buffer))) % 24,
-    )  # any step with a checkpoint behind it
-    if spec.data.buffer == 0:
+    spec = run_spec(spec, method, buffer)
+    if buffer == 0:
         get_activations(spec.data)
-    training._twin_rates(spec)  # a blind control's twin is made before
-    child = processes.Process(target=run_and_die, args=(spec, left, os.environ["ATM_SAE_CACHE"]))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    if twin_method(method) != method:  # a dropout control's twin is made before
+        get_run(run_spec(spec.data, twin_method(method), buffer))
+    last = 5 + sum(map(ord, method)) % 10  # any step with a checkpoint behind it
+    ended = forked(make_and_die, spec, last)
+    assert ended.status == -signal.SIGKILL, ended.said
     assert not is_complete(spec) and (run_folder(spec) / "checkpoint.safetensors").exists()
     resumed = get_run(spec)
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "straight"))
     straight = get_run(spec)
-    for n, w in straight.sae.state_dict().items():
-        assert torch.equal(w, resumed.sae.state_dict()[n]), n
+    assert weights(straight.sae) == weights(resumed.sae)
     assert straight.history.table.equals(resumed.history.table)

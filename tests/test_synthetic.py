@@ -1,5 +1,9 @@
 import math
-import pytest, torch
+from dataclasses import replace
+
+import pytest
+import torch
+
 from atm_sae.core import generator
 from atm_sae.data.planted import (
     PlantedWorld,
@@ -189,11 +193,35 @@ def test_batches_resume_bit_exactly():
     assert x.shape == (16, 8) and x.dtype == torch.float32
     state = one.state_dict()
     expected = [next(one) for _ in range(3)]
-    two = WorldBatches(PlantedWorld(TINY), 16, seed=99)
+    two = WorldBatches(PlantedWorld(TINY), 16, seed=3)
+    next(two)
     two.load_state_dict(state)
     assert all(torch.equal(next(two), e) for e in expected)
     one.load_state_dict(state)  # the saved state was not moved by drawing
     assert torch.equal(next(one), expected[0])
+
+
+@pytest.mark.parametrize(
+    "other, says",
+    [
+        (WorldBatches(PlantedWorld(replace(TINY, seed=1)), 16, 3), "world is '.*', not '.*'"),
+        (WorldBatches(PlantedWorld(replace(TINY, noise=0.1)), 16, 3), "world is"),
+        (WorldBatches(PlantedWorld(TINY), 8, 3), "batch_size is 16, not 8"),
+        (WorldBatches(PlantedWorld(TINY), 16, 4), "seed is 3, not 4"),
+    ],
+)
+def test_a_state_of_another_stream_is_refused(other, says):
+    state = WorldBatches(PlantedWorld(TINY), 16, 3).state_dict()
+    expected = next(WorldBatches(other.world, other.batch_size, other.seed))
+    with pytest.raises(ValueError, match=f"the state of another reader: {says}"):
+        other.load_state_dict(state)
+    assert torch.equal(next(other), expected)  # and changes nothing
+
+
+def test_a_state_without_settings_is_refused():
+    state = {"generator": WorldBatches(PlantedWorld(TINY), 16, 3).state_dict()["generator"]}
+    with pytest.raises(ValueError, match="world is None"):
+        WorldBatches(PlantedWorld(TINY), 16, 3).load_state_dict(state)
 
 
 def test_batches_differ_between_seeds():

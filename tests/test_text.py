@@ -1,6 +1,9 @@
 "Texts, tokens, words and letter lines."
 
-import builtins, importlib.util, json, re, time
+import builtins
+import importlib.util
+import re
+import time
 
 import numpy as np
 import pytest
@@ -64,7 +67,7 @@ def test_docs_are_large_and_stable(docs):
 def test_docs_by_package_hold_the_same_docstrings(docs):
     groups = python_docs_by_package()
     assert {"json", "email", "argparse"} <= set(groups)
-    assert sum(map(len, groups.values())) == len(docs) - len(text._topics())
+    assert sum(map(len, groups.values())) == len(docs) - len(text.help_topics())
     assert not {"test", "idlelib", "site-packages"} & set(groups)
 
 
@@ -331,9 +334,10 @@ def test_letters_must_be_tokens(docs):
 @pytest.mark.parametrize("sizes", [(300, 700), (1, 999), (50, 50), (0, 5), (5, 0)])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_end_of_the_order_holds_each_kind_in_its_share(sizes, seed):
-    """Each kind has one row in each of its own equal steps from 0 to 1, so from any point on it has its share, give or take less than one row.
-    In the last m rows of both, with shares s and 1 - s and errors a and b, that leaves s m + (1 - s) a - s b: again less than one row off."""
-    order = letters._interleave(sizes, torch.Generator().manual_seed(seed))
+    """Each kind has one row in each of its equal steps from 0 to 1, so from any point on its rows
+    are less than one off its share. In the last m rows of both kinds, with shares s and 1 - s and
+    errors a and b, that leaves s m + (1 - s) a - s b: again less than one row off."""
+    order = letters.spread_evenly(sizes, torch.Generator().manual_seed(seed))
     assert order.sort().values.tolist() == [*range(sum(sizes))]
     last = (order.flip(0) >= sizes[0]).cumsum(0) - torch.arange(1, sum(sizes) + 1) * (
         sizes[1] / sum(sizes)
@@ -342,7 +346,7 @@ def test_any_end_of_the_order_holds_each_kind_in_its_share(sizes, seed):
 
 
 def test_rows_of_one_kind_are_shuffled():
-    order = letters._interleave((500, 500), torch.Generator().manual_seed(0))
+    order = letters.spread_evenly((500, 500), torch.Generator().manual_seed(0))
     for kind in (order[order < 500], order[order >= 500] - 500):
         assert (
             len({*kind.tolist()}) == 500 and abs(np.corrcoef(kind, np.arange(500))[0, 1]) < 0.2
@@ -350,7 +354,9 @@ def test_rows_of_one_kind_are_shuffled():
 
 
 def test_mixture_shape_share_and_seed(tok, docs):
-    make = lambda **k: mixed_tokens(tok, 4000, 32, texts=docs[:300], **k)
+    def make(**more):
+        return mixed_tokens(tok, 4000, 32, texts=docs[:300], **more)
+
     rows = make()
     assert rows.shape == (125, 32) and (rows[:, 0] == 2).all()
     assert torch.equal(rows, make()) and not torch.equal(rows, make(seed=1))

@@ -1,24 +1,27 @@
 "Schedules and control by hand; resume bit for bit; runs, grids and their errors."
 
 import errno
-import os
 import re
 import signal
-import subprocess
-import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from forks import Fork, forked
+from small import WORLD, make_and_die, small, steps_taken, weights
 
 from atm_sae.sae.atm import ATMConfig, ATMMasker, make_masker
 from atm_sae.artefacts import OutputError, read_json
-from atm_sae.core import one_thread
-from atm_sae.sae.sae import SAE, SAEConfig, nested_share
+from atm_sae.sae.architectures import nested_share
+from atm_sae.sae.sae import SAE, SAEConfig
 from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
 from atm_sae.methods import METHODS, method_parts
+from atm_sae.ranks import Ranks
+from atm_sae.train import loop, runs
 from atm_sae.train.loop import (
+    COLUMNS,
     L0Control,
     TrainConfig,
     load_checkpoint,
@@ -35,27 +38,12 @@ from atm_sae.train.runs import (
     recipe,
     run_folder,
     run_grid,
+    twin_rates,
+    twin_spec,
     world_grid,
 )
 
-training = sys.modules["atm_sae.train.loop"]  # the module; the package's `train` is the function
-
-WORLD = WorldConfig(
-    d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=0.3, free_rate=0.2
-)
-
-
-def small(method, steps=40, seed=0, **more):
-    more = dict(batch_size=32, log_every=5, checkpoint_every=20, snapshot_steps=(10, 30)) | more
-    return recipe(method, WORLD, d_in=8, d_sae=16, l0=3, steps=steps, seed=seed, **more)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    "Every test has a cache of its own, and one thread."
-    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "cache"))
-    with one_thread():
-        yield tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")  # every test has a cache of its own
 
 
 def batches(spec, cls=WorldBatches):
@@ -66,13 +54,9 @@ def make(spec, folder=None, data=None):
     "Train a spec by hand; returns SAE and history."
     sae, masker = (
         SAE(spec.sae),
-        make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=training._twin_rates(spec)),
+        make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=twin_rates(spec)),
     )
     return sae, train(sae, data or batches(spec), spec.train, masker, folder, progress=False)
-
-
-def weights(sae):
-    return {n: t.numpy().tobytes() for n, t in sae.state_dict().items()}
 
 
 class Fails(WorldBatches):
@@ -153,7 +137,7 @@ def test_training_lowers_the_error_and_folds_the_scale():
     sae, history = make(spec)
     t = history.table
     assert (
-        list(t.columns) == list(training.COLUMNS)
+        list(t.columns) == list(COLUMNS)
         and t.step.tolist() == list(range(5, 201, 5))
         and t.tokens.iloc[-1] == 6400
     )
@@ -188,14 +172,15 @@ def test_dead_latents_are_counted_and_woken():
     spec = small("topk", steps=60, dead_after=0.1)
 
     def run(aux):
-        sae = SAE(training.replace(spec.sae, aux_coef=aux))
-        sae.b_enc.data[:8] = -3.0  # half of the latents cannot win
+        sae = SAE(replace(spec.sae, aux_coef=aux))
+        sae.b_enc.data[:8] = -0.7  # these latents are rarely active
         history = train(sae, batches(spec), spec.train, progress=False)
         return history.table.dead, sae
 
     dead, _ = run(0.0)
     woken, _ = run(4.0)
-    assert dead.iloc[0] == 0 and dead.max() >= 8 and woken.iloc[-1] <= dead.iloc[-1]
+    assert dead.iloc[0] == 0 and dead.max() >= 6
+    assert woken.iloc[-1] < dead.iloc[-1]
 
 
 def test_steered_l0_lands():
@@ -247,29 +232,31 @@ def test_an_annealed_mask_ends_at_nothing():
 class Spy(ATMMasker):
     "Notes what each step's training tells it."
 
-    def observe(self, z, contribution, keep=None, where=None):
-        self.seen = [*getattr(self, "seen", []), (z, contribution, keep, where)]
-        super().observe(z, contribution, keep, where)
+    def observe(self, z, contribution, keep=None, active=None):
+        self.seen = [*getattr(self, "seen", []), (z, contribution, keep, active)]
+        super().observe(z, contribution, keep, active)
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_masker_is_told_of_the_effect_that_was_asked_for(fast):
-    "Rows of the dictionary have unit length, so the norm's part of the contribution is z^2, times the share of nested dictionaries."
-    sae, masker = SAE(SAEConfig(8, 60, "matryoshka", k=2)), Spy(60, effect="norm", warmup=9)
+    """Rows of the dictionary have unit length, so the norm's part of the contribution is z^2, times
+    the share of nested dictionaries."""
+    sae = SAE(SAEConfig(8, 60, "matryoshka", k=2))
+    masker = Spy(60, ATMConfig(effect="norm", warmup=1.0), 3)
     train(sae, batches(small("matryoshka")), TrainConfig(3, 32, fast=fast), masker, progress=False)
-    for z, contribution, keep, where in masker.seen:
+    for z, contribution, keep, active in masker.seen:
         assert (
             (z.ndim == 1) == fast
             and keep.all()
             and torch.allclose(
-                contribution, z.square() * where.at(nested_share(sae.config)), atol=1e-6
+                contribution, z.square() * active.at(nested_share(sae.architecture)), atol=1e-6
             )
         )
         assert contribution.max() > 0
 
 
 def test_the_masker_is_told_what_was_hidden_and_not_what_was_enlarged():
-    sae, masker = SAE(small("atm").sae), Spy(16, rescale=True, r=3.0)
+    sae, masker = SAE(small("atm").sae), Spy(16, ATMConfig(rescale=True, r=3.0, warmup=0), 10)
     history = train(
         sae, batches(small("atm")), TrainConfig(10, 32, log_every=1), masker, progress=False
     )
@@ -282,7 +269,7 @@ def test_the_masker_is_told_what_was_hidden_and_not_what_was_enlarged():
 
 
 def test_the_beginning_of_a_matryoshka_does_better_alone():
-    "The first quarter of its dictionary against that of a BatchTopK SAE, trained on the same batches."
+    "The first quarter of its dictionary against that of a BatchTopK SAE, on the same batches."
     x, _ = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))
 
     def alone(method):
@@ -387,27 +374,11 @@ def test_resume_with_other_settings(settings, tmp_path):
     assert weights(resumed) == weights(straight) and rest.table.equals(whole.table)
 
 
-KILLED = """
-import os, signal
-from test_train import small, training
-save, written = training.save_checkpoint, []
-def save_and_die(*args):
-    save(*args)
-    written.append(args)
-    if len(written) == 3: os.kill(os.getpid(), signal.SIGKILL)
-training.save_checkpoint = save_and_die
-training.get_run(small('atm', steps=100))
-"""
-
-
-def test_resume_after_a_kill(cache):
+def test_resume_after_a_kill():
     spec = small("atm", steps=100)
-    env = os.environ | dict(
-        OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    )
-    killed = subprocess.run([sys.executable, "-c", KILLED], env=env)
+    killed = forked(make_and_die, spec, 67)
     checkpoint = run_folder(spec) / "checkpoint.safetensors"
-    assert killed.returncode == -signal.SIGKILL and checkpoint.exists() and not is_complete(spec)
+    assert killed.status == -signal.SIGKILL and checkpoint.exists() and not is_complete(spec)
     resumed = get_run(spec)
     straight, whole = make(spec)
     assert weights(resumed.sae) == weights(straight) and resumed.history.table.equals(whole.table)
@@ -436,6 +407,60 @@ def test_checkpoint_of_another_configuration(tmp_path):
             make(other, tmp_path)
 
 
+def test_checkpoint_of_a_dropout_control_with_other_rates(tmp_path):
+    spec = small("dropout")
+
+    def resume(rate, data):
+        masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=[rate] * 40)
+        return train(SAE(spec.sae), data, spec.train, masker, tmp_path, progress=False)
+
+    with pytest.raises(OSError, match="stopped"):
+        resume(0.5, batches(spec, Fails))
+    with pytest.raises(ValueError, match="checkpoint of another configuration"):
+        resume(0.25, batches(spec))
+    assert len(resume(0.5, batches(spec)).rows) == 8
+
+
+def test_how_often_checkpoints_are_written_does_not_change_whose_they_are():
+    spec = small("topk")
+
+    def name(**changes):
+        config = replace(spec.train, **changes)
+        return loop.Trainer(SAE(spec.sae), batches(spec), config).name
+
+    assert name() == name(checkpoint_every=7) == name(precision="fp32")
+    assert name() != name(lr=0.5) and name() != name(precision="bf16")
+
+
+class Pair(Ranks):
+    "The first of two ranks, of which the other one always has the same numbers."
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.calls = 0
+
+    def _reduce(self, values, operation):
+        self.calls += 1
+        return values * 2 if "SUM" in str(operation) else values.clone()
+
+    def gather(self, rows):
+        self.calls += 1
+        return torch.cat([rows, rows])
+
+    def agree(self, what, value):
+        pass
+
+
+def test_after_an_error_an_sae_is_alone_again():
+    spec, ranks = small("batchtopk"), Pair()
+    sae, x = SAE(spec.sae), next(batches(spec))
+    with pytest.raises(OSError, match="stopped"):
+        train(sae, batches(spec, Fails), spec.train, progress=False, ranks=ranks)
+    calls = ranks.calls
+    sae.loss(x).total.backward()
+    assert ranks.calls == calls > 0
+
+
 def test_damaged_checkpoint(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="no readable checkpoint"):
@@ -458,7 +483,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(training, "save_file", refuse)
+    monkeypatch.setattr(loop, "save_file", refuse)
     with pytest.raises(OutputError, match="checkpoint.safetensors"):
         make(small("topk"), tmp_path)
     assert list(tmp_path.glob("*.part*")) == []
@@ -536,7 +561,7 @@ def test_lr_scale_is_in_units_of_the_default():
 def test_recipe_refuses():
     with pytest.raises(ValueError, match="unknown method 'atn': choose one of atm, standard"):
         small("atn")
-    with pytest.raises(ValueError, match="unknown method 'atn'"):
+    with pytest.raises(ValueError, match="unknown method 'atn r=2'"):
         small("atn r=2")
     with pytest.raises(TypeError, match="rr: no field"):
         small("atm", rr=2)
@@ -563,6 +588,35 @@ def test_keys_tell_specs_apart():
     ]
     specs += [small("matryoshka", prefixes=(0.5, 1))]
     assert len({s.key for s in specs}) == len(specs) and small("atm").key == small("atm").key
+
+
+def test_settings_that_do_not_change_a_run_do_not_change_its_key():
+    topk = small("topk")
+    assert small("topk", bandwidth=0.7).key == topk.key  # of jumprelu
+    assert small("topk", checkpoint_every=7).key == topk.key
+    assert small("topk", precision="fp32").key == topk.key  # what 'auto' means on a CPU
+    assert small("topk", precision="bf16").key != topk.key
+    assert small("random", lr=0.1).key == small("random").key
+
+
+def test_runs_on_equal_activations_are_the_same_run(monkeypatch):
+    content = {"a": "0", "b": "0", "c": "1"}
+    monkeypatch.setattr(
+        runs,
+        "activation_artefact",
+        lambda s: SimpleNamespace(content=lambda: content[s.model], sources={}),
+    )
+    a, b, c = (recipe("topk", runs.ActivationSpec(model=m), 8, 16, 3, 5) for m in "abc")
+    assert a.key == b.key != c.key
+
+
+def test_a_run_depends_on_the_code_of_its_own_architecture_and_data():
+    topk, jumprelu = (runs.run_artefact(small(m)).closure.definitions for m in ("topk", "jumprelu"))
+    assert {"sae.architectures.TopK", "data.planted.WorldBatches"} <= topk.keys()
+    assert not {"sae.architectures.JumpReLU", "data.batches.StreamBatches"} & topk.keys()
+    assert "sae.architectures.JumpReLU" in jumprelu
+    untrained = runs.run_artefact(small("random")).closure.definitions
+    assert "train.loop.Trainer" in topk and "train.loop.Trainer" not in untrained
 
 
 def test_a_variants_name_is_only_a_name():
@@ -604,24 +658,21 @@ def test_grid_gives_each_method_its_own_settings():
 @pytest.mark.parametrize(
     "blind, twin", [("dropout", "atm"), ("matryoshka+dropout", "matryoshka+atm")]
 )
-def test_a_blind_control_takes_the_settings_of_its_twin(blind, twin):
+def test_a_dropout_control_takes_the_settings_of_its_twin(blind, twin):
     specs = tuned_grid(
         [blind, twin], {twin: dict(r=2.0, lr_scale=0.5, anneal=0.3), "topk": dict(lr_scale=3.0)}
     )
-    assert specs[0].atm.blind and [training._twin(s) for s in specs[:4]] == specs[4:]
+    assert specs[0].atm.blind and [twin_spec(s) for s in specs[:4]] == specs[4:]
     assert specs[0].atm.r == 2 and specs[0].train.lr == 0.5 * default_lr(
         16, specs[0].sae.architecture
     )
 
 
 @pytest.mark.parametrize("blind", ["dropout", "topk+dropout", "dropout r=2"])
-def test_a_blind_control_has_no_settings_of_its_own(blind):
-    with pytest.raises(
-        ValueError,
-        match=re.escape(
-            f"{blind!r} takes the settings of its twin: give them to {blind.replace('dropout', 'atm')!r}"
-        ),
-    ):
+def test_a_dropout_control_has_no_settings_of_its_own(blind):
+    twin = blind.replace("dropout", "atm")
+    why = f"{blind!r} takes the settings of its twin: give them to {twin!r}"
+    with pytest.raises(ValueError, match=re.escape(why)):
         tuned_grid([blind], {blind: dict(r=2.0)})
 
 
@@ -643,7 +694,7 @@ def test_a_world_for_each_seed():
         ["topk", "atm"], [3, 5], targets=[3, 4], d_sae=160, steps=5, tuned=dict(atm=dict(r=2.0))
     )
     assert [(s.data.seed, s.seed, s.method, s.l0) for s in specs] == [
-        (s, s, m, l) for s in (3, 5) for m in ("topk", "atm") for l in (3, 4)
+        (s, s, m, l0) for s in (3, 5) for m in ("topk", "atm") for l0 in (3, 4)
     ]
     assert {s.atm.r for s in specs if s.atm} == {2.0}
 
@@ -661,12 +712,13 @@ def test_get_run_makes_once(monkeypatch):
     spec = small("atm")
     made = get_run(spec)
     assert is_complete(spec) and sorted(p.name for p in made.folder.iterdir()) == [
+        "artefact.json",
         "history.csv",
         "run.json",
         "sae",
         "snapshots.safetensors",
     ]
-    monkeypatch.setattr(training, "train", None)  # a second call cannot train
+    monkeypatch.setattr(runs, "train", None)  # a second call cannot train
     again = get_run(spec)
     assert weights(again.sae) == weights(made.sae) and again.history.table.equals(
         made.history.table
@@ -674,15 +726,21 @@ def test_get_run_makes_once(monkeypatch):
     assert again.history.scale == made.history.scale and set(again.history.snapshots) == {10, 30}
 
 
+def test_two_processes_that_want_one_run_train_it_once():
+    processes = [Fork(steps_taken, small("topk", steps=300)) for _ in range(2)]
+    ended = [p.ended() for p in processes]
+    assert sorted(e.value for e in ended) == [0, 300], [e.said for e in ended]
+
+
 def test_a_run_says_how_long_it_took(monkeypatch):
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=iter([10.0, 12.3456]).__next__))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=iter([10.0, 12.3456]).__next__))
     assert read_json(get_run(small("topk")).folder / "run.json")["seconds"] == 2.35
 
 
-def test_a_folder_without_run_json_is_not_complete():
+def test_a_folder_without_its_record_is_not_complete():
     spec = small("topk")
     made = get_run(spec)
-    (made.folder / "run.json").unlink()
+    (made.folder / "artefact.json").unlink()
     assert not is_complete(spec)
     assert weights(get_run(spec).sae) == weights(made.sae) and is_complete(spec)
 
@@ -703,7 +761,7 @@ def test_grid_in_processes_equals_grid_in_turn(monkeypatch, tmp_path):
     one = run_grid(specs, workers=1, progress=False)
     for a, b in zip(many, one):
         assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
-    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr(runs, "train", None)
     assert len(run_grid(specs, progress=False)) == 3  # a second call only loads
 
 
@@ -724,16 +782,12 @@ def test_unknown_data():
 def test_blind_control_hides_as_many_as_its_twin_at_each_step():
     spec = small("dropout", steps=60)
     twin = small("atm", steps=60)
-    assert (
-        training._twin(spec) == twin
-        and training._twin(twin) is None
-        and training._twin(small("topk")) is None
-    )
+    assert twin_spec(spec) == twin and twin_spec(twin) is None and twin_spec(small("topk")) is None
     (blind,) = run_grid([spec], workers=1, progress=False)
     assert is_complete(twin)  # made first, though nobody asked for it
-    rates, log = training._twin_rates(spec), get_run(twin).history.table
+    rates, log = twin_rates(spec), get_run(twin).history.table
     assert (
         rates == pytest.approx(np.interp(range(60), log.step, log.mask_rate)) and len(rates) == 60
     )
-    assert rates[0] == 0 < rates[-1]  # the warm-up hides nothing
+    assert rates[0] == 0 < rates[-1]  # nothing is hidden during the warm-up
     assert blind.history.table.mask_rate.mean() == pytest.approx(log.mask_rate.mean(), abs=0.1)

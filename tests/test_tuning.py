@@ -63,7 +63,8 @@ def test_a_budget_counts_the_default():
 
 
 def test_trials_fill_every_dimension_evenly():
-    "Of 8 points one lies in each eighth of each range, logarithmic where the range is positive; 8 random ones would in 1 of 400 draws a dimension."
+    """Of 8 points one lies in each eighth of each range, logarithmic where the range is positive.
+    Of 8 random points that is so in 1 of 400 draws, for one dimension."""
     for seed in range(3):
         _, *points = trials("jumprelu+atm", 9, seed)
         for name, bounds in RANGES.items():

@@ -1,4 +1,4 @@
-"The verdict: curves at equal L0, differences over all of them, and sentences that say what the numbers say."
+"The verdict: curves at equal L0, differences over all L0s, and the sentences made of them."
 
 import math
 import shutil
@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from atm_sae.report.manifest import load_manifest
-from atm_sae.report.page import landing_page, write_index
+from atm_sae.report.page import markdown_page, profile_results, write_index
 from atm_sae.report.tables import SUMMARY_COLUMNS, read_summary
-from atm_sae.stats import format_interval
 from atm_sae.report.verdict import (
     SUBJECTS,
+    equal_explained_table,
     equal_l0_rows,
     equal_l0_table,
     mean_difference,
@@ -20,12 +20,13 @@ from atm_sae.report.verdict import (
     verdict_sentence,
     verdict_sentences,
 )
+from atm_sae.stats import format_interval
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
 
 
 def rows(**curves):
-    "One row for each point of {method: [(l0, absorption), ...]}, with two seeds that lie 0.1 apart."
+    "One row for each point of {method: [(l0, absorption), ...]}; two seeds, 0.1 apart."
     return pd.DataFrame(
         [
             dict(world="planted", method=m, seed=s, sparsity=l0, l0=l0, absorption=a + 0.1 * s)
@@ -100,6 +101,26 @@ def test_differences_stand_at_each_l0_that_both_reach():
     assert table[table.method == "topk"].sparsity.tolist() == [4, 8, 16]
 
 
+def test_reading_at_equal_explained_variance_by_hand():
+    "FVU 0.1 lies halfway along both curves: absorption 0.3 and 0.5, L0 5 and 10; seeds 0.1 apart."
+    table = rows(atm=[(2, 0.4), (8, 0.2)], topk=[(4, 0.6), (16, 0.4)])
+    table["fvu"] = table.l0.map({2: 0.15, 8: 0.05, 4: 0.12, 16: 0.08})
+    pairs = [("atm", "topk"), ("atm", "jumprelu")]
+    found = equal_explained_table(table, "absorption", pairs, [0.9, 0.99])
+    line = found.iloc[0]
+    assert len(found) == 1  # neither reaches 0.99, and there is no JumpReLU
+    assert (line.a, line.b, line.explained, line.n) == ("atm", "topk", 0.9, 2)
+    assert [line["mean"], line.low, line.high] == pytest.approx([-0.2] * 3)
+    assert [line.l0_a, line.l0_b] == pytest.approx([5, 10])
+
+
+def test_one_common_seed_is_no_difference_at_equal_explained_variance():
+    table = rows(atm=[(2, 0.4), (8, 0.2)], topk=[(4, 0.6), (16, 0.4)])
+    table["fvu"] = 1 / table.l0
+    table.loc[table.method == "topk", "seed"] += 1
+    assert equal_explained_table(table, "absorption", [("atm", "topk")], [0.8]).empty
+
+
 @pytest.mark.parametrize(
     "bounds, word",
     [
@@ -136,7 +157,7 @@ def test_rivals_are_grouped_and_none_is_left_out():
 
 
 def test_a_sentence_says_which_l0s_its_mean_covers():
-    "To 64 where both reach it; with one rival that ends at 16 the range is that of all, and says so."
+    "One rival ends at 16: the sentence gives the range of all, and says that not all reach it."
     table = lines(("topk", -0.2, -0.3, -0.1), ("jumprelu", -0.2, -0.3, -0.1))
     assert "mean over L0 4 to 64)." in verdict_sentence(table, SUBJECTS[1])
     table.loc[0, "l0_high"] = 16
@@ -171,7 +192,8 @@ def committed(tmp_path):
 
 def test_breaking_a_result_changes_the_sentence_and_the_page(committed):
     before, manifest = verdict_sentences(committed), load_manifest()
-    assert len(before) == 3 and all(s in landing_page(manifest, "full", committed) for s in before)
+    page = markdown_page(profile_results(manifest, "full", committed))
+    assert len(before) == 3 and all(s in page for s in before)
     path = committed / "tables" / "verdict-summary.csv"
     table = read_summary(path)
     hit = (

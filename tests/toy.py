@@ -1,9 +1,10 @@
 "A small project in a temporary folder, for the tests of manifest, page and runner."
 
-import contextlib, io, textwrap
+import contextlib
+import io
+import textwrap
 import nbformat
 import pytest
-from atm_sae.report import runner as R
 from atm_sae.cli import main
 from atm_sae.artefacts import file_sha256
 from atm_sae.report.manifest import ManifestError, load_manifest
@@ -17,8 +18,12 @@ rate: float = 0.5
 """
 COUNT = """
 from pathlib import Path
-head = "world,method,sparsity,metric,mean,low,high,n,l0,l0_low,l0_high"
-Path(out, "tables/count-summary.csv").write_text(f"{head}\\nw,topk,8,total,{sum(range(steps + 1))},5.5,6.5,3,8,8,8\\nw,atm - topk,8,total,-2,-3,-1,3,8,8,8\\n");
+lines = [
+    "world,method,sparsity,metric,mean,low,high,n,l0,l0_low,l0_high",
+    f"w,topk,8,total,{sum(range(steps + 1))},5.5,6.5,3,8,8,8",
+    "w,atm - topk,8,total,-2,-3,-1,3,8,8,8",
+]
+Path(out, "tables/count-summary.csv").write_text("\\n".join([*lines, ""]));
 """
 DOUBLE = """
 from pathlib import Path
@@ -128,15 +133,3 @@ def stand_in(path, parameters, target, label):
         if "parameters" in cell.metadata.get("tags", []):
             space.update(parameters)
     return nb
-
-
-@pytest.fixture
-def real(tmp_path, monkeypatch):
-    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "cache"))
-    return Toy(tmp_path)
-
-
-@pytest.fixture
-def toy(real, monkeypatch):
-    monkeypatch.setattr(R, "_execute", stand_in)
-    return real

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = [
+    "Batches",
     "CacheBatches",
     "StreamBatches",
     "stream_activations",
     "held_out",
     "held_out_activations",
+    "held_out_tokens",
+    "planted_batches",
+    "cached_batches",
     "data_batches",
 ]
 
 # %% ../../nbs/data/batches.ipynb #cell-2
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -24,23 +29,46 @@ from ..core import generator
 from atm_sae.data.activations import (
     ActivationCache,
     ActivationSpec,
-    _activations,
-    _load,
-    _lm_batch,
     activation_key,
+    default_batch_size,
     get_activations,
+    load_model,
     read_ahead,
+    row_count,
+    token_activations,
     token_rows,
 )
 from .lm import LM
-from .planted import PlantedWorld, WorldBatches, WorldConfig
+from .planted import PlantedWorld, WorldBatches, WorldConfig, check_same_reader
 from .text import PackedRows, TokenRows
 from ..ranks import ALONE, Ranks
 
 
-# %% ../../nbs/data/batches.ipynb #cell-5
-def _share(cache: ActivationCache, start: float, stop: float) -> tuple[int, int]:
-    "First row and end of the rows from share `start` to share `stop` of a store."
+# %% ../../nbs/data/batches.ipynb #cell-6
+class Batches(Protocol):
+    "Endless batches of activations, with a position that can be saved and restored."
+
+    @property
+    def d_in(self) -> int:
+        "Width of the activations."
+
+    @property
+    def batch_size(self) -> int:
+        "Activations a batch."
+
+    def __next__(self) -> Tensor:
+        "The next batch, float32 (batch_size, d_in)."
+
+    def state_dict(self) -> dict[str, Any]:
+        "The position, and the settings it belongs to: numbers, strings, tensors, nested dicts."
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position; ValueError if the state belongs to another reader."
+
+
+# %% ../../nbs/data/batches.ipynb #cell-8
+def _rows_between(cache: ActivationCache, start: float, stop: float) -> tuple[int, int]:
+    "First row and end of the rows from share `start` to share `stop` of a cache."
     if not 0 <= start < stop <= 1:
         raise ValueError(
             f"start={start} and stop={stop} must be shares of the rows with 0 <= start < stop <= 1"
@@ -48,23 +76,25 @@ def _share(cache: ActivationCache, start: float, stop: float) -> tuple[int, int]
     return int(start * len(cache)), int(stop * len(cache))
 
 
-# %% ../../nbs/data/batches.ipynb #cell-6
 class CacheBatches:
-    "Endless shuffled batches of a store's rows; its place can be saved and restored."
+    "Endless shuffled batches of a cache's rows."
 
     def __init__(
         self,
-        cache: ActivationCache,  # an ActivationCache
+        cache: ActivationCache,
         batch_size: int,  # rows a batch
         seed: int,  # of the order of rows
         start: float = 0.0,  # share of the rows where reading begins
-        stop: float = 0.9,  # share of the rows where it ends; what follows is held out
+        stop: float = 0.9,  # share of the rows where it ends; the others are held out
     ) -> None:
-        self.cache, self.batch_size, self.seed = cache, batch_size, seed
-        self.first, self.end = _share(cache, start, stop)
+        self.cache = cache
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first, self.end = _rows_between(cache, start, stop)
         if not 0 < batch_size <= self.end - self.first:
             raise ValueError(
-                f"batch_size {batch_size} does not fit {self.end - self.first} rows: choose a smaller one or run more tokens"
+                f"batch_size {batch_size} does not fit {self.end - self.first} rows: "
+                "choose a smaller one or run more tokens"
             )
         self.epoch = self.position = 0
         self._order = self._shuffled()
@@ -74,14 +104,10 @@ class CacheBatches:
         "Width of the activations."
         return self.cache.d_in
 
-    def _shuffled(self):
+    def _shuffled(self) -> np.ndarray:
         "(n,) the rows in this epoch's order."
-        return (
-            self.first
-            + torch.randperm(
-                self.end - self.first, generator=generator(self.seed, "epoch", self.epoch)
-            ).numpy()
-        )
+        order = generator(self.seed, "epoch", self.epoch)
+        return self.first + torch.randperm(self.end - self.first, generator=order).numpy()
 
     def __iter__(self) -> Self:
         return self
@@ -94,54 +120,30 @@ class CacheBatches:
         self.position += self.batch_size
         return self.cache.rows(self._order[self.position - self.batch_size : self.position])
 
-    def state_dict(self) -> dict:
-        return _state(self)
+    def settings(self) -> dict[str, Any]:
+        "What a state belongs to."
+        where = dict(cache=self.cache.meta["sha256"], first=self.first, end=self.end)
+        return dict(batch_size=self.batch_size, seed=self.seed, **where)
 
-    def load_state_dict(self, state: dict) -> None:
-        _go_to(self, state)
+    def state_dict(self) -> dict[str, Any]:
+        "Epoch and position, and the settings they belong to, as plain data."
+        return dict(epoch=self.epoch, position=self.position, **self.settings())
 
-
-# %% ../../nbs/data/batches.ipynb #cell-8
-def _settings(reader: CacheBatches) -> dict:
-    "What a state belongs to."
-    return dict(
-        cache=reader.cache.meta["sha256"],
-        batch_size=reader.batch_size,
-        seed=reader.seed,
-        first=reader.first,
-        end=reader.end,
-    )
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position; ValueError if the state belongs to another reader."
+        position = {k: state.get(k, 0) for k in ("epoch", "position")}
+        check_same_reader(state, position | self.settings())
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._shuffled()
 
 
-def _state(reader: CacheBatches) -> dict:
-    "Everything needed to go on from here, as plain data."
-    return dict(epoch=reader.epoch, position=reader.position, **_settings(reader))
-
-
-def _go_to(reader: CacheBatches, state: dict) -> None:
-    "Go to the place of a saved state; ValueError if it belongs to another reader."
-    expected = {
-        "epoch": state.get("epoch", 0),
-        "position": state.get("position", 0),
-        **_settings(reader),
-    }
-    if other := [
-        f"{k} is {state.get(k)!r}, not {v!r}" for k, v in expected.items() if state.get(k) != v
-    ]:
-        raise ValueError(
-            f"the state of another reader: {', '.join(other)}; resume with the data and settings it was saved with"
-        )
-    reader.epoch, reader.position = state["epoch"], state["position"]
-    reader._order = reader._shuffled()
-
-
-# %% ../../nbs/data/batches.ipynb #cell-22
+# %% ../../nbs/data/batches.ipynb #cell-19
 class StreamBatches:
-    "Endless shuffled batches of activations that a model computes meanwhile; their place can be saved and restored."
+    "Endless batches of activations that a model computes meanwhile, shuffled through a buffer."
 
     def __init__(
         self,
-        lm: LM,  # an LM
+        lm: LM,
         rows: PackedRows | TokenRows,  # where its tokens come from
         layer: int,  # residual stream after this block
         batch_size: int,  # activations a batch
@@ -156,26 +158,18 @@ class StreamBatches:
             raise ValueError(
                 f"a buffer of {buffer} cannot give batches of {batch_size}: choose a larger one"
             )
-        self.lm, self.text, self.layer, self.batch_size, self.dtype, self.ranks = (
-            lm,
-            rows,
-            layer,
-            batch_size,
-            dtype,
-            ranks,
-        )
-        self.lm_batch = ranks.size * -(-(lm_batch or _lm_batch(lm, rows.context)) // ranks.size)
-        self.settings: dict[str, Any] = dict(
-            name=name, batch_size=batch_size, seed=seed, buffer=buffer
-        )
+        self.lm, self.text, self.layer, self.dtype = lm, rows, layer, dtype
+        self.batch_size = batch_size
+        self.ranks = ranks
+        rows_of_rank = -(-(lm_batch or default_batch_size(lm, rows.context)) // ranks.size)
+        self.lm_batch = ranks.size * rows_of_rank
+        self.size = buffer
+        self._settings = dict(name=name, batch_size=batch_size, seed=seed, buffer=buffer)
         self.generator = generator(seed, "buffer")
-        self.buffer = torch.zeros(
-            0, self.d_in, dtype=getattr(torch, dtype)
-        )  # empty until the first batch is asked for
-        self.rest, self._used = (
-            self.buffer.clone(),
-            0,
-        )  # activations that wait for a place, and how many have found one
+        # empty until the first batch is asked for
+        self.buffer = torch.zeros(0, self.d_in, dtype=getattr(torch, dtype))
+        self.rest = self.buffer.clone()  # activations that were not in the buffer yet ...
+        self._used = 0  # ... except for the first `_used`
         self._start()
 
     @property
@@ -183,34 +177,38 @@ class StreamBatches:
         "Width of the activations."
         return self.lm.d_model
 
-    def _start(self):
-        "Read ahead from the present place of the text."
+    def settings(self) -> dict[str, Any]:
+        "What a state belongs to."
+        return dict(self._settings)
 
-        def pieces():
+    def _start(self) -> None:
+        "Read ahead from the present position in the text."
+
+        def pieces() -> Iterator[tuple[Tensor, dict[str, Any]]]:
             while True:
                 yield self.text.take(self.lm_batch), self.text.state_dict()
 
-        self.place, self._pieces = self.text.state_dict(), read_ahead(pieces())
+        self.place = self.text.state_dict()
+        self._pieces = read_ahead(pieces())
 
     def _run(self) -> Tensor:
         "Activations of the next rows of tokens, (n, d_in); each rank computes its part."
         tokens, self.place = next(self._pieces)
-        x = _activations(self.lm, self.ranks.share(tokens), self.layer, self.dtype, 0).cpu()
+        mine = self.ranks.share(tokens)
+        x = token_activations(self.lm, mine, self.layer, self.dtype).cpu().clone()
         if self.ranks.size == 1:
-            return x.clone()
-        most = -(
-            -tokens.numel() // self.ranks.size
-        )  # parts differ by their special tokens: fill up, gather, cut
-        parts = self.ranks.gather(
-            torch.cat([x, x.new_zeros(most - len(x), self.d_in)]).clone()
-        ).split(most)
-        return torch.cat(
-            [p[:n] for p, n in zip(parts, self.ranks.gather(torch.tensor([len(x)])).tolist())]
-        )
+            return x
+        # parts differ in length by their special tokens: fill up, gather, cut
+        longest = -(-tokens.numel() // self.ranks.size)
+        filled = torch.cat([x, x.new_zeros(longest - len(x), self.d_in)])
+        parts = self.ranks.gather(filled).split(longest)
+        lengths = self.ranks.gather(torch.tensor([len(x)])).tolist()
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
 
     def _take(self, n: int) -> Tensor:
         "The next `n` activations in the order of the text."
-        parts, have = [self.rest[self._used :]], len(self.rest) - self._used
+        parts = [self.rest[self._used :]]
+        have = len(parts[0])
         while have < n:
             parts.append(self._run())
             have += len(parts[-1])
@@ -224,38 +222,33 @@ class StreamBatches:
 
     def __next__(self) -> Tensor:
         if not len(self.buffer):
-            self.buffer = self._take(self.settings["buffer"]).clone()
+            self.buffer = self._take(self.size).clone()
         at = torch.randperm(len(self.buffer), generator=self.generator)[: self.batch_size]
         batch = self.buffer[at].float()
         self.buffer[at] = self._take(self.batch_size)
         return batch
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        "Buffer, waiting activations, generator, position in the text, and settings."
         return dict(
             buffer=self.buffer,
             rest=self.rest[self._used :],
             generator=self.generator.get_state(),
             place=self.place,
-            settings=self.settings,
+            settings=self.settings(),
         )
 
-    def load_state_dict(self, state: dict) -> None:
-        if other := [
-            f"{k} is {state['settings'].get(k)!r}, not {v!r}"
-            for k, v in self.settings.items()
-            if state["settings"].get(k) != v
-        ]:
-            raise ValueError(
-                f"the state of another reader: {', '.join(other)}; resume with the model, text and settings it was saved with"
-            )
-        self.buffer, self.rest, self._used = state["buffer"].clone(), state["rest"].clone(), 0
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position; ValueError if the state belongs to another stream."
+        check_same_reader(state["settings"], self.settings())
+        self.buffer = state["buffer"].clone()
+        self.rest, self._used = state["rest"].clone(), 0
         self.generator.set_state(state["generator"])
         self._pieces.close()
         self.text.load_state_dict(state["place"])
         self._start()
 
 
-# %% ../../nbs/data/batches.ipynb #cell-25
 def stream_activations(
     spec: ActivationSpec,  # with a buffer
     batch_size: int,  # activations a batch
@@ -263,52 +256,79 @@ def stream_activations(
 ) -> StreamBatches:
     "Batches of a specification that keeps nothing on disk; all ranks call it."
     ranks = Ranks.join()  # before the model: it says which device is this rank's
-    lm = _load(spec)
-    return StreamBatches(
-        lm,
-        token_rows(spec, lm),
-        spec.layer,
-        batch_size,
-        seed,
-        spec.buffer,
-        spec.dtype,
-        name=activation_key(spec, lm=lm),
-        ranks=ranks,
-    )
+    lm = load_model(spec)
+    rows, name = token_rows(spec, lm), activation_key(spec, lm=lm)
+    settings = (spec.layer, batch_size, seed, spec.buffer, spec.dtype)
+    return StreamBatches(lm, rows, *settings, name=name, ranks=ranks)
 
 
-# %% ../../nbs/data/batches.ipynb #cell-27
+# %% ../../nbs/data/batches.ipynb #cell-25
 def held_out(
-    cache: ActivationCache,  # an ActivationCache
-    n: int,  # how many rows are wanted; all there are if fewer
+    cache: ActivationCache,
+    n: int,  # rows; all there are if fewer
     start: float = 0.9,  # share of the rows where the held-out part begins
 ) -> Tensor:  # (n, d_in) float32
-    "Rows that `CacheBatches` keeps from training, at even distances."
-    first, end = _share(cache, start, 1.0)
+    "Rows that `CacheBatches` leaves out, at even distances."
+    first, end = _rows_between(cache, start, 1.0)
     n = min(n, end - first)
     return cache.rows(first + np.arange(n) * (end - first) // n)
 
 
-def held_out_activations(spec: ActivationSpec, n: int) -> Tensor:
-    "(n, d_in) activations that no SAE of this specification was trained on: of the documents of `text` that training leaves out, without `text` of the last tenth of its store."
-    if not (spec.text or spec.buffer):
+def held_out_activations(
+    spec: ActivationSpec,  # what SAEs are trained on
+    n: int,  # rows; all there are if fewer
+) -> Tensor:  # (n, d_in) float32
+    "Activations that no SAE of this specification is trained on."
+    if not spec.text and not spec.buffer:
         return held_out(get_activations(spec), n)
-    return held_out(
-        get_activations(replace(spec, buffer=0, held_out=True, n_tokens=min(spec.n_tokens, 8 * n))),
-        n,
-        start=0.0,
-    )
+    n_tokens = min(spec.n_tokens, 8 * n)
+    buffer = 0 if spec.text else spec.buffer  # only a stream of the default text is split
+    others = replace(spec, held_out=True, buffer=buffer, n_tokens=n_tokens)
+    return held_out(get_activations(others), n, start=0.0)
 
 
-# %% ../../nbs/data/batches.ipynb #cell-32
+# %% ../../nbs/data/batches.ipynb #cell-26
+def _rows_after(tokens: Tensor, special: list[int], share: float) -> Tensor:
+    "Rows of tokens whose activations all lie behind the first `share` of the activations."
+    kept = (~torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype))).sum(1)
+    before = kept.cumsum(0) - kept  # activations of the rows before each row
+    return tokens[before >= int(share * int(kept.sum()))]
+
+
+def held_out_tokens(
+    spec: ActivationSpec,  # what SAEs are trained on
+    lm: LM,  # its model
+    n: int,  # tokens, rounded up to whole rows; all there are if fewer
+) -> Tensor:  # (rows, context)
+    "Rows of tokens that no SAE of this specification is trained on."
+    rows = -(-n // spec.context)
+    if spec.text or spec.buffer:
+        return token_rows(replace(spec, n_tokens=n, held_out=True), lm).take(rows)
+    tokens = token_rows(spec, lm).take(row_count(spec))
+    return _rows_after(tokens, lm.tokenizer.all_special_ids, 0.9)[:rows]
+
+
+# %% ../../nbs/data/batches.ipynb #cell-33
+def planted_batches(data: WorldConfig, batch_size: int, seed: int) -> WorldBatches:
+    "Batches of a planted world, as a run reads them."
+    return WorldBatches(PlantedWorld(data), batch_size, seed)
+
+
+def cached_batches(cache: ActivationCache, batch_size: int, seed: int) -> CacheBatches:
+    "Batches of cached activations, as a run reads them: of the first nine tenths."
+    return CacheBatches(cache, batch_size, seed)
+
+
 def data_batches(
-    data: WorldConfig | ActivationSpec, batch_size: int, seed: int
-) -> WorldBatches | CacheBatches | StreamBatches:
-    "Batches of the data that a WorldConfig or an ActivationSpec describes, from disk or, with a buffer, computed meanwhile."
+    data: WorldConfig | ActivationSpec,
+    batch_size: int,
+    seed: int,  # of the order of the batches
+) -> Batches:
+    "Batches of a planted world, of a cache, or (with a buffer) of a stream."
     if isinstance(data, WorldConfig):
-        return WorldBatches(PlantedWorld(data), batch_size, seed)
+        return planted_batches(data, batch_size, seed)
     if isinstance(data, ActivationSpec) and data.buffer:
         return stream_activations(data, batch_size, seed)
     if isinstance(data, ActivationSpec):
-        return CacheBatches(get_activations(data), batch_size, seed)
+        return cached_batches(get_activations(data), batch_size, seed)
     raise TypeError(f"data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}")

@@ -11,17 +11,20 @@ __all__ = [
     "active_children",
     "draw_coefficients",
     "PlantedWorld",
+    "check_same_reader",
     "WorldBatches",
 ]
 
 # %% ../../nbs/data/planted.ipynb #cell-3
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from ..artefacts import stable_hash
 from ..core import generator
 
 
@@ -49,7 +52,7 @@ class WorldConfig:
 
 
 # %% ../../nbs/data/planted.ipynb #cell-16
-def _validate(config):
+def _validate(config: WorldConfig) -> None:
     "ValueError naming the first parameter of `config` that is out of range."
     ranges = dict(
         d_in=(1, math.inf),
@@ -73,7 +76,7 @@ def _validate(config):
         raise ValueError("WorldConfig: a world needs features: set n_parents or n_free above 0")
 
 
-# %% ../../nbs/data/planted.ipynb #cell-20
+# %% ../../nbs/data/planted.ipynb #cell-19
 def zipf_rates(
     n: int,  # number of features
     mean: float,  # their mean rate
@@ -84,24 +87,25 @@ def zipf_rates(
     rates = (n * mean * weight / weight.sum()).float()
     if n and rates[0] > 1:
         raise ValueError(
-            f"the most frequent of {n} features would need a rate of {rates[0]:.2f} > 1: lower the mean rate ({mean}) or zipf ({exponent})"
+            f"the most frequent of {n} features would need a rate of {rates[0]:.2f} > 1: "
+            f"lower the mean rate ({mean}) or zipf ({exponent})"
         )
     return rates
 
 
-# %% ../../nbs/data/planted.ipynb #cell-25
+# %% ../../nbs/data/planted.ipynb #cell-23
 def unit_directions(n: int, d_in: int, gen: torch.Generator) -> Tensor:
     "`n` random unit vectors, (n, d_in)."
     return torch.nn.functional.normalize(torch.randn(n, d_in, generator=gen), dim=1)
 
 
-# %% ../../nbs/data/planted.ipynb #cell-30
+# %% ../../nbs/data/planted.ipynb #cell-28
 def active_roots(
     n: int,  # samples
     rates: Tensor,  # rates of the roots, (n_roots,)
     group: Tensor,  # group number of each root, (n_roots,)
     correlation: float,  # rho, within a group
-    gen: torch.Generator,  # torch.Generator
+    gen: torch.Generator,
 ) -> Tensor:
     "Which roots are on, bool (n, n_roots)."
     if not correlation:
@@ -112,11 +116,11 @@ def active_roots(
     return u < torch.special.ndtri(rates)
 
 
-# %% ../../nbs/data/planted.ipynb #cell-35
+# %% ../../nbs/data/planted.ipynb #cell-33
 def active_children(
     parents: Tensor,  # which parents are on, bool (n, n_parents)
-    share: Tensor,  # probability of each child given its parent, (children_per_parent,), sum at most 1
-    gen: torch.Generator,  # torch.Generator
+    share: Tensor,  # probability of each child given its parent, (children_per_parent,); sum <= 1
+    gen: torch.Generator,
 ) -> Tensor:
     "Which children are on, bool (n, n_parents, children_per_parent); at most one for each parent."
     v = torch.rand(*parents.shape, 1, generator=gen)
@@ -124,42 +128,49 @@ def active_children(
     return parents[..., None] & (piece == torch.arange(len(share)))
 
 
-# %% ../../nbs/data/planted.ipynb #cell-40
+# %% ../../nbs/data/planted.ipynb #cell-38
 def draw_coefficients(
     on: Tensor,  # which features are on, bool (n, n_features)
     spread: float,  # half width of the interval around 1
-    gen: torch.Generator,  # torch.Generator
+    gen: torch.Generator,
 ) -> Tensor:
     "Coefficients a (n, n_features): uniform in [1 - spread, 1 + spread] where on, else 0."
     return on * (1 - spread + 2 * spread * torch.rand(on.shape, generator=gen))
 
 
-# %% ../../nbs/data/planted.ipynb #cell-43
+# %% ../../nbs/data/planted.ipynb #cell-41
 class PlantedWorld:
     "Sparse sums of known directions: parents with exclusive children, and free features."
 
-    def __init__(self, config: WorldConfig = WorldConfig()) -> None:
-        self.config = c = config
-        self.d_in, n_children = c.d_in, c.n_parents * c.children_per_parent
-        self.n_features = c.n_parents + n_children + c.n_free
-        self.directions = unit_directions(self.n_features, c.d_in, generator(c.seed, "directions"))
+    def __init__(
+        self,
+        config: WorldConfig = WorldConfig(),  # noqa: B008  it is frozen
+    ) -> None:
+        self.config = config
+        self.d_in = config.d_in
+        first = config.n_parents  # features: parents, their children, free ones
+        n_children = first * config.children_per_parent
+        self.n_features = first + n_children + config.n_free
+        self.directions = unit_directions(
+            self.n_features, config.d_in, generator(config.seed, "directions")
+        )
         self.parent = torch.full((self.n_features,), -1)  # index of each feature's parent, -1: none
-        self.parent[c.n_parents : c.n_parents + n_children] = torch.arange(
-            c.n_parents
-        ).repeat_interleave(c.children_per_parent)
-        self.is_parent = (torch.arange(self.n_features) < c.n_parents) & (n_children > 0)
-        parents, free = (
-            zipf_rates(c.n_parents, c.parent_rate, c.zipf),
-            zipf_rates(c.n_free, c.free_rate, c.zipf),
+        self.parent[first : first + n_children] = torch.arange(first).repeat_interleave(
+            config.children_per_parent
         )
-        self._share = zipf_rates(
-            c.children_per_parent, c.child_given_parent / max(c.children_per_parent, 1), c.zipf
-        )
+        self.is_parent = (torch.arange(self.n_features) < first) & (n_children > 0)
+        self._draw_rates()
+
+    def _draw_rates(self) -> None:
+        "Rates of all features, and the groups of correlated roots."
+        c = self.config
+        parents = zipf_rates(c.n_parents, c.parent_rate, c.zipf)
+        free = zipf_rates(c.n_free, c.free_rate, c.zipf)
+        mean_share = c.child_given_parent / max(c.children_per_parent, 1)
+        self._share = zipf_rates(c.children_per_parent, mean_share, c.zipf)
         self._root_rates = torch.cat([parents, free])
-        self._group = (
-            torch.randperm(len(self._root_rates), generator=generator(c.seed, "groups"))
-            // c.group_size
-        )
+        order = torch.randperm(len(self._root_rates), generator=generator(c.seed, "groups"))
+        self._group = order // c.group_size
         self.rates = torch.cat([parents, torch.outer(parents, self._share).flatten(), free])
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -168,21 +179,40 @@ class PlantedWorld:
         roots = active_roots(n, self._root_rates, self._group, c.correlation, generator)
         parents, free = roots.split([c.n_parents, c.n_free], 1)
         children = active_children(parents, self._share, generator)
-        a = draw_coefficients(
-            torch.cat([parents, children.flatten(1), free], 1), c.spread, generator
-        )
+        on = torch.cat([parents, children.flatten(1), free], 1)
+        a = draw_coefficients(on, c.spread, generator)
         x = a @ self.directions
-        return (x + c.noise * torch.randn(x.shape, generator=generator) if c.noise else x), a
+        if c.noise:
+            x = x + c.noise * torch.randn(x.shape, generator=generator)
+        return x, a
 
     def children(self, i: int) -> Tensor:
         "Indices of the children of feature `i` (empty for a feature without)."
         return (self.parent == i).nonzero()[:, 0]
 
     def __repr__(self) -> str:
-        return f"PlantedWorld({self.n_features} features in {self.d_in} dimensions, {int(self.is_parent.sum())} parents, expected L0 {self.rates.sum():.2f})"
+        return (
+            f"PlantedWorld({self.n_features} features in {self.d_in} dimensions, "
+            f"{int(self.is_parent.sum())} parents, expected L0 {self.rates.sum():.2f})"
+        )
 
 
-# %% ../../nbs/data/planted.ipynb #cell-58
+# %% ../../nbs/data/planted.ipynb #cell-55
+def check_same_reader(
+    saved: Mapping[str, Any],  # settings in a saved state
+    settings: Mapping[str, Any],  # settings of the reader that loads it
+) -> None:
+    "ValueError that names the settings in which a saved state differs from its reader."
+    other = [
+        f"{k} is {saved.get(k)!r}, not {v!r}" for k, v in settings.items() if saved.get(k) != v
+    ]
+    if other:
+        raise ValueError(
+            f"the state of another reader: {', '.join(other)}; "
+            "resume with the data and settings it was saved with"
+        )
+
+
 class WorldBatches:
     "Endless batches of samples, float32 (batch_size, d_in), with a position that can be saved."
 
@@ -194,7 +224,10 @@ class WorldBatches:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"WorldBatches: batch_size = {batch_size}, but it must be at least 1")
-        self.world, self.batch_size, self.d_in = world, batch_size, world.d_in
+        self.world = world
+        self.d_in = world.d_in
+        self.batch_size = batch_size
+        self.seed = seed
         self.generator = generator(seed, "batches")
 
     def __iter__(self) -> Self:
@@ -203,8 +236,16 @@ class WorldBatches:
     def __next__(self) -> Tensor:
         return self.world.sample(self.batch_size, self.generator)[0]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"generator": self.generator.get_state()}
+    def settings(self) -> dict[str, Any]:
+        "What a state belongs to."
+        world = stable_hash(self.world.config)
+        return dict(world=world, batch_size=self.batch_size, seed=self.seed)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        "The generator's state and the settings it belongs to."
+        return dict(generator=self.generator.get_state(), settings=self.settings())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position; ValueError if the state belongs to another world or stream."
+        check_same_reader(state.get("settings", {}), self.settings())
         self.generator.set_state(state["generator"])

@@ -12,7 +12,7 @@ __all__ = [
     "step",
     "squared_error",
     "l1_penalty",
-    "tanh_penalty",
+    "tanh_count",
     "l0_penalty",
     "auxk_loss",
     "project_rows_",
@@ -20,20 +20,17 @@ __all__ = [
 ]
 
 # %% ../../nbs/sae/losses.ipynb #cell-2
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ranks import ALONE, Ranks
 
-if TYPE_CHECKING:
-    from atm_sae.sae.sparse import Entries, Everywhere
-
 
 # %% ../../nbs/sae/losses.ipynb #cell-7
 def topk(pre: Tensor, k: int) -> Tensor:
-    "The `k` largest positive entries of each row; zero elsewhere."
+    "The `k` largest positive entries of each row; zero elsewhere (arXiv:2406.04093)."
     values, index = pre.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
@@ -42,10 +39,10 @@ def topk(pre: Tensor, k: int) -> Tensor:
 @torch.no_grad()
 def batch_winners(
     pre: Tensor,  # (batch, d_sae) pre-activations
-    k: int,  # how many may fire for each sample, on average
+    k: int,  # mean number of active latents for each sample
     ranks: Ranks = ALONE,  # the processes that share the batch
 ) -> Tensor:
-    "Where in `pre.flatten()` the `k * batch` largest entries of the whole batch stand, that of all ranks."
+    "Indices into `pre.flatten()` of the `k * batch` largest entries of all ranks."
     n = k * len(pre) * ranks.size
     largest, places = pre.flatten().topk(min(n, pre.numel()), sorted=False)
     if ranks.size == 1:
@@ -55,7 +52,7 @@ def batch_winners(
 
 
 def batch_topk(pre: Tensor, k: int, ranks: Ranks = ALONE) -> Tensor:
-    "The `k * batch` largest positive entries of the whole batch; zero elsewhere."
+    "The `k * batch` largest positive entries of the batch; zero elsewhere (arXiv:2412.06410)."
     flat, places = pre.flatten(), batch_winners(pre, k, ranks)
     return torch.zeros_like(flat).scatter(0, places, flat[places].relu()).view_as(pre)
 
@@ -71,14 +68,14 @@ class _Jump(torch.autograd.Function):
     "pre where it exceeds the threshold; rectangle-kernel gradient for the threshold."
 
     @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         on = pre > threshold
         ctx.save_for_backward(pre, threshold, on)
         ctx.bandwidth = bandwidth
         return pre * on
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         pre, threshold, on = ctx.saved_tensors
         near = grad * window(pre, threshold, ctx.bandwidth)
         return grad * on, -(threshold / ctx.bandwidth) * near.sum_to_size(threshold.shape), None
@@ -89,13 +86,13 @@ class _Step(torch.autograd.Function):
     "1 where pre exceeds the threshold; rectangle-kernel gradient for the threshold, none for pre."
 
     @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         pre, threshold = ctx.saved_tensors
         near = grad * window(pre, threshold, ctx.bandwidth)
         return None, -near.sum_to_size(threshold.shape) / ctx.bandwidth, None
@@ -129,28 +126,27 @@ def l1_penalty(mean: Tensor, W_dec: Tensor) -> Tensor:
 
 
 # %% ../../nbs/sae/losses.ipynb #cell-31
-def tanh_penalty(
-    h: Tensor,  # (batch, d_sae) latents that are not negative, or their entries
-    W_dec: Tensor,  # (d_sae, d_in) dictionary
-    where: "Everywhere | Entries",  # which latents h holds, and of how many samples
+def tanh_count(
+    h: Tensor,  # latents that are not negative, of any shape
+    norm: Tensor,  # length of the row of W_dec for each of them
     steepness: float = 4.0,  # at E|x|^2 = 1
 ) -> Tensor:
-    "Mean over the batch of sum_i tanh(4 h_i |d_i|), a smooth count of active latents."
-    return where.mean((steepness * h * where.at(W_dec.norm(dim=1))).tanh()).sum()
+    "tanh(4 h |d|) for each latent, a smooth version of the indicator h > 0."
+    return (steepness * h * norm).tanh()
 
 
-# %% ../../nbs/sae/losses.ipynb #cell-33
+# %% ../../nbs/sae/losses.ipynb #cell-35
 def l0_penalty(l0: Tensor, target: float | None = None) -> Tensor:
     "The count of active latents, or its squared relative distance from `target`."
     return l0 if target is None else (l0 / target - 1) ** 2
 
 
-# %% ../../nbs/sae/losses.ipynb #cell-36
+# %% ../../nbs/sae/losses.ipynb #cell-38
 def auxk_loss(
     e: Tensor,  # (batch, d_in) residual x - x_hat; detached here
     pre: Tensor,  # (batch, n) pre-activations of the n dead latents
     W_dec: Tensor,  # (n, d_in) their rows of the dictionary
-    k_aux: int,  # at most so many of them for each sample
+    k_aux: int,  # greatest number of them for each sample
     ranks: Ranks = ALONE,  # the processes that share the batch
 ) -> Tensor:
     "Normalised squared error of the residual as explained by dead latents (arXiv:2406.04093)."
@@ -162,7 +158,7 @@ def auxk_loss(
     return squared_error(e, z_aux @ W_dec) / spread.clamp(min=1e-12)
 
 
-# %% ../../nbs/sae/losses.ipynb #cell-40
+# %% ../../nbs/sae/losses.ipynb #cell-42
 @torch.no_grad()
 def project_rows_(grad: Tensor, rows: Tensor) -> Tensor:
     "Remove from each row of `grad`, in place, its part along the unit row of `rows`."
@@ -170,12 +166,12 @@ def project_rows_(grad: Tensor, rows: Tensor) -> Tensor:
     return grad.addcmul_(rows, along[:, None], value=-1)
 
 
-# %% ../../nbs/sae/losses.ipynb #cell-44
+# %% ../../nbs/sae/losses.ipynb #cell-46
 @torch.no_grad()
 def geometric_median(x: Tensor, steps: int = 30) -> Tensor:
     "The point with the least sum of distances to the rows of `x`, by Weiszfeld's iteration."
-    m = x.mean(0)
+    median = x.mean(0)
     for _ in range(steps):
-        w = 1 / (x - m).norm(dim=1).clamp(min=1e-6)
-        m = (w @ x) / w.sum()
-    return m
+        weights = 1 / (x - median).norm(dim=1).clamp(min=1e-6)
+        median = (weights @ x) / weights.sum()
+    return median

@@ -5,66 +5,78 @@
 # %% auto #0
 __all__ = [
     "SPARSE_BELOW",
-    "Everywhere",
-    "Entries",
-    "AllRanks",
-    "ChooseEntries",
-    "DecodeEntries",
-    "activate_chosen",
-    "find_entries",
+    "LatentSet",
+    "DenseSet",
+    "ActiveSet",
+    "GatherActive",
+    "DecodeActive",
+    "RankedSet",
+    "find_active_set",
 ]
 
 # %% ../../nbs/sae/sparse.ipynb #cell-2
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..ranks import Ranks
-from .losses import batch_winners, jump_relu
-
-if TYPE_CHECKING:
-    from atm_sae.sae.sae import SAE
 
 
 # %% ../../nbs/sae/sparse.ipynb #cell-4
-class Everywhere:
+class LatentSet(Protocol):
+    "Which latents of which samples a tensor of values holds."
+
+    @property
+    def batch(self) -> int:
+        "Number of samples."
+
+    def at(self, t: Tensor) -> Tensor:
+        "The entries of a (d_sae,) or (batch, d_sae) tensor that belong to the values."
+
+    def mean(self, values: Tensor) -> Tensor:
+        "(d_sae,) mean over the batch; a place without a value counts as 0."
+
+
+class DenseSet:
     "All latents of a batch: values are (batch, d_sae)."
 
     def __init__(self, batch: int) -> None:
-        self.batch = batch  # samples
+        self.batch = batch
 
     def at(self, t: Tensor) -> Tensor:
-        return t  # what a (d_sae,) or (batch, d_sae) tensor holds for each value
+        return t
 
     def mean(self, values: Tensor) -> Tensor:
         return values.sum(0) / self.batch
 
     def decode(self, h: Tensor, W_dec: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        "The latents from `start` to `stop`, times their rows."
+        "(batch, d_in): the latents from `start` to `stop`, times their rows of `W_dec`."
         return h @ W_dec if stop is None else h[:, start:stop] @ W_dec[start:stop]
 
 
-# %% ../../nbs/sae/sparse.ipynb #cell-6
-def _gather(weights, index, starts, table):
+# %% ../../nbs/sae/sparse.ipynb #cell-8
+def _weighted_sums(weights: Tensor, index: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     "Row i: the sum of weights[e] * table[index[e]] over starts[i] <= e < starts[i + 1]."
     return embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
 
 
-def _starts(index, n):
+def _group_starts(index: Tensor, n: int) -> Tensor:
     "Where each of `n` groups begins once `index` is sorted."
     counts = torch.bincount(index, minlength=n)
     return counts.cumsum(0) - counts
 
 
-# %% ../../nbs/sae/sparse.ipynb #cell-8
-class Entries:
-    "Chosen places of a batch's latents, sample by sample: values are (n,)."
+# %% ../../nbs/sae/sparse.ipynb #cell-11
+class ActiveSet:
+    "Chosen places of a batch's latents, sorted by sample: values are (n,)."
 
     def __init__(self, rows: Tensor, cols: Tensor, batch: int, d_sae: int) -> None:
-        self.rows, self.cols, self.batch, self.d_sae = rows, cols, batch, d_sae
+        self.rows, self.cols = rows, cols  # (n,) sample and latent of each place
+        self.batch, self.d_sae = batch, d_sae
 
     def at(self, t: Tensor) -> Tensor:
         return t.index_select(0, self.cols) if t.ndim == 1 else t[self.rows, self.cols]
@@ -73,130 +85,104 @@ class Entries:
         return values.new_zeros(self.d_sae).index_add(0, self.cols, values) / self.batch
 
     def decode(self, h: Tensor, W_dec: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        "The latents from `start` to `stop`, times their rows."
+        "(batch, d_in): the latents from `start` to `stop`, times their rows of `W_dec`."
         if stop is None:
-            return DecodeEntries.apply(h, W_dec, self)
+            return DecodeActive.apply(h, W_dec, self)
         inside = (self.cols >= start) & (self.cols < stop)
-        return DecodeEntries.apply(
-            h[inside], W_dec, Entries(self.rows[inside], self.cols[inside], self.batch, self.d_sae)
-        )
+        part = ActiveSet(self.rows[inside], self.cols[inside], self.batch, self.d_sae)
+        return DecodeActive.apply(h[inside], W_dec, part)
 
     @cached_property
-    def by_sample(self) -> Tensor:
-        return _starts(self.rows, self.batch)
+    def sample_starts(self) -> Tensor:
+        "(batch,) index of each sample's first place."
+        return _group_starts(self.rows, self.batch)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
-        return self.cols.argsort(stable=True), _starts(self.cols, self.d_sae)
+        "The order that sorts the places by latent, and where each latent begins in it."
+        return self.cols.argsort(stable=True), _group_starts(self.cols, self.d_sae)
 
     def row_gradient(self, values: Tensor, samples: Tensor) -> Tensor:
-        "(d_sae, width): for each latent the sum of its values, each times its row of `samples` (batch, width)."
+        "(d_sae, width): for each latent the sum of its values times their rows of `samples`."
         order, starts = self.by_latent
-        return _gather(values[order], self.rows[order], starts, samples)
-
-
-# %% ../../nbs/sae/sparse.ipynb #cell-10
-class AllRanks:
-    "Places of this rank's part of a batch, with means over the whole batch."
-
-    def __init__(self, where: Everywhere | Entries, ranks: Ranks) -> None:
-        self.where, self.ranks, self.batch = where, ranks, where.batch
-
-    def at(self, t: Tensor) -> Tensor:
-        return self.where.at(t)
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self.ranks.mean(self.where.mean(values).float())
-
-
-# %% ../../nbs/sae/sparse.ipynb #cell-12
-class ChooseEntries(torch.autograd.Function):
-    "The chosen entries of `pre`, which is (x - b_dec) @ W_enc + b_enc."
-
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, pre, where):
-        ctx.save_for_backward(x, W_enc, b_dec)
-        ctx.where = where
-        return pre[where.rows, where.cols]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, W_enc, b_dec), where = ctx.saved_tensors, ctx.where
-        d_b_enc = where.mean(grad) * where.batch
-        return None, where.row_gradient(grad, x - b_dec).T, d_b_enc, -(W_enc @ d_b_enc), None, None
+        return _weighted_sums(values[order], self.rows[order], starts, samples)
 
 
 # %% ../../nbs/sae/sparse.ipynb #cell-13
-class DecodeEntries(torch.autograd.Function):
+class GatherActive(torch.autograd.Function):
+    "The chosen entries of `pre`, which is (x - b_dec) @ W_enc + b_enc."
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        pre: Tensor,
+        active: ActiveSet,
+    ) -> Tensor:
+        ctx.save_for_backward(x, W_enc, b_dec)
+        ctx.active = active
+        return pre[active.rows, active.cols]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, W_enc, b_dec), active = ctx.saved_tensors, ctx.active
+        d_b_enc = active.mean(grad) * active.batch
+        d_W_enc = active.row_gradient(grad, x - b_dec).T
+        return None, d_W_enc, d_b_enc, -(W_enc @ d_b_enc), None, None
+
+
+class DecodeActive(torch.autograd.Function):
     "h @ W_dec from the chosen entries of h."
 
     @staticmethod
-    def forward(ctx, h, W_dec, where):
+    def forward(ctx: Any, h: Tensor, W_dec: Tensor, active: ActiveSet) -> Tensor:
         ctx.save_for_backward(h, W_dec)
-        ctx.where = where
-        return _gather(h, where.cols, where.by_sample, W_dec)
+        ctx.active = active
+        return _weighted_sums(h, active.cols, active.sample_starts, W_dec)
 
     @staticmethod
-    def backward(ctx, grad):
-        (h, W_dec), where = ctx.saved_tensors, ctx.where
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (h, W_dec), active = ctx.saved_tensors, ctx.active
         d_h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W_dec, where.cols, where.by_sample, where.rows, 0
+            grad, W_dec, active.cols, active.sample_starts, active.rows, 0
         )
-        return d_h, where.row_gradient(h, grad), None
+        return d_h, active.row_gradient(h, grad), None
 
 
-# %% ../../nbs/sae/sparse.ipynb #cell-15
-def _positive(sae, pre):
-    return (pre > 0).flatten()
+# %% ../../nbs/sae/sparse.ipynb #cell-19
+class RankedSet:
+    "Places of this rank's part of a batch, with means over the whole batch."
+
+    def __init__(self, own: LatentSet, ranks: Ranks) -> None:
+        self.own, self.ranks, self.batch = own, ranks, own.batch
+
+    def at(self, t: Tensor) -> Tensor:
+        return self.own.at(t)
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self.ranks.mean(self.own.mean(values).float())
 
 
-def _in_reach(sae, pre):
-    return (pre > sae.threshold - sae.config.bandwidth / 2).flatten()
-
-
-def _winners(sae, pre):
-    return (
-        pre.topk(sae.config.k, sorted=False).indices
-        + pre.shape[1] * torch.arange(len(pre))[:, None]
-    ).flatten()
-
-
-def _batch_winners(sae, pre):
-    return batch_winners(pre, sae.config.k, sae.ranks).sort().values
-
-
-_PLACES = dict(
-    standard=_positive,
-    jumprelu=_in_reach,
-    topk=_winners,
-    batchtopk=_batch_winners,
-    matryoshka=_batch_winners,
-)
-
-
-def activate_chosen(sae, pre, where):
-    if sae.config.architecture != "jumprelu":
-        return pre.relu()
-    return jump_relu(pre, where.at(sae.threshold), sae.config.bandwidth)
-
-
-# %% ../../nbs/sae/sparse.ipynb #cell-17
+# %% ../../nbs/sae/sparse.ipynb #cell-21
 SPARSE_BELOW = 0.08  # share of all places
 
 
-def find_entries(
-    sae: "SAE",
+def find_active_set(
     pre: Tensor,  # (batch, d_sae) pre-activations
-) -> Entries | None:
-    "The places that matter; None where skipping the others would not pay."
+    choose: Callable[[Tensor], Tensor],  # pre -> bool mask, or indices into pre.flatten()
+    per_sample: int = 0,  # known number of places for each sample; 0: unknown
+) -> DenseSet | ActiveSet:
+    "The chosen places, or all of them where the dense code path is as fast."
     pre, most = pre.detach(), SPARSE_BELOW * pre.numel()
-    if pre.device.type != "cpu" or pre.dtype != torch.float32:
-        return None
-    if len(pre) * (sae.config.k or 0) > most:
-        return None
-    places = _PLACES[sae.config.architecture](sae, pre)
+    dense = DenseSet(len(pre))
+    if pre.device.type != "cpu" or pre.dtype != torch.float32 or len(pre) * per_sample > most:
+        return dense
+    places = choose(pre)
     if places.dtype == torch.bool:
         if places.sum() > most:
-            return None
-        places = places.nonzero().flatten()
-    return Entries(places // pre.shape[1], places % pre.shape[1], *pre.shape)
+            return dense
+        places = places.flatten().nonzero().flatten()
+    return ActiveSet(places // pre.shape[1], places % pre.shape[1], *pre.shape)

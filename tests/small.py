@@ -1,0 +1,57 @@
+"Small runs on a small planted world, and processes that are killed while they make them."
+
+import os
+import signal
+from functools import partial
+from pydoc_data.topics import topics
+
+from atm_sae.data.planted import WorldConfig
+from atm_sae.sae.sae import SAE
+from atm_sae.train import runs
+from atm_sae.train.runs import RunSpec, get_run, recipe
+
+WORLD = WorldConfig(
+    d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=0.3, free_rate=0.2
+)
+
+
+def documents(n: int, length: int = 400) -> list[str]:
+    "Pieces of Python's help topics, which are read faster than all docstrings."
+    pieces = (t[i : i + length] for t in topics.values() for i in range(0, len(t), length))
+    return [piece for piece in pieces if piece.strip()][:n]
+
+
+def small(method: str, steps: int = 40, seed: int = 0, **more) -> RunSpec:
+    "A run of some milliseconds."
+    more = dict(batch_size=32, log_every=5, checkpoint_every=20, snapshot_steps=(10, 30)) | more
+    return recipe(method, WORLD, d_in=8, d_sae=16, l0=3, steps=steps, seed=seed, **more)
+
+
+def weights(sae: SAE) -> dict[str, bytes]:
+    "The bytes of each weight."
+    return {n: t.numpy().tobytes() for n, t in sae.state_dict().items()}
+
+
+def make(specs: list[RunSpec]) -> None:
+    "Make runs, or load them."
+    for spec in specs:
+        get_run(spec)
+
+
+def make_and_die(spec: RunSpec, last: int) -> None:
+    "Make a run and kill this process after a step. To be called in a process of its own."
+
+    def watch(step, sae, history):
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    runs.train = partial(runs.train, watch=watch)
+    get_run(spec)
+
+
+def steps_taken(spec: RunSpec) -> int:
+    "Make a run; the number of steps that this process took. To be called in one of its own."
+    taken = []
+    runs.train = partial(runs.train, watch=lambda step, *_: taken.append(step))
+    get_run(spec)
+    return len(taken)

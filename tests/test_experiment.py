@@ -1,0 +1,87 @@
+"What experiment notebooks share."
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from atm_sae.core import pick_device
+from atm_sae.data.activations import ActivationSpec
+from atm_sae.data.batches import held_out_activations
+from atm_sae.data.planted import PlantedWorld, WorldConfig
+from atm_sae.evals.metrics import planted_metrics
+from atm_sae.report.experiment import (
+    Experiment,
+    plain_log_ticks,
+    planted_scores,
+    published_scores,
+    ranking_sentence,
+)
+from atm_sae.train.runs import get_run, recipe
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "cache"))
+    return Experiment("nano-gemma2", 1, 4000, dict(dtype="float32"), str(tmp_path / "out"))
+
+
+def test_folder_and_data(experiment, tmp_path):
+    assert (tmp_path / "out" / "tables").is_dir() is False
+    assert experiment.folder == tmp_path / "out" and (tmp_path / "out" / "tables").is_dir()
+    spec = ActivationSpec(model="nano-gemma2", layer=1, n_tokens=4000, dtype="float32")
+    assert experiment.data == spec
+
+
+def test_held_out_rows_tokens_and_model(experiment):
+    assert experiment.held_out(30).equal(held_out_activations(experiment.data, 30))
+    context = experiment.data.context
+    assert experiment.fresh_tokens(context + 1).shape == (2, context)
+    assert experiment.lm().device.type == pick_device().type
+
+
+def test_runs_have_the_methods_targets_and_seeds(experiment):
+    settings = dict(d_sae=16, steps=2, batch_size=32)
+    runs = experiment.runs(["random"], [2, 4], [0, 1], **settings)
+    assert [(run.spec.l0, run.spec.seed) for run in runs] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    runs[0].sae.save(experiment.folder / "sae")
+    with pytest.raises(ValueError, match="'random' was not trained in a planted world"):
+        planted_scores(runs[0], 100)
+    own, foreign = experiment.runs(
+        ["random"], [2], [0], pretrained=[str(experiment.folder / "sae")], **settings
+    )
+    assert own.folder == runs[0].folder and foreign.folder is None
+
+
+def test_planted_scores_are_those_of_the_runs_own_world(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
+    data = WorldConfig(seed=3)
+    run = get_run(recipe("topk", data, data.d_in, 256, l0=4, steps=3, seed=3, batch_size=64))
+    expected = planted_metrics(run.sae, PlantedWorld(data), n=500, seed=10_003)
+    assert planted_scores(run, 500) == pytest.approx(expected, nan_ok=True)
+
+
+def test_published_scores_without_an_l0():
+    published = published_scores("mean_full_absorption_score")
+    assert published.metric.nunique() == 1
+    assert np.isnan(published.l0[published.method == "atm"]).all()
+
+
+def test_ranking_puts_the_highest_first():
+    summary = pd.DataFrame(
+        dict(method=["atm", "topk", "topk"], sparsity=[4, 4, 8], mean=[0.1, 0.2, 0.3])
+    ).assign(metric="fvu", low=np.nan, high=np.nan, n=1, l0=4.0)
+    line = ranking_sentence(summary, "fvu", 4)
+    assert line == "- at L0 4: TopK 0.200 (n = 1) (L0 4), ATM 0.100 (n = 1) (L0 4)."
+
+
+def test_ticks_lie_near_the_values():
+    fig, ax = plt.subplots()
+    ax.set_yscale("log")
+    plain_log_ticks(ax.yaxis, (0.1, 0.2, 0.4, 0.8), [0.21, 0.3], slack=1.1)
+    assert ax.get_yticks().tolist() == [0.2]
+    plt.close(fig)
