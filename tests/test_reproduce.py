@@ -255,7 +255,7 @@ def test_killed_while_publishing_counts_as_stale(toy, monkeypatch):
 
 
 def test_states_are_computed_once(toy, monkeypatch):
-    "At the start, after an object ran, and again for what reads the outputs of one that ran."
+    "At the start, and after an object ran: its own, and that of each object that reads it."
     asked = []
     compute = M.fingerprint
 
@@ -270,7 +270,7 @@ def test_states_are_computed_once(toy, monkeypatch):
     toy.replace("steps: 3", "steps: 4")
     asked.clear()
     toy.run()
-    assert asked == ["double", "count", "count", "double", "double"]
+    assert asked == ["double", "count", "double", "count", "double"]
 
 
 def test_opened_artefacts_are_recorded(toy):

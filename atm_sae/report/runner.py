@@ -455,8 +455,6 @@ class Plan:
         if stale:
             needs = f"it needs {', '.join(stale)}, which is not up to date: run that too"
             return Status(e.name, "skipped", needs)
-        if "ok" in ended.values():
-            self.renew(e)
         waits = [name for name, state in ended.items() if state == "would run"]
         reason = "forced" if self.force else self.states[e.name].reason
         if waits and not reason:
