@@ -1,6 +1,5 @@
 "Hashes, files that are whole or absent, locks, keys of artefacts, provenance."
 
-import dataclasses
 import errno
 import json
 import math
@@ -16,6 +15,7 @@ import pytest
 from filelock import Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_core import Inner, Outer
 
 from atm_sae import artefacts
 from atm_sae.artefacts import (
@@ -35,19 +35,6 @@ from atm_sae.artefacts import (
 from atm_sae.core import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    a: float = 1
-    b: tuple = (1, 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    inner: Inner = Inner()
-    path: Path = Path("x/y")
-    none: object = None
 
 
 def fake_root(folder):
