@@ -416,12 +416,11 @@ def _git(*args: str) -> str | None:
     "What git prints about the project, or None where there is no git or no repository."
     command = ["git", "--no-optional-locks", *args]
     try:
-        done = subprocess.run(
-            command, cwd=project_root(), capture_output=True, text=True, timeout=20
-        )
+        done = subprocess.run(command, cwd=project_root(), capture_output=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    said = done.stdout.decode("utf-8", errors="replace")
+    return said.strip() if done.returncode == 0 else None
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -436,7 +435,8 @@ def git_state() -> tuple[str | None, bool | None]:
 def _cpu_name() -> str:
     "The processor's name as the operating system gives it."
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        for line in about.splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -143,6 +143,29 @@ def test_every_form_of_import_is_seen():
     assert private(tree, "sae.formats") == ["atm_sae.sae.sae._hidden", "L._secret"]
 
 
+# ---- encodings
+
+
+def without_encoding(tree: ast.AST) -> list[str]:
+    "Calls that read or write text in the encoding of the machine."
+    found = []
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        place, called = ast.unparse(node.func), ast.unparse(node)
+        named = {keyword.arg for keyword in node.keywords}
+        file = place == "open" and not re.search(r"open\(.*, '[rwxa]?b'", called)
+        process = place.startswith("subprocess.") and "text" in named
+        if file or process or place.endswith((".read_text", ".write_text")):
+            found += [] if "encoding" in named else [called]
+    return found
+
+
+def test_text_files_have_an_encoding():
+    assert without_encoding(ast.parse("p.read_text(); open(p); subprocess.run(c, text=True)"))[2:]
+    assert not without_encoding(ast.parse("open(p, 'rb'); p.write_text(s, encoding='utf-8')"))
+    found = {name: calls for name, tree in TREES.items() if (calls := without_encoding(tree))}
+    assert not found
+
+
 # ---- length
 
 LONGEST = 45

@@ -563,7 +563,7 @@ def _check_writable(out: Path) -> None:
     probe = out / ".probe"
     try:
         with atomic_write(probe) as part:
-            part.write_text("")
+            part.touch()
         probe.unlink()
     except OutputError:
         raise
