@@ -40,6 +40,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args, get_origin
@@ -108,11 +109,11 @@ def _everywhere(version: _VersionFlag = False, debug: _DebugFlag = False) -> Non
 
 # %% ../nbs/cli.ipynb #cell-8
 def _print_json(obj: object) -> None:
-    "Print plain data as one JSON document; NaN and infinities become null."
+    "Print plain data as one JSON document in ASCII; NaN and infinities become null."
     from atm_sae.artefacts import to_finite
     from atm_sae.core import to_plain
 
-    print(json.dumps(to_finite(to_plain(obj)), indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(to_finite(to_plain(obj)), indent=2, allow_nan=False))
 
 
 def _cell(value: object) -> str:
@@ -120,7 +121,7 @@ def _cell(value: object) -> str:
     from atm_sae.stats import format_number
 
     if value is None or value != value:
-        return "–"
+        return "-"
     return format_number(value) if isinstance(value, float) else str(value)
 
 
@@ -269,6 +270,8 @@ def _check_out(folder: Path, key: str) -> None:
     "ValueError if the folder holds anything but this run."
     from atm_sae.artefacts import read_json
 
+    if folder.parent.is_file():
+        raise ValueError(f"{folder.parent} is a file: choose another --out")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     record = folder / "run.json"
@@ -279,11 +282,9 @@ def _check_out(folder: Path, key: str) -> None:
 
 
 def _out_folders(specs: "Sequence[RunSpec]", out: Path | None) -> list[Path | None]:
-    "Where each run is copied: `out` for one run, folders in it for several, None without `--out`."
+    "Where each run is copied: a folder in `out`, or None without `--out`."
     if out is None:
         return [None] * len(specs)
-    if len(specs) == 1:
-        return [out]
     return [out / f"{s.method}-l0_{s.l0:g}-seed{s.seed}" for s in specs]
 
 
@@ -405,9 +406,7 @@ def train(
     set_: _Settings = [],  # noqa: B006  typer copies it
     workers: Annotated[int, _option("Processes for several runs.", TRAINING, min=1)] = 1,
     executor: _Executor = None,
-    out: Annotated[
-        Path | None, _option("Copy the SAE there; several runs to folders in it.", OUTPUT)
-    ] = None,
+    out: Annotated[Path | None, _option("Copy each SAE to a folder in this one.", OUTPUT)] = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -502,10 +501,13 @@ class Reads:
 
 
 def _subject(source: str, reads: Reads, subfolder: str | None, revision: str | None) -> Subject:
-    "Load one SAE and find its data."
+    "Load one SAE and find its data. ValueError for one of its files."
     from atm_sae.sae.formats import from_pretrained
 
-    sae, record = from_pretrained(source, subfolder, revision), _record(Path(source))
+    place = Path(source, subfolder or "")
+    if place.is_file():
+        raise ValueError(f"{place} is a file: give the folder of an SAE, such as {place.parent}")
+    sae, record = from_pretrained(source, subfolder, revision), _record(place)
     method = record.get("spec", {}).get("method") or sae.config.architecture
     name = record.get("key") or "_".join(filter(None, [Path(source).name, subfolder]))
     return Subject(sae, method, name, _data_of(source, sae, _recorded_data(record), reads))
@@ -902,6 +904,13 @@ _UsageError: Any = typer.BadParameter.__base__  # of click, which newer typers c
 _EXPECTED = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
 
 
+def _accept_all_characters() -> None:
+    "Escape what the encoding of stdout or stderr does not have, instead of raising an error."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     "Inside, SIGTERM raises SystemExit(143)."
@@ -941,6 +950,7 @@ def main(
     "The command `atm-sae`."
     given, status = list(sys.argv[1:] if argv is None else argv), 2
     command = typer.main.get_command(app)
+    _accept_all_characters()
     with _terminable():
         try:
             status = command.main(args=given, prog_name="atm-sae", standalone_mode=False) or 0

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,23 @@ def test_a_missing_extra_is_named(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_in_any_encoding(encoding, planted, tmp_path, monkeypatch):
+    "A folder's name that stdout cannot hold is escaped; JSON has the name itself."
+    shutil.copytree(planted[0] / "topk-l0_3-seed0", tmp_path / "ж")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["evaluate", "ж", "-q"]) == main(["evaluate", "ж", "-q", "--json"]) == 0
+    stdout.flush()
+    text = stdout.buffer.getvalue().decode(encoding)
+    table, bracket, rest = text.partition("[")
+    assert "\n\\u0436    topk " in table and json.loads(bracket + rest)[0]["sae"] == "ж"
+
+
+def test_a_missing_number_is_ascii():
+    assert cli._table([dict(name="x", value=None), dict(name="y", value=1.5)]).isascii()
+
+
 def test_ctrl_c(monkeypatch):
     monkeypatch.setattr(cli, "_settings", lambda pairs: (_ for _ in ()).throw(KeyboardInterrupt))
     status, out, err = run("train", "topk")
@@ -362,9 +380,9 @@ def test_train_on_a_model(model, tmp_path):
     (row,) = json.loads(done(*args, "--out", tmp_path / "mine", "--json"))
     data = ActivationSpec(model=model, layer=1, n_tokens=3000)
     assert row["metrics"] == reconstruction_metrics(
-        SAE.load(tmp_path / "mine"), held_out(get_activations(data), 20_000)
+        SAE.load(row["sae"]), held_out(get_activations(data), 20_000)
     )
-    (again,) = json.loads(done("evaluate", tmp_path / "mine", "--metrics", "core", "--json", "-q"))
+    (again,) = json.loads(done("evaluate", row["sae"], "--metrics", "core", "--json", "-q"))
     assert again["model"] == str(Path(model).resolve()) and again["layer"] == 1
     core = again["core"]
     assert {k: core[k] for k in row["metrics"]} == row["metrics"]
@@ -409,19 +427,27 @@ def test_a_layer_that_is_not_there(model):
 
 
 def test_out_replaces_nothing_else(planted, tmp_path):
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious/file").write_text("x")
-    other = planted[0] / "atm-l0_3-seed0"
-    for place in (tmp_path / "precious", tmp_path / "precious/file", other):
-        assert "is there already and is not this run" in fails(
-            "train", "topk", *SMALL, "--out", place, "-q"
-        )
-    assert (tmp_path / "precious/file").read_text() == "x" and not (
-        tmp_path / "cache/runs"
-    ).exists()
-    (tmp_path / "empty").mkdir()
+    wanted = tmp_path / "precious/topk-l0_3-seed0"
+    wanted.mkdir(parents=True)
+    (wanted / "file").write_text("x")
+    refused = "is there already and is not this run"
+    assert refused in fails("train", "topk", *SMALL, "--out", tmp_path / "precious", "-q")
+    other = shutil.copytree(planted[0] / "atm-l0_3-seed0", tmp_path / "other/topk-l0_3-seed0")
+    assert refused in fails("train", "topk", *SMALL, "--out", other.parent, "-q")
+    line = fails("train", "topk", *SMALL, "--out", wanted / "file", "-q")
+    assert line == f"atm-sae: {wanted / 'file'} is a file: choose another --out"
+    assert (wanted / "file").read_text() == "x" and not (tmp_path / "cache/runs").exists()
+    (tmp_path / "empty/topk-l0_3-seed0").mkdir(parents=True)
     for _ in range(2):
         done("train", "topk", *SMALL, "--out", tmp_path / "empty", "-q")
+
+
+def test_one_run_and_several_have_the_same_layout(planted, tmp_path):
+    "What the README shows for two methods works for one: train --out saes, evaluate saes/*."
+    done("train", "topk", *SMALL, "--out", tmp_path / "saes", "-q")
+    (folder,) = (tmp_path / "saes").iterdir()
+    assert folder.name == "topk-l0_3-seed0" and (planted[0] / folder.name).is_dir()
+    assert "topk" in done("evaluate", *(tmp_path / "saes").iterdir(), "-q")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -448,6 +474,19 @@ sys.exit(main())
 
 
 # ---- evaluate
+
+
+def test_files_of_an_sae_are_not_saes(planted):
+    folder = planted[0] / "topk-l0_3-seed0"
+    line = fails("evaluate", *sorted(folder.iterdir()), "-q")
+    said = f"{folder / 'cfg.json'} is a file: give the folder of an SAE, such as {folder}"
+    assert line == f"atm-sae: {said}"
+
+
+def test_the_record_in_a_subfolder_is_read(planted):
+    args = ("evaluate", planted[0], "--subfolder", "atm-l0_3-seed0", "--json", "-q")
+    (score,) = json.loads(done(*args))
+    assert (score["method"], score["model"]) == ("atm", "planted")
 
 
 def test_evaluate_planted(planted):
