@@ -99,6 +99,34 @@ def test_checksum_follows_the_weights(copy, tmp_path):
     assert model_checksum(copy) != plain
 
 
+READ = {
+    "vocab.json": "{}",
+    "merges.txt": "a b",
+    "tokenizer.model": "pieces",
+    "spiece.model": "pieces",
+    "added_tokens.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "generation_config.json": "{}",
+    "model.safetensors.index.json": "{}",
+}
+NOT_READ = ("LICENSE", "pytorch_model.bin", "modeling.py", ".gitattributes", "figures/loss.json")
+
+
+def test_checksum_follows_every_file_that_a_loader_reads(copy):
+    seen = {model_checksum(copy)}
+    for name, text in READ.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        for content in (text, f"{text} "):
+            (copy / name).write_text(content)
+            seen.add(model_checksum(copy))
+    assert len(seen) == 1 + 2 * len(READ)
+    for name in NOT_READ:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("not read")
+        assert model_checksum(copy) in seen
+
+
 def test_eager_attention_and_no_bars(saved, capfd):
     assert load_lm(saved).model.config._attn_implementation == "eager"
     assert "%" not in capfd.readouterr().err
@@ -189,19 +217,18 @@ def test_no_remote_code(copy, change):
 
 
 def fail(monkeypatch, kind, wrapped):
-    "AutoConfig.from_pretrained fails as it does when huggingface_hub raises `kind`."
+    "The Hub fails with `kind`, or with another error that was raised for it."
     import huggingface_hub.errors as errors
-    from transformers import AutoConfig
 
     inner = getattr(errors, kind).__new__(getattr(errors, kind))
     inner.args = ("reason",)
 
-    def from_pretrained(*a, **k):
+    def hf_hub_download(*a, **k):
         if wrapped:
             raise OSError("a long message") from inner
         raise inner
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -220,6 +247,7 @@ def fail(monkeypatch, kind, wrapped):
         ),
         ("LocalEntryNotFoundError", ConnectionError, "the Hub cannot be reached"),
         ("OfflineModeIsEnabled", ConnectionError, "HF_HUB_OFFLINE"),
+        ("EntryNotFoundError", FileNotFoundError, "has no config.json on the Hub"),
     ],
 )
 def test_hub_errors(monkeypatch, kind, error, message, wrapped):
@@ -238,13 +266,54 @@ def test_really_offline(monkeypatch, tmp_path):
         load_lm("nobody/no-such-model-anywhere")
 
 
-def test_unknown_errors_pass_unchanged(monkeypatch):
-    from transformers import AutoConfig
+COMMITS = ("0" * 39 + "a", "f" * 40)
 
-    def from_pretrained(*a, **k):
+
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch):
+    "The Hub's cache with two commits of me/tiny, of which the first is the newest."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    module._commit.cache_clear()
+    repo = tmp_path / "models--me--tiny"
+    shutil.copytree(saved, repo / "snapshots" / COMMITS[0])
+    save_lm(tiny_lm(seed=1), repo / "snapshots" / COMMITS[1])
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMITS[0])
+    yield repo
+    module._commit.cache_clear()
+
+
+def test_a_model_on_the_hub_is_named_by_its_commit(hub, lm):
+    assert model_checksum("me/tiny") == f"me/tiny@{COMMITS[0]}" == load_lm("me/tiny").checksum
+    module._commit.cache_clear()  # as in a new process
+    (hub / "refs" / "main").write_text(COMMITS[1])
+    assert model_checksum("me/tiny") == f"me/tiny@{COMMITS[1]}"
+
+
+def test_the_commit_that_is_named_is_loaded(hub, lm, tokens):
+    "The newest commit is another one when the weights are read."
+    model_checksum("me/tiny")
+    (hub / "refs" / "main").write_text(COMMITS[1])
+    loaded = load_lm("me/tiny")
+    assert loaded.checksum == f"me/tiny@{COMMITS[0]}"
+    assert torch.equal(residual_stream(loaded, tokens, 2), residual_stream(lm, tokens, 2))
+    assert module.model_config("me/tiny").hidden_size == 32
+
+
+def test_a_commit_that_cannot_be_told(hub):
+    (hub / "snapshots" / COMMITS[0]).rename(hub / "snapshots" / "main")
+    (hub / "refs" / "main").write_text("main")
+    for call in (model_checksum, load_lm):
+        with pytest.raises(ValueError, match="me/tiny: its commit cannot be told from .*main"):
+            call("me/tiny")
+
+
+def test_unknown_errors_pass_unchanged(monkeypatch):
+    def hf_hub_download(*a, **k):
         raise KeyError("surprise")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     with pytest.raises(KeyError, match="surprise"):
         load_lm("some/model")
     with pytest.raises(KeyError, match="surprise"):
@@ -410,6 +479,64 @@ def test_other_families(family, lm, tokens):
         assert torch.equal(next_token_losses(other, tokens), loss)
     with splice(other, 0, torch.zeros_like):
         assert not torch.allclose(next_token_losses(other, tokens), loss)
+
+
+def vision_model(vision_layers=2, n_layers=2):
+    "A Gemma-3 that also reads images, with random weights."
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    heads = dict(num_attention_heads=2)
+    text = dict(
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=n_layers,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=64,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        **heads,
+    )
+    vision = dict(hidden_size=16, intermediate_size=32, image_size=28, patch_size=14)
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision | dict(num_hidden_layers=vision_layers) | heads,
+        mm_tokens_per_image=4,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_the_text_model_of_one_that_reads_images(lm, tokens, tmp_path):
+    "The vision tower has as many blocks as the text model, and comes first."
+    both = LM(vision_model(), lm.tokenizer, "both", "both", "")
+    other = load_lm(save_lm(both, tmp_path / "both"))
+    assert (other.n_layers, other.d_model, module.model_width(tmp_path / "both")) == (2, 32, 32)
+    full = other.model(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert torch.allclose(residual_stream(other, tokens, 0), full[1], atol=1e-5)
+    plain = residual_stream(other, tokens, 1)
+    with splice(other, 0, torch.zeros_like):
+        assert not torch.allclose(residual_stream(other, tokens, 1), plain)
+    compile_blocks(other, 1, backend="eager")
+    assert torch.allclose(residual_stream(other, tokens, 1), plain, atol=1e-5)
+
+
+def test_blocks_that_cannot_be_told(lm):
+    "Lists inside a block do not count; two lists beside each other are ambiguous."
+    import copy
+
+    other = copy.deepcopy(lm)
+    other.model.model.layers[0].experts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    assert hook_layer(other, 1) is other.model.model.layers[1]
+    other.model.model.more = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+    with pytest.raises(ValueError, match="should be in one list .* there are: layers, more"):
+        hook_layer(other, 1)
+    other.model.model.more = other.model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="there are: none"):
+        hook_layer(other, 1)
 
 
 # ---- losses and splicing

@@ -25,7 +25,8 @@ __all__ = [
 # %% ../../nbs/data/lm.ipynb #cell-3
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -157,7 +158,11 @@ def _find_model(name: str) -> Path | None:
 # %% ../../nbs/data/lm.ipynb #cell-14
 def _hub_error(name: str, error: Exception) -> Exception:
     "The exception that says in one line why a model did not load."
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+    )
 
     def caused_by(kind: type[BaseException]) -> bool:
         return any(isinstance(e, kind) for e in causes(error))
@@ -177,6 +182,8 @@ def _hub_error(name: str, error: Exception) -> Exception:
             f"{name} is not in the local Hub cache and the Hub cannot be reached (no network, or "
             "HF_HUB_OFFLINE is set); connect once to download it, or give the folder of a model"
         )
+    if caused_by(EntryNotFoundError):
+        return FileNotFoundError(f"{name} has no config.json on the Hub, so it is no model")
     return _file_error(name, error)
 
 
@@ -252,12 +259,15 @@ def _no_bars(quiet: bool) -> Iterator[None]:
 
 
 def _read_model(
-    source: str, name: str, dtype: torch.dtype
+    source: str,  # folder, or id on the Hub
+    where: Mapping[str, Any],  # the commit on the Hub
+    name: str,
+    dtype: torch.dtype,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     "(model, tokenizer) from a folder or the Hub."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    safe = dict(trust_remote_code=False)
+    safe = dict(trust_remote_code=False, **where)
     try:
         config = AutoConfig.from_pretrained(source, **safe)
         _check_causal(config, name)
@@ -282,27 +292,63 @@ def _read_model(
 
 
 # %% ../../nbs/data/lm.ipynb #cell-20
+_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth")  # refused
+_NOT_READ = (*_WEIGHTS, ".gif", ".jpg", ".md", ".pdf", ".png", ".py", ".svg")
+_DESCRIPTIONS = ("license", "notice", "readme")
+
+
+def _is_read(path: Path) -> bool:
+    "True for a file that transformers can read when it loads a model or a tokenizer."
+    described = path.stem.lower() in _DESCRIPTIONS or path.name.startswith(".")
+    return path.is_file() and path.suffix.lower() not in _NOT_READ and not described
+
+
 @lru_cache(maxsize=8)
-def _files_checksum(files: tuple[tuple[str, int, int], ...]) -> str:
-    "SHA-256 over (path, size, mtime) of files; size and mtime only end the reuse of old hashes."
-    return stable_hash({Path(p).name: file_sha256(p) for p, _, _ in files}, n=64)
+def _files_checksum(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    "SHA-256 over (name, size, mtime) of files; size and mtime only end the reuse of old hashes."
+    return stable_hash({name: file_sha256(folder / name) for name, _, _ in files}, n=64)
 
 
 def _folder_checksum(folder: Path) -> str:
     "SHA-256 over the files that make a model what it is: configuration, weights, tokenizer."
-    wanted = ("config.json", "*.safetensors", "tokenizer*", "special_tokens_map.json")
-    files = sorted({p for pattern in wanted for p in folder.glob(pattern)})
-    return _files_checksum(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = [(p.relative_to(folder).as_posix(), p.stat()) for p in sorted(found) if _is_read(p)]
+    return _files_checksum(folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in files))
+
+
+@cache
+def _commit(name: str) -> str:
+    "The commit of a model on the Hub, found once in a process; offline that of the local cache."
+    from huggingface_hub import hf_hub_download
+
+    try:
+        snapshot = Path(hf_hub_download(name, "config.json")).parent
+    except Exception as e:
+        clear = _hub_error(name, e)
+        if clear is e:
+            raise
+        raise clear from e
+    if not re.fullmatch("[0-9a-f]{40}", snapshot.name):
+        raise ValueError(
+            f"{name}: its commit cannot be told from {snapshot}, where the name of a snapshot of "
+            "40 hexadecimal digits was expected; download it into the Hub's cache again"
+        )
+    return snapshot.name
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    "Where a model is read from: (folder, {}), or (id on the Hub, {'revision': commit})."
+    folder = _find_model(name)
+    return (str(folder), {}) if folder else (name, dict(revision=_commit(name)))
 
 
 def model_config(name: Path | str) -> "PreTrainedConfig":
     "A model's configuration, without its weights."
     from transformers import AutoConfig
 
+    source, where = _source(str(name))
     try:
-        return AutoConfig.from_pretrained(
-            _find_model(str(name)) or str(name), trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     except Exception as e:
         raise _hub_error(str(name), e) from e
 
@@ -312,18 +358,12 @@ def model_width(name: Path | str) -> int:
     return model_config(name).get_text_config().hidden_size
 
 
-@cache
-def _commit(name: str) -> str | None:
-    "The commit of a model on the Hub, asked for once in a process."
-    return getattr(model_config(name), "_commit_hash", None)
-
-
 def model_checksum(
     name: Path | str,  # 'nano-gemma2', a folder, or an id on the Hub
 ) -> str:  # SHA-256 of the files, or 'id@commit' for the Hub
     "What `load_lm(name).checksum` will be, without loading the weights."
-    folder = _find_model(str(name))
-    return _folder_checksum(folder) if folder else f"{name}@{_commit(str(name))}"
+    source, where = _source(str(name))
+    return f"{source}@{where['revision']}" if where else _folder_checksum(Path(source))
 
 
 # %% ../../nbs/data/lm.ipynb #cell-21
@@ -337,11 +377,9 @@ def load_lm(
         raise ValueError(f"dtype {dtype!r} is unknown; choose 'float32', 'bfloat16' or 'float16'")
     numbers = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     name = str(name)
-    folder = _find_model(name)
-    model, tokenizer = _read_model(str(folder or name), name, numbers)
-    commit = getattr(model.config, "_commit_hash", None)
-    checksum = _folder_checksum(folder) if folder else f"{name}@{commit}"
-    return LM(_freeze(model).to(device), tokenizer, name, str(folder or name), checksum)
+    source, where = _source(name)
+    model, tokenizer = _read_model(source, where, name, numbers)
+    return LM(_freeze(model).to(device), tokenizer, name, source, model_checksum(name))
 
 
 # %% ../../nbs/data/lm.ipynb #cell-23
@@ -361,6 +399,16 @@ def save_lm(
 
 
 # %% ../../nbs/data/lm.ipynb #cell-30
+def _outermost_lists(model: nn.Module, n: int) -> dict[str, nn.ModuleList]:
+    "{name: list} of the lists of `n` modules that are in no other such list."
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # a list comes before what is in it
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and len(module) == n and not inside:
+            found[name] = module
+    return found
+
+
 def hook_layer(
     lm: LM,  # an LM
     layer: int,  # which block, counted from 0
@@ -369,13 +417,14 @@ def hook_layer(
     n = lm.n_layers
     if not isinstance(layer, int) or not 0 <= layer < n:
         raise ValueError(f"{lm.name} has no layer {layer!r}; its layers are 0 to {n - 1}")
-    lists = [m for m in lm.model.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-    if not lists:
+    lists = _outermost_lists(lm.model.get_decoder(), n)
+    if len(lists) != 1:
         raise ValueError(
-            f"{lm.name} ({type(lm.model).__name__}) keeps its {n} blocks in no list "
-            "that could be found"
+            f"{lm.name} ({type(lm.model).__name__}): its {n} blocks should be in one list of its "
+            f"text model, and the lists of that length there are: {', '.join(lists) or 'none'}; "
+            "models of this kind cannot be read"
         )
-    return lists[0][layer]
+    return next(iter(lists.values()))[layer]
 
 
 # %% ../../nbs/data/lm.ipynb #cell-32
