@@ -726,3 +726,51 @@ def test_ours_is_read_by_theirs(tmp_path, library, format):
     for a, folder in folders.items():
         same(from_pretrained(folder), folder, "theirs.safetensors")
         same(make(a), folder, "theirs.safetensors", latents=False)
+
+
+# ---- what a path says
+
+
+@pytest.mark.parametrize(
+    "path, model, layer",
+    [
+        ("player_1/gemma-scope-2b-pt-res/layer_12/width_16k/l0", "gemma-2-2b", 12),
+        ("layer_9/embedding/gemma-scope-2b-pt-res/layer_12/width_16k/l0", "gemma-2-2b", 12),
+        ("embedding-study/gemma-scope-2b-pt-res/layer_12/width_16k/l0", "gemma-2-2b", 12),
+        ("transcoders/gemma-scope-9b-it-res/layer_3/w/l0", "gemma-2-9b-it", 3),
+        ("gemma-scope-2b-pt-transcoders/gemma-scope-9b-pt-res/layer_3/w/l0", "gemma-2-9b", 3),
+        ("gemma-scope-9b-pt-res/x/gemma-scope-2b-pt-res-layer_4", "gemma-2-2b", 4),
+        ("models--google--gemma-scope-2b-pt-res/snapshots/ab/layer_5/player_7/l0", "gemma-2-2b", 5),
+    ],
+)
+def test_the_path_of_a_gemma_scope_sae(tmp_path, path, model, layer):
+    "The nearest repository and the nearest layer count, and no folder above the repository."
+    export_sae(SAE(SAEConfig(4, 8, "jumprelu")), tmp_path / path, "gemma-scope")
+    assert from_pretrained(tmp_path / path).metadata == hook_point(model, layer)
+
+
+@pytest.mark.parametrize(
+    "path", ["embedding/layer_1/a/b", "embedding-study/w/l0", "player_1/gemma-scope-study/x/y"]
+)
+def test_a_path_that_says_nothing(tmp_path, path):
+    export_sae(SAE(SAEConfig(4, 8, "jumprelu")), tmp_path / path, "gemma-scope")
+    assert from_pretrained(tmp_path / path).metadata == {}
+
+
+@pytest.mark.parametrize(
+    "path, kind",
+    [
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "embedding"),
+        ("embedding/width_4k/average_l0_6", "embedding"),
+        ("gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_6", "transcoders"),
+    ],
+)
+def test_paths_of_what_reads_no_residual_stream(tmp_path, path, kind):
+    export_sae(SAE(SAEConfig(4, 8, "jumprelu")), tmp_path / path, "gemma-scope")
+    with pytest.raises(ValueError, match=f"belongs to the {kind} of Gemma Scope"):
+        from_pretrained(tmp_path / path)
+
+
+def test_a_card_shows_all_digits_of_a_count():
+    card = model_card(SAE(SAEConfig(4, 8)), dict(l0=(8.0, 7.5, 8.5, 2_097_152)))
+    assert "| 8.00 [7.50, 8.50] | 2097152 |" in card

@@ -23,7 +23,7 @@ __all__ = [
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -313,13 +313,28 @@ def read_saelens(folder: Path) -> SAE:
 
 # %% ../../nbs/sae/formats.ipynb #cell-33
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+_REPOSITORY = r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)(?![a-z])"
+
+
+def _first_match(pattern: str, parts: Iterable[str]) -> re.Match[str] | None:
+    "The match in the first part that has one."
+    return next(filter(None, (re.search(pattern, part) for part in parts)), None)
+
+
+def _gemma_parts(folder: Path) -> tuple[str, ...]:
+    """Parts of the path of a Gemma Scope SAE that describe it, the nearest to the SAE first.
+
+    They end with the nearest repository. Without one, they are three, as inside a repository."""
+    parts = folder.absolute().parts[::-1]
+    known = (i for i, part in enumerate(parts) if re.search(_REPOSITORY, part))
+    return parts[: next(known, 2) + 1]
 
 
 def _gemma_place(folder: Path) -> dict[str, str]:
     "Model and hook from the path of a Gemma Scope SAE; empty if they are not in it."
-    path = folder.absolute().as_posix()
-    repo = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)", path)
-    layer = re.search(r"layer_(\d+)", path)
+    parts = _gemma_parts(folder)
+    repo = re.search(_REPOSITORY, parts[-1])
+    layer = _first_match(r"(?<![A-Za-z])layer_(\d+)", parts)
     if repo is None or layer is None:
         return {}
     size, tuned, kind = repo.groups()
@@ -327,6 +342,20 @@ def _gemma_place(folder: Path) -> dict[str, str]:
         model_name=f"gemma-2-{size}" + ("-it" if tuned == "it" else ""),
         hook_name=f"blocks.{layer[1]}.{_HOOKS[kind]}",
     )
+
+
+def _check_residual(path: Path) -> None:
+    "ValueError for the file of a transcoder, or of an SAE of the embedding."
+    parts = _gemma_parts(path.parent)
+    repo = re.search(_REPOSITORY, parts[-1])
+    kinds = {*parts} & {"transcoders", "embedding"}
+    if repo is not None and repo[3] == "transcoders":
+        kinds.add("transcoders")
+    if kinds:
+        raise ValueError(
+            f"{path} belongs to the {kinds.pop()} of Gemma Scope, "
+            "which are no SAEs of a residual stream"
+        )
 
 
 def _read_npz(path: Path) -> Weights:
@@ -350,12 +379,7 @@ def _read_npz(path: Path) -> Weights:
 def read_gemma_scope(folder: Path) -> SAE:
     "A JumpReLU SAE from the params.npz of Gemma Scope."
     path = folder / "params.npz"
-    other = re.search(r"transcoders|embedding", path.absolute().as_posix())
-    if other:
-        raise ValueError(
-            f"{path} belongs to the {other[0]} of Gemma Scope, "
-            "which are no SAEs of a residual stream"
-        )
+    _check_residual(path)
     weights = _read_npz(path)
     d_in, d_sae = weights["W_enc"].shape
     weights = _check(weights, "jumprelu", dict(d_in=d_in, d_sae=d_sae), path)
@@ -710,7 +734,7 @@ def _metric_row(name: str, score: Score) -> str:
     given = [*score] if isinstance(score, (tuple, list)) else [score, None, None, 1]
     given += [None] * (4 - len(given))
     mean, low, high, n = (math.nan if value is None else float(value) for value in given)
-    count = "" if math.isnan(n) else f"{n:g}"
+    count = "" if math.isnan(n) else f"{n:.0f}"
     return f"| {_METRICS.get(name, name)} | {format_interval(mean, low, high)} | {count} |"
 
 
