@@ -16,6 +16,7 @@ __all__ = [
     "to_finite",
     "write_json",
     "read_json",
+    "read_object",
     "file_lock",
     "package_version",
     "computing_versions",
@@ -51,7 +52,7 @@ import torch
 from filelock import FileLock
 
 from .closure import Closure, code_closure
-from .core import cache_dir, project_root, to_plain
+from .core import cache_dir, project_root, read_text, to_plain
 
 
 # %% ../nbs/core/artefacts.ipynb #cell-5
@@ -254,12 +255,28 @@ def write_json(path: Path | str, obj: object) -> None:
         part.write_text(content + "\n", encoding="utf-8")
 
 
-def read_json(path: Path | str) -> Any:
-    "What `write_json` wrote; ValueError naming the file if it is not JSON."
+def read_json(
+    path: Path | str,
+    advice: str = "delete it and run again",  # for a file that is not as it should be
+) -> Any:
+    "What a JSON file holds; ValueError naming the file if it is not JSON."
+    text = read_text(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): delete it and run again") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): {advice}") from None
+
+
+def read_object(
+    path: Path | str,
+    advice: str = "delete it and run again",  # for a file that is not as it should be
+) -> dict[str, Any]:
+    "The object in a JSON file; ValueError naming the file if it holds none."
+    found = read_json(path, advice)
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{path} holds a {kind}, where an object was expected: {advice}")
+    return found
 
 
 # %% ../nbs/core/artefacts.ipynb #cell-38

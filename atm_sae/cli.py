@@ -157,21 +157,25 @@ def _raw_manifest(given: Path | None) -> dict[str, Any]:
     usual = [f / "nbs" / "experiments" / "manifest.yaml" for f in folders]
     for path in [Path(given)] if given else usual:
         with contextlib.suppress(OSError, yaml.YAMLError):
-            return yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = yaml.safe_load(path.read_bytes())  # bytes: YAML knows its own encodings
+            return found if isinstance(found, dict) else {}
     return {}
 
 
 def _complete_object(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     "Names and titles of objects of the manifest that begin so."
-    objects = _raw_manifest(ctx.params.get("manifest")).get("objects", [])
-    return [(o["name"], o["title"]) for o in objects if o["name"].startswith(incomplete)]
+    objects = _raw_manifest(ctx.params.get("manifest")).get("objects")
+    entries = [o for o in objects if isinstance(o, dict)] if isinstance(objects, list) else []
+    named = ((str(o.get("name", "")), str(o.get("title", ""))) for o in entries)
+    return [(name, title) for name, title in named if name and name.startswith(incomplete)]
 
 
 def _complete_profile(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     "Names and descriptions of profiles that begin so."
-    profiles = _raw_manifest(ctx.params.get("manifest")).get("profiles", {})
-    described = ((name, about.get("description", "")) for name, about in profiles.items())
-    return [(name, text) for name, text in described if name.startswith(incomplete)]
+    profiles = _raw_manifest(ctx.params.get("manifest")).get("profiles")
+    entries = profiles.items() if isinstance(profiles, dict) else ()
+    named = ((str(n), about) for n, about in entries if isinstance(about, dict))
+    return [(n, about.get("description", "")) for n, about in named if n.startswith(incomplete)]
 
 
 # %% ../nbs/cli.ipynb #cell-14
@@ -268,14 +272,14 @@ def _specs(
 # %% ../nbs/cli.ipynb #cell-20
 def _check_out(folder: Path, key: str) -> None:
     "ValueError if the folder holds anything but this run."
-    from atm_sae.artefacts import read_json
+    from atm_sae.artefacts import read_object
 
     if folder.parent.is_file():
         raise ValueError(f"{folder.parent} is a file: choose another --out")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     record = folder / "run.json"
-    if not record.is_file() or read_json(record).get("key") != key:
+    if not record.is_file() or read_object(record).get("key") != key:
         raise ValueError(
             f"{folder} is there already and is not this run: choose another --out, or delete it"
         )
@@ -443,12 +447,12 @@ class Subject:
 
 def _record(folder: Path) -> dict[str, Any]:
     "The record of the run that made an SAE; empty if there is none."
-    from atm_sae.artefacts import read_json
+    from atm_sae.artefacts import read_object
 
     places = [folder, folder.parent] if folder.name == "sae" else [folder]
     found = (place / "run.json" for place in places)
     path = next((p for p in found if p.is_file()), None)
-    return read_json(path) if path else {}
+    return read_object(path, "copy the SAE again from its run") if path else {}
 
 
 def _recorded_data(record: Mapping[str, Any]) -> "Data | None":
@@ -740,7 +744,7 @@ def card_scores(path: Path | None) -> dict[str, float]:
 
     if path is None:
         return {}
-    rows = read_json(path)
+    rows = read_json(path, "write it with atm-sae evaluate SAE --json")
     row = rows[0] if isinstance(rows, list) and len(rows) == 1 else rows
     if not isinstance(row, dict):
         raise ValueError(

@@ -14,9 +14,12 @@ __all__ = [
     "causes",
     "check_activations",
     "one_thread",
+    "read_lines",
+    "read_text",
 ]
 
 # %% ../nbs/core/core.ipynb #cell-3
+import codecs
 import configparser
 import contextlib
 import dataclasses
@@ -24,6 +27,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +46,7 @@ def _is_root(folder: Path) -> bool:
     "True if `folder` holds the settings.ini of this very project."
     ini = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
-        ini.read(folder / "settings.ini", encoding="utf-8")
+        ini.read(folder / "settings.ini", encoding="utf-8-sig")
     return ini.get("DEFAULT", "lib_path", fallback="") == "atm_sae"
 
 
@@ -200,3 +204,58 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(n)
+
+
+# %% ../nbs/core/core.ipynb #cell-45
+_ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what stands for a byte that is not UTF-8
+
+
+def _encoding(path: Path) -> str:
+    "The encoding that a file's byte order mark names; UTF-8 without one."
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "utf-8-sig")
+
+
+def _check_line(line: str, place: str) -> str:
+    "The line itself; ValueError if a byte in it is no text."
+    bad = _NOT_TEXT.search(line)
+    if bad is None:
+        return line
+    if bad[0] == "\0":
+        raise ValueError(
+            f"{place}: a NUL byte, so this is a binary file, or UTF-16 without a byte order mark: "
+            "save it as UTF-8"
+        )
+    raise ValueError(
+        f"{place}: byte 0x{ord(bad[0]) - 0xDC00:02x} (character {bad.start() + 1}) is not UTF-8: "
+        "save the file as UTF-8, for example with iconv"
+    )
+
+
+def read_lines(path: Path | str) -> Iterator[str]:
+    """Lines of a text file, one by one, with their ends: UTF-8, or what its byte order mark names.
+
+    ValueError names file and line where the bytes are not of that encoding."""
+    path, number = Path(path), 0
+    encoding = _encoding(path)
+    with path.open(encoding=encoding, errors="surrogateescape") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                yield _check_line(line, f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, after line {number}: not {encoding} ({error.reason}), which its byte "
+                "order mark names: save the file as UTF-8"
+            ) from None
+
+
+def read_text(path: Path | str) -> str:
+    "The text of a file, see `read_lines`."
+    return "".join(read_lines(path))

@@ -29,6 +29,7 @@ from atm_sae.artefacts import (
     git_state,
     provenance,
     read_json,
+    read_object,
     stable_hash,
     write_json,
 )
@@ -261,6 +262,22 @@ def test_bad_json_names_the_file(tmp_path):
         read_json(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_of_any_editor_is_read(tmp_path, encoding):
+    (tmp_path / "x.json").write_text('{"ü": 1}', encoding=encoding)
+    assert read_json(tmp_path / "x.json") == read_object(tmp_path / "x.json") == {"ü": 1}
+
+
+def test_json_that_is_no_object_or_no_text(tmp_path):
+    for content, kind in (("[1]", "list"), ("null", "NoneType"), ('"a"', "str")):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"x\.json holds a {kind}, where an object.*: why"):
+            read_object(tmp_path / "x.json", "why")
+    (tmp_path / "x.json").write_bytes(b'{"a":\n"\xe9"}')
+    with pytest.raises(ValueError, match=r"x\.json, line 2: byte 0xe9"):
+        read_json(tmp_path / "x.json")
 
 
 CRASH = """

@@ -15,6 +15,7 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -838,6 +839,22 @@ def test_completion_reads_the_given_manifest_and_survives_a_broken_one(tmp_path)
     ).split() == ["quick"]
     path.write_text("objects: [")
     assert completed(f"reproduce --manifest {path} --only ").split() == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"objects: [{name: \xe9}]",
+        b"- objects",
+        b"objects:\nprofiles:",
+        b"objects: [3, {title: x}]\nprofiles: {a: 1}",
+        b"objects: {a: 1}\nprofiles: [a]",
+    ],
+)
+def test_completion_of_a_manifest_without_names_is_empty(tmp_path, content):
+    (tmp_path / "m.yaml").write_bytes(content)
+    context = SimpleNamespace(params=dict(manifest=tmp_path / "m.yaml"))
+    assert cli._complete_object(context, "") == cli._complete_profile(context, "") == []
 
 
 # ---- the package's names

@@ -18,6 +18,8 @@ from atm_sae.core import (
     one_thread,
     pick_device,
     project_root,
+    read_lines,
+    read_text,
     seed_everything,
     to_plain,
 )
@@ -179,3 +181,49 @@ def test_nan_message_counts():
         ValueError, match="1 NaN and 2 infinite of 8 entries, in 2 of 4 rows, first in row 1"
     ):
         check_activations(x)
+
+
+# ---- text files
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_is_read_without_its_byte_order_mark(tmp_path, encoding):
+    text = "déjà 🙂\nvu\n\nend"
+    (tmp_path / "a.txt").write_text(text, encoding=encoding)
+    assert read_text(tmp_path / "a.txt") == text
+    assert [*read_lines(tmp_path / "a.txt")] == ["déjà 🙂\n", "vu\n", "\n", "end"]
+
+
+@pytest.mark.parametrize("mark, encoding", [(b"\xfe\xff", "utf-16-be"), (b"\xff\xfe", "utf-16-le")])
+def test_both_byte_orders_are_read(tmp_path, mark, encoding):
+    (tmp_path / "a.txt").write_bytes(mark + "one\r\ntwo".encode(encoding))
+    assert read_text(tmp_path / "a.txt") == "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("a\nbé".encode("latin-1"), r"a\.txt, line 2: byte 0xe9 \(character 2\) is not UTF-8"),
+        ("one\ntwo".encode("utf-16-le"), r"a\.txt, line 1: a NUL byte.*UTF-16 without"),
+        (b"PAR1\x15\x00", r"a\.txt, line 1: a NUL byte, so this is a binary file"),
+        (b"\xff\xfea\x00\n\x00b", r"a\.txt, after line \d: not utf-16 \(truncated data\)"),
+        (b"\xef\xbb\xbfa\n\xff", r"a\.txt, line 2: byte 0xff"),
+    ],
+)
+def test_what_is_no_text_is_named_with_file_and_line(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_text(tmp_path / "a.txt")
+
+
+def test_a_byte_far_into_a_file_is_named_with_its_own_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a line\n" * 4000 + b"\xe9\n" + b"a line\n" * 4000)
+    lines = read_lines(tmp_path / "a.txt")
+    assert [next(lines) for _ in range(4000)] == ["a line\n"] * 4000
+    with pytest.raises(ValueError, match="line 4001: byte 0xe9"):
+        next(lines)
+
+
+def test_an_empty_file_is_an_empty_text(tmp_path):
+    (tmp_path / "a.txt").touch()
+    assert read_text(tmp_path / "a.txt") == ""

@@ -157,6 +157,37 @@ def test_manifest_that_is_not_there(tmp_path):
         load_manifest(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_manifest_of_any_editor_is_read(toy, encoding):
+    toy.path.write_text(toy.path.read_text(encoding="utf-8"), encoding=encoding)
+    assert load_manifest(toy.path).pick("double").title == "Doubling"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"profiles: {}\n# d\xe9j\xe0", r"cannot be read: .*manifest\.yaml, line 2: byte 0xe9"),
+        (b"profiles: {[a]: 1, b: 2}", "not valid YAML: .*unhashable key"),
+        (b"", r"manifest\.yaml: expected a mapping"),
+    ],
+)
+def test_a_manifest_that_is_no_text_or_no_mapping(toy, content, message):
+    toy.path.write_bytes(content)
+    with pytest.raises(ManifestError, match=f"(?s){message}"):
+        load_manifest(toy.path)
+
+
+def test_a_folder_is_no_manifest(tmp_path):
+    with pytest.raises(ManifestError, match="cannot be read: .*Is a directory"):
+        load_manifest(tmp_path)
+
+
+def test_a_file_that_is_no_notebook_is_named(tmp_path):
+    (tmp_path / "a.ipynb").write_text("[]")
+    with pytest.raises(ValueError, match=r"a\.ipynb holds a list.*a notebook was expected"):
+        M.notebook_code(tmp_path / "a.ipynb")
+
+
 # ---- the project's own manifest
 
 

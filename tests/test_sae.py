@@ -541,6 +541,28 @@ def test_a_folder_of_another_library_is_named(tmp_path):
         SAE.load(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", r"cfg\.json holds a list, where an object was expected: save or fetch"),
+        ('{"metadata": "none"}', "written by another library"),
+        ('{"metadata": {"atm_sae": 3}}', "written by another library"),
+        ("{", r"cfg\.json is not valid JSON .*: save or fetch"),
+    ],
+)
+def test_settings_that_are_no_settings_are_named(tmp_path, content, message):
+    path = trained("topk").save(tmp_path / "s") / "cfg.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        SAE.load(tmp_path / "s")
+
+
+def test_settings_saved_by_another_editor_are_read(tmp_path):
+    path = trained("topk").save(tmp_path / "s") / "cfg.json"
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert SAE.load(tmp_path / "s").config == config("topk")
+
+
 def test_load_refuses(tmp_path):
     folder = trained("standard").save(tmp_path / "s")
     path = folder / "sae_weights.safetensors"

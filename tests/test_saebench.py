@@ -660,7 +660,7 @@ def test_newer_files_keep_the_hook_elsewhere(tmp_path):
     "text, says",
     [
         ('{"eval_type_id": "core", ', "is not valid JSON"),
-        ("[1]", "found a list, expected a SAEBench result"),
+        ("[1]", "holds a list, where an object was expected: is it a SAEBench result"),
         ('{"weights": 3}', "found no field eval_result_metrics"),
         ('{"a": {"b": {}}}', "found no field eval_result_metrics"),
         ('{"eval_result_metrics": {}}', "eval_type_id: found nothing, expected one of"),

@@ -59,6 +59,7 @@ from atm_sae.artefacts import (
     OutputError,
     explain_disk_errors,
     read_json,
+    read_object,
     stable_hash,
     swap_folder,
     write_json,
@@ -192,7 +193,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is missing, so the cache is incomplete: delete {folder} and run again"
         )
-    meta = read_json(path)
+    meta = read_object(path, f"delete {folder} and run again")
     lacking = [k for k in ("n", "d_in", "dtype", "sha256", "shards") if k not in meta]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}: delete {folder} and run again")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..artefacts import Artefact, atomic_folder, file_sha256, read_json, write_json
+from ..artefacts import Artefact, atomic_folder, file_sha256, read_object, write_json
 from ..core import check_activations, generator, one_thread
 from ..data.letters import word_vocabulary
 from ..data.lm import LM, check_causal, load_lm, residual_stream
@@ -282,7 +282,7 @@ def load_task(folder: Path | str) -> FirstLetterTask:
     for name in ("task.json", "task.safetensors"):
         if not (folder / name).exists():
             raise ValueError(f"{folder / name} is missing: {advice}")
-    info, file = read_json(folder / "task.json"), folder / "task.safetensors"
+    info, file = read_object(folder / "task.json"), folder / "task.safetensors"
     if file_sha256(file) != info.pop("sha256", None):
         raise ValueError(f"{file} is truncated or changed (its checksum is wrong): {advice}")
     tensors: dict[str, Any] = load_file(file)

@@ -39,7 +39,7 @@ from atm_sae.artefacts import (
     Artefact,
     atomic_folder,
     file_sha256,
-    read_json,
+    read_object,
     stable_hash,
     write_json,
 )
@@ -233,7 +233,7 @@ def _load(folder: Path, tasks: list[ProbingTask]) -> ProbingData:
     for path in (file, info):
         if not path.exists():
             raise ValueError(f"{path} is missing: delete its folder and run again")
-    about = read_json(info)
+    about = read_object(info)
     if file_sha256(file) != about.get("sha256"):
         raise ValueError(
             f"{file} is truncated or changed (its checksum is wrong): "

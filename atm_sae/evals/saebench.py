@@ -37,7 +37,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 from torch import Tensor
 
-from ..artefacts import read_json, stable_hash, write_json
+from ..artefacts import read_object, stable_hash, write_json
 from ..core import to_plain
 from ..data.lm import hook_point
 from .absorption import AbsorptionResult, describe_sae
@@ -568,10 +568,7 @@ def _check_file(file: Path, r: dict) -> dict:
 # %% ../../nbs/evals/saebench.ipynb #cell-52
 def _results(file: Path) -> list[dict]:
     "The results in one file; ValueError naming the file and what is wrong."
-    data = read_json(file)
-    if not isinstance(data, dict):
-        kind = type(data).__name__
-        raise ValueError(f"{file}: found a {kind}, expected a SAEBench result, which is an object")
+    data = read_object(file, "is it a SAEBench result?")
     if "eval_result_metrics" in data or "eval_type_id" in data:
         found = [data]
     else:

@@ -70,11 +70,12 @@ from atm_sae.artefacts import (
     computing_versions,
     file_sha256,
     read_json,
+    read_object,
     stable_hash,
     write_json,
 )
 from ..closure import Closure, script_closure
-from ..core import cache_dir, project_root
+from ..core import cache_dir, project_root, read_text
 from ..methods import method_name
 from ..stats import claim_verdict, format_interval
 from .tables import compare_published, read_summary
@@ -476,14 +477,15 @@ def run_order(
 
 # %% ../../nbs/report/manifest.ipynb #cell-26
 def _load_yaml(path: Path) -> Any:
-    "The YAML file as plain data; ManifestError for a syntax error or a key used twice."
+    "The YAML file as plain data; ManifestError if it is no text, no YAML, or a key is used twice."
     import yaml
 
     class Strict(yaml.SafeLoader):
         pass
 
     def mapping(loader: Any, node: Any) -> dict:
-        keys = [k.value for k, _ in node.value if k.value != "<<"]
+        scalars = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        keys = [key for key in scalars if key != "<<"]
         if twice := ", ".join(map(repr, _twice(keys))):
             raise yaml.constructor.ConstructorError(
                 None, None, f"doubled key {twice}", node.start_mark
@@ -493,13 +495,15 @@ def _load_yaml(path: Path) -> Any:
 
     Strict.add_constructor("tag:yaml.org,2002:map", mapping)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)
+        return yaml.load(read_text(path), Loader=Strict)
     except FileNotFoundError:
         raise ManifestError(
             f"no manifest {path}: work inside a clone of the project, or pass --manifest"
         ) from None
     except yaml.YAMLError as e:
         raise ManifestError(f"{path.name} is not valid YAML: {e}") from None
+    except (OSError, ValueError) as e:
+        raise ManifestError(f"the manifest cannot be read: {e}") from None
 
 
 @with_config(_STRICT)
@@ -561,7 +565,8 @@ CUT = (
 
 def notebook_code(path: Path) -> str:
     "The code cells of a notebook, without comments and layout if they are plain Python."
-    cells = [c for c in read_json(path)["cells"] if c["cell_type"] == "code"]
+    notebook = read_object(path, "a notebook was expected")
+    cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     source = "\n".join("".join(c["source"]) for c in cells)
     try:
         return ast.unparse(ast.parse(source))

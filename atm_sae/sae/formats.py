@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..artefacts import atomic_folder, read_json, write_json
+from ..artefacts import atomic_folder, read_object, write_json
 from ..core import causes
 from ..data.lm import hook_point
 from ..data.text import no_network
@@ -142,16 +142,7 @@ def _read_tensors(path: Path) -> Weights:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     "The object in a JSON file; ValueError if there is none."
-    try:
-        found = read_json(path)
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON: fetch it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path} holds a {type(found).__name__}, "
-            "where an object with the settings of an SAE was expected"
-        )
-    return found
+    return read_object(path, "fetch the SAE again")
 
 
 def _pickle_hint(folder: Path) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..artefacts import atomic_folder, read_json, write_json
+from ..artefacts import atomic_folder, read_object, write_json
 from ..core import check_activations, generator
 from ..ranks import ALONE, Ranks
 from .architectures import ARCHITECTURES, SAEConfig
@@ -244,9 +244,10 @@ def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any]]:
                 f"no {name} in {folder}: an SAE is a folder with cfg.json and "
                 f"sae_weights.safetensors{_pickle_hint(folder)}"
             )
-    metadata = dict(read_json(folder / "cfg.json").get("metadata") or {})
+    metadata = read_object(folder / "cfg.json", "save or fetch the SAE again").get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
     own = metadata.pop("atm_sae", None)
-    if own is None:
+    if not isinstance(own, dict):
         raise ValueError(
             f"{folder} was written by another library: read it with atm_sae.from_pretrained"
         )
