@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from atm_sae.data.batches import data_batches
+from atm_sae.data.planted import WorldConfig
 from atm_sae.sae.atm import ATMConfig, contribution, make_masker
 from atm_sae.ranks import ALONE
 from atm_sae.sae.architectures import ARCHITECTURES, SAEConfig, nested_share
 from atm_sae.sae.sae import SAE
-from atm_sae.sae.sparse import ActiveSet, DenseSet, find_active_set
+from atm_sae.sae.sparse import ActiveSet, DenseSet, find_active_set, window_sums
 from atm_sae.train.loop import TrainConfig, train
+from atm_sae.train.runs import recipe, train_sae
 
 D, F, B = 24, 300, 50
 SIZES = dict(
@@ -18,7 +21,9 @@ SIZES = dict(
     batchtopk=dict(k=4),
     matryoshka=dict(k=4),
     jumprelu=dict(target_l0=5.0, init_threshold=0.5),
+    wide_window=dict(target_l0=5.0, init_threshold=0.5, bandwidth=1.0),  # half of all places
 )
+NAMES = dict(tanh="standard", wide_window="jumprelu")
 
 
 def gen(seed=0):
@@ -31,7 +36,7 @@ def sparse_sae(architecture):
         SAEConfig(
             D,
             F,
-            "standard" if architecture == "tanh" else architecture,
+            NAMES.get(architecture, architecture),
             seed=2,
             **SIZES[architecture],
         )
@@ -67,7 +72,7 @@ def both(architecture, per):
 
 
 @pytest.mark.parametrize("per", [None, "batch", "sample", "rescaled"])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "tanh"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *NAMES])
 def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
     (dense, d), (fast, f) = both(architecture, per)
     assert isinstance(dense.active, DenseSet) and isinstance(fast.active, ActiveSet)
@@ -167,6 +172,44 @@ def test_dense_where_skipping_does_not_pay():
     assert isinstance(SAE(SAEConfig(D, F, "topk", k=F // 4)).loss(x, fast=True).active, DenseSet)
     with torch.autocast("cpu", torch.bfloat16):
         assert isinstance(sparse_sae("topk").loss(x, fast=True).active, DenseSet)
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "standard"])
+def test_sparse_from_the_first_step_at_the_width_of_a_real_model(architecture):
+    "JumpReLU's window holds every positive pre-activation here, and its step is still sparse."
+    size = dict(target_l0=32.0) if architecture == "jumprelu" else dict(k=32)
+    sae = SAE(SAEConfig(576, 2048, architecture, **size))
+    x = torch.nn.functional.normalize(torch.randn(8, 576, generator=gen()))
+    loss = sae.loss(x, fast=True)
+    assert isinstance(loss.active, ActiveSet)
+    if architecture == "jumprelu":
+        assert loss.active.window.float().mean() > 0.4
+
+
+@pytest.mark.parametrize("mask", ["", "+atm"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_usual_training_becomes_sparse(architecture, mask, monkeypatch):
+    sets, loss = [], SAE.loss
+
+    def watched(self, *arguments):
+        result = loss(self, *arguments)
+        sets.append(type(result.active))
+        return result
+
+    monkeypatch.setattr(SAE, "loss", watched)
+    world = WorldConfig()
+    method = "atm" if architecture + mask == "standard+atm" else architecture + mask
+    spec = recipe(method, world, world.d_in, 200, l0=4, steps=60, batch_size=64)
+    train_sae(spec, data_batches(world, 64, 0), None, torch.device("cpu"))
+    assert set(sets[-20:]) == {ActiveSet}
+
+
+def test_sums_over_a_window_in_pieces():
+    window = torch.rand(5, 7, generator=gen()) < 0.5
+    samples, rows = torch.randn(5, 3, generator=gen(1)), torch.randn(7, 3, generator=gen(2))
+    expected = (window * (samples @ rows.T)).sum(0)
+    for chunk in (1, 3, 7, 512):
+        assert torch.allclose(window_sums(window, samples, rows, chunk), expected, atol=1e-6)
 
 
 def test_nothing_fires():

@@ -152,8 +152,8 @@ CASES = {
     ),
     "one architecture": (
         "sae/architectures.py",
-        "pre > weights.threshold - self",
-        "pre >= weights.threshold - self",
+        "return pre > weights.threshold\n",
+        "return pre >= weights.threshold\n",
         ["planted jumprelu", "lm jumprelu"],
         BOTH,
     ),

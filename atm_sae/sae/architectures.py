@@ -34,8 +34,9 @@ from atm_sae.sae.losses import (
     step,
     tanh_count,
     topk,
+    window,
 )
-from .sparse import ActiveSet, DenseSet
+from .sparse import ActiveSet, DenseSet, ThresholdGradient, count_active
 
 
 # %% ../../nbs/sae/architectures.ipynb #cell-5
@@ -131,6 +132,20 @@ class SAEArchitecture:
     ) -> Tensor:
         "Latents in training, like `pre`."
         return pre.relu()
+
+    def window(self, pre: Tensor, weights: Weights) -> Tensor | None:
+        "Bool (batch, d_sae): places that reach a trained threshold's gradient; None without one."
+        return None
+
+    def reach_threshold(
+        self,
+        x_hat: Tensor,  # (batch, d_in) reconstruction
+        keep: Tensor | None,  # (d_sae,) or (batch, d_sae) mask or factors of the latents
+        active: DenseSet | ActiveSet,
+        weights: Weights,
+    ) -> Tensor:
+        "`x_hat`, whose gradient also reaches a trained threshold from places outside `active`."
+        return x_hat
 
     def infer(self, pre: Tensor, weights: Weights) -> Tensor:
         "(batch, d_sae) latents after training, of pre-activations of that shape."
@@ -288,7 +303,10 @@ class JumpReLU(SAEArchitecture):
         return {"threshold": nn.Parameter(torch.full((self.config.d_sae,), first))}
 
     def places(self, pre: Tensor, weights: Weights, ranks: Ranks) -> Tensor:
-        return pre > weights.threshold - self.config.bandwidth / 2
+        return pre > weights.threshold
+
+    def window(self, pre: Tensor, weights: Weights) -> Tensor:
+        return window(pre, weights.threshold, self.config.bandwidth)
 
     def activate(
         self,
@@ -297,7 +315,23 @@ class JumpReLU(SAEArchitecture):
         weights: Weights,
         ranks: Ranks = ALONE,
     ) -> Tensor:
-        return jump_relu(pre, active.at(weights.threshold), self.config.bandwidth)
+        if isinstance(active, ActiveSet):
+            return pre  # all above the threshold, whose gradient `reach_threshold` gives
+        return jump_relu(pre, weights.threshold, self.config.bandwidth)
+
+    def reach_threshold(
+        self,
+        x_hat: Tensor,
+        keep: Tensor | None,
+        active: DenseSet | ActiveSet,
+        weights: Weights,
+    ) -> Tensor:
+        if not isinstance(active, ActiveSet):
+            return x_hat
+        assert active.window is not None
+        places = active.window if keep is None else active.window * keep
+        threshold, bandwidth = weights.threshold, self.config.bandwidth
+        return ThresholdGradient.apply(x_hat, threshold, weights.W_dec, places, bandwidth)
 
     def penalty(
         self,
@@ -307,8 +341,12 @@ class JumpReLU(SAEArchitecture):
         weights: Weights,
         ranks: Ranks = ALONE,
     ) -> Tensor:
-        is_active = step(pre, active.at(weights.threshold), self.config.bandwidth)
-        l0 = is_active.sum() / active.batch
+        threshold, bandwidth = weights.threshold, self.config.bandwidth
+        if isinstance(active, ActiveSet):
+            count = count_active(active, threshold, bandwidth)
+        else:
+            count = step(pre, threshold, bandwidth).sum()
+        l0 = count / active.batch
         if ranks.size > 1:
             l0 = l0 + (ranks.mean(l0) - l0.detach())
         return self.config.l0_coef * l0_penalty(l0, self.config.target_l0)

@@ -111,18 +111,24 @@ class SAE(nn.Module):
         h = kept.view_as(kept)
         if h.requires_grad:
             h.retain_grad()
-        nested = self.decode_nested(h, active)
+        nested = [
+            self.architecture.reach_threshold(x_hat, keep, active, self)
+            for x_hat in self.decode_nested(h, active)
+        ]
         reconstruction = torch.stack([squared_error(x, x_hat) for x_hat in nested]).mean()
         auxiliary = self._auxiliary(x, x - nested[-1], dead, ranks)
         total = reconstruction + penalty + auxiliary
         return SAELoss(total, reconstruction, penalty, auxiliary, z, h, nested[-1], active)
 
     def _active_set(self, pre: Tensor, ranks: Ranks) -> DenseSet | ActiveSet:
-        return find_active_set(
+        active = find_active_set(
             pre,
             lambda pre: self.architecture.places(pre, self, ranks),
             self.architecture.places_per_sample,
         )
+        if isinstance(active, ActiveSet):
+            active.window = self.architecture.window(pre.detach(), self)
+        return active
 
     def _auxiliary(self, x: Tensor, residual: Tensor, dead: Tensor | None, ranks: Ranks) -> Tensor:
         if not self.architecture.has_auxk or dead is None or not len(dead):

@@ -10,6 +10,9 @@ __all__ = [
     "ActiveSet",
     "GatherActive",
     "DecodeActive",
+    "window_sums",
+    "ThresholdGradient",
+    "count_active",
     "RankedSet",
     "find_active_set",
 ]
@@ -77,6 +80,8 @@ class ActiveSet:
     def __init__(self, rows: Tensor, cols: Tensor, batch: int, d_sae: int) -> None:
         self.rows, self.cols = rows, cols  # (n,) sample and latent of each place
         self.batch, self.d_sae = batch, d_sae
+        # bool (batch, d_sae): places that reach a trained threshold's gradient, if there is one
+        self.window: Tensor | None = None
 
     def at(self, t: Tensor) -> Tensor:
         return t.index_select(0, self.cols) if t.ndim == 1 else t[self.rows, self.cols]
@@ -153,6 +158,54 @@ class DecodeActive(torch.autograd.Function):
 
 
 # %% ../../nbs/sae/sparse.ipynb #cell-19
+def window_sums(
+    weights: Tensor,  # (batch, d_sae) of any type: a window, perhaps times a mask
+    samples: Tensor,  # (batch, width)
+    table: Tensor,  # (d_sae, width)
+    chunk: int = 512,  # latents at a time: bounds the memory, and is faster than all at once
+) -> Tensor:  # (d_sae,)
+    "For each latent i the sum over samples b of weights[b, i] * (samples[b] @ table[i])."
+    parts = zip(weights.split(chunk, dim=1), table.split(chunk))
+    return torch.cat([((w.to(samples).T @ samples) * rows).sum(1) for w, rows in parts])
+
+
+class ThresholdGradient(torch.autograd.Function):
+    "x_hat itself. Its gradient also reaches the threshold, as through a dense `jump_relu`."
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_hat: Tensor,
+        threshold: Tensor,
+        W_dec: Tensor,
+        weights: Tensor,
+        bandwidth: float,
+    ) -> Tensor:
+        ctx.save_for_backward(threshold, W_dec, weights)
+        ctx.bandwidth = bandwidth
+        return x_hat.view_as(x_hat)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        threshold, W_dec, weights = ctx.saved_tensors
+        d_threshold = -(threshold / ctx.bandwidth) * window_sums(weights, grad, W_dec)
+        return grad, d_threshold, None, None, None
+
+
+def count_active(
+    active: ActiveSet,  # with a window
+    threshold: Tensor,  # (d_sae,)
+    bandwidth: float,  # width of the window
+) -> Tensor:
+    "() number of active places; differentiable in `threshold` like the sum of a dense `step`."
+    assert active.window is not None
+    parts = active.window.split(128)  # a few samples at a time stay in the processor's cache
+    in_window = torch.stack([part.to(threshold).sum(0) for part in parts]).sum(0)
+    line = in_window @ threshold / -bandwidth
+    return len(active.cols) + (line - line.detach())
+
+
+# %% ../../nbs/sae/sparse.ipynb #cell-23
 class RankedSet:
     "Places of this rank's part of a batch, with means over the whole batch."
 
@@ -166,7 +219,7 @@ class RankedSet:
         return self.ranks.mean(self.own.mean(values).float())
 
 
-# %% ../../nbs/sae/sparse.ipynb #cell-21
+# %% ../../nbs/sae/sparse.ipynb #cell-25
 SPARSE_BELOW = 0.08  # share of all places
 
 
@@ -182,7 +235,7 @@ def find_active_set(
         return dense
     places = choose(pre)
     if places.dtype == torch.bool:
-        if places.sum() > most:
+        if places.count_nonzero() > most:
             return dense
         places = places.flatten().nonzero().flatten()
     return ActiveSet(places // pre.shape[1], places % pre.shape[1], *pre.shape)
