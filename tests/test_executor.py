@@ -393,7 +393,7 @@ import os, signal, time
 from atm_sae.train.executors import run_jobs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 def job(number):
-    print(os.getpid(), flush=True)
+    os.write(1, b'%d\\n' % os.getpid())  # one piece, since two workers write
     time.sleep(600)
 if __name__ == '__main__':
     list(run_jobs(job, [1, 2], workers=2))
@@ -412,10 +412,10 @@ def test_no_worker_outlives_its_parent(number, tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     command = [sys.executable, str(tmp_path / "parent.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
-        workers = [int(parent.stdout.readline()) for _ in range(2)]
-        assert all(map(is_running, workers))
-        parent.send_signal(number)
         try:
+            workers = [int(parent.stdout.readline()) for _ in range(2)]
+            assert all(map(is_running, workers))
+            parent.send_signal(number)
             parent.wait(30)
         finally:
             parent.kill()  # or the end of this block would wait for it

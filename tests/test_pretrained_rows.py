@@ -1,15 +1,13 @@
 "Pretrained SAEs beside trained ones: as runs, in tables, and in an experiment's notebook."
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from notebooks import execute_forked
 
-from atm_sae.data.lm import hook_point
+from atm_sae.data.lm import hook_point, model_width
 from atm_sae.sae.formats import export_sae
 from atm_sae.train.runs import pretrained_runs
 from atm_sae.report.tables import difference_table, pretty, read_summary, score_runs, summary_table
@@ -99,47 +97,19 @@ def test_tables_show_it_with_n_1_and_compare_only_what_was_trained(tmp_path):
     ] == pytest.approx(-0.25)
 
 
-RUN = """
-import sys, papermill
-notebook, done, out, *pretrained = sys.argv[1:]
-small = dict(methods=["atm", "topk"], seeds=[0, 1], steps=4, d_sae=32, n_tokens=8000)
-parameters = dict(out=out, spliced_tokens=512, pretrained=pretrained) | small
-papermill.execute_notebook(
-    notebook, done, parameters, kernel_name="python3", cwd=".", progress_bar=False
-)
-"""
+SMALL = dict(methods=["atm", "topk"], seeds=[0, 1], steps=4, d_sae=32, n_tokens=8000)
 
 
-def test_in_the_notebook(tmp_path):
-    from transformers import AutoConfig
-
-    d_in = AutoConfig.from_pretrained(ROOT / "data/nano-gemma2").hidden_size
+def test_in_the_notebook(tmp_path, shared_cache, monkeypatch):
+    monkeypatch.setenv("ATM_SAE_CACHE", str(shared_cache))
+    d_in = model_width("nano-gemma2")
     sources = [
         folder(tmp_path / "theirs", "topk", d_in=d_in),
         folder(tmp_path / "gemma-scope", "jumprelu", d_in=d_in),
     ]
-    env = {
-        **os.environ,
-        "ATM_SAE_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            RUN,
-            ROOT / "nbs/experiments/20_reconstruction.ipynb",
-            tmp_path / "done.ipynb",
-            tmp_path / "out",
-            *sources,
-        ],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    parameters = SMALL | dict(out=str(tmp_path / "out"), spliced_tokens=512, pretrained=sources)
+    notebook = ROOT / "nbs/experiments/20_reconstruction.ipynb"
+    execute_forked(notebook, parameters, tmp_path / "done.ipynb", "")
     summary = read_summary(tmp_path / "out/tables/reconstruction-summary.csv")
     found = summary[summary.metric == "explained_variance"].set_index("method")
     assert {"atm", "topk", "pretrained theirs", "pretrained gemma-scope"} <= set(found.index)
