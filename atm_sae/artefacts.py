@@ -30,6 +30,8 @@ __all__ = [
 import contextlib
 import dataclasses
 import errno
+import functools
+import glob
 import hashlib
 import json
 import math
@@ -40,6 +42,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,9 +144,23 @@ def explain_disk_errors(path: Path | str, left: str = "nothing was left behind")
 
 
 # %% ../nbs/core/artefacts.ipynb #cell-22
+_WEEK = 7 * 24 * 3600  # seconds
+
+
+@functools.cache
+def _process_space() -> str:
+    "A name of this host since its last start, and of the container: process numbers belong to it."
+    about = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        about.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError):
+        about.append(os.readlink("/proc/self/ns/pid"))
+    return stable_hash(about, 8)
+
+
 def _beside(path: Path) -> Path:
     "A fresh hidden name in the folder of `path`, with the same suffix."
-    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    owner = f"{_process_space()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f".{path.stem}.{owner}.part{path.suffix}")
 
 
@@ -158,12 +175,22 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def _is_abandoned(part: Path, space: str, process: int) -> bool:
+    "True if the process that wrote a temporary path has ended, or must have."
+    if space == _process_space():
+        return not _is_alive(process)
+    try:
+        return time.time() - part.stat().st_mtime > _WEEK
+    except FileNotFoundError:
+        return False
+
+
 def _remove_leftovers(path: Path) -> None:
-    "Remove what killed processes of this machine left beside `path`."
-    pattern = rf"\.{re.escape(path.stem)}\.{re.escape(socket.gethostname())}-(\d+)-\w+\.part"
-    for other in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
-        found = re.match(pattern, other.name)
-        if found is None or _is_alive(int(found[1])):
+    "Remove what killed processes left beside `path`."
+    pattern = rf"\.{re.escape(path.stem)}\.([^.]+)-(\d+)-\w+\.part{re.escape(path.suffix)}"
+    for other in path.parent.glob(f".*.part{glob.escape(path.suffix)}"):
+        found = re.fullmatch(pattern, other.name)
+        if found is None or not _is_abandoned(other, found[1], int(found[2])):
             continue
         if other.is_dir():
             shutil.rmtree(other, ignore_errors=True)

@@ -77,7 +77,10 @@ def cache_dir() -> Path:
     try:
         return data_dir() / "cache"
     except FileNotFoundError:
-        return Path.home() / ".cache" / "atm-sae"
+        home = os.path.expanduser("~")
+    if home == "~":
+        raise RuntimeError("this user has no home folder: set ATM_SAE_CACHE to a folder")
+    return Path(home, ".cache", "atm-sae")
 
 
 # %% ../nbs/core/core.ipynb #cell-17

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,20 @@ def test_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path, kind, w
     with writer(tmp_path / "x") as part:
         (part if kind == "file" else part / "whole").write_text("whole")
     assert names(tmp_path) == [mine.name, "x"]
+
+
+def test_a_process_number_means_nothing_in_another_container(tmp_path):
+    "What another machine or container writes stays, but for what has lain for a week."
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a[1].x") as part:
+        raise KeyboardInterrupt
+    space, _, rest = part.name.removeprefix(".a[1].").partition("-")
+    dead = rest.replace(_pid(part.name), str(2**22 + 1), 1)  # more than any process number
+    for owner in (space, "0" * len(space), "f" * len(space)):
+        (tmp_path / f".a[1].{owner}-{dead}").touch()
+    week = 7 * 24 * 3600
+    os.utime(tmp_path / f".a[1].{'f' * len(space)}-{dead}", (time.time() - 1.1 * week,) * 2)
+    write_json(tmp_path / "a[1].x", 1)
+    assert names(tmp_path) == [f".a[1].{'0' * len(space)}-{dead}", "a[1].x"]
 
 
 def _pid(name):

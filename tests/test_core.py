@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import random
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def test_cache_dir_without_a_clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(core, "_PACKAGE", tmp_path)
     assert cache_dir() == Path.home() / ".cache" / "atm-sae"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and passwd
+    with pytest.raises(RuntimeError, match="no home folder: set ATM_SAE_CACHE to a folder"):
+        cache_dir()
 
 
 # ---- randomness, device, threads
