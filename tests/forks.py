@@ -47,11 +47,13 @@ class Fork:
         self.process.kill()
 
     def ended(self, seconds: float = 600) -> Ended:
-        "Wait until the process ends; TimeoutError, and the process is killed, if it does not."
-        value = None
+        """Wait until the process ends; TimeoutError, and the process is killed, if it does not.
+
+        ChildProcessError if it ends as a success before its function does."""
+        value, returned = None, False
         if self.receiver.poll(seconds):
             try:
-                value = self.receiver.recv()
+                value, returned = self.receiver.recv(), True
             except EOFError:
                 pass  # it ended without a value
         self.process.join(seconds)
@@ -59,6 +61,8 @@ class Fork:
             self.process.kill()
             self.process.join()
             raise TimeoutError(f"not ended after {seconds} s: {self.said()}")
+        if self.process.exitcode == 0 and not returned:
+            raise ChildProcessError(f"status 0, but the function did not return: {self.said()}")
         return Ended(self.process.exitcode, value, self.said())
 
     def said(self) -> str:

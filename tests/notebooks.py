@@ -79,6 +79,8 @@ def execute(path: Path) -> None:
     place = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place).execute()
     for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
+            sys.exit(f"{path}: not run: {cell.source}")
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         if cell.cell_type == "code":
             cell["outputs"] = [o for o in cell.outputs if o.get("name") != "stderr"]
@@ -163,6 +165,8 @@ def main(command: str = "", *paths: str) -> None:
         write_readme()
     elif command == "execute" and paths:
         os.environ["PYTHONPATH"] = str(ROOT)
+        for name in ("IPYTHONDIR", "MPLCONFIGDIR"):
+            os.environ.setdefault(name, str(ROOT / "data" / "cache" / name.lower()))
         for path in paths:
             execute(Path(path).resolve())
             print(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from forks import forked
-from notebooks import run_notebook
+from notebooks import run_cells, run_notebook
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(
@@ -37,3 +37,12 @@ def test_a_failing_cell_is_shown(tmp_path):
     assert ended.status == 1
     assert "While Executing Cell #3" in ended.said and "AssertionError" in ended.said
     assert forked(run_notebook, saved(tmp_path / "good.ipynb", good, "1")).value == 1
+
+
+def test_a_cell_that_ends_the_process_is_no_success(tmp_path):
+    path = saved(tmp_path / "ends.ipynb", "import os\nos._exit(0)", "1 / 0")
+    for run in (run_notebook, run_cells):
+        with pytest.raises(ChildProcessError, match="status 0, but the function did not return"):
+            forked(run, path, *[str(tmp_path)] * (run is run_cells))
+    path = saved(tmp_path / "exits.ipynb", "import sys\nsys.exit(0)", "1 / 0")
+    assert forked(run_notebook, path).status == 1

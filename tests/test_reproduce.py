@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 import nbformat
 import pytest
+from nbclient.exceptions import DeadKernelError
 from atm_sae.report import manifest as M, runner as R
 from atm_sae.artefacts import file_sha256, read_json
 from atm_sae.closure import Closure
@@ -383,6 +386,80 @@ def test_real_failure_names_cell_and_error(real):
         and "failed/count.ipynb" in out
         and not (real.out / "tables").exists()
     )
+
+
+def test_a_notebook_that_exits_has_failed(real):
+    "papermill takes status 0 for a success."
+    notebook(real.path.parent / "10_count.ipynb", COUNT, "import sys\nsys.exit(0)", "1 / 0")
+    states, lines = real.run()
+    assert states == {"count": "FAILED", "double": "skipped"}
+    assert "cell 4 ended the notebook with SystemExit, and the cells after it did not run" in lines
+    assert "failed/count.ipynb" in lines and not (real.out / "tables").exists()
+
+
+def test_every_code_cell_must_have_run(tmp_path, monkeypatch):
+    "The parts of the check that need no kernel."
+    cell = partial(nbformat.v4.new_code_cell, metadata={"papermill": {"exception": False}})
+    ran, blank = cell("1 + 1", execution_count=1), cell(" ")
+    R._check_every_cell_ran(nbformat.v4.new_notebook(cells=[ran, blank]))
+    skipped = nbformat.v4.new_notebook(cells=[ran, cell("x = 2\ny = 3"), blank])
+    with pytest.raises(R.RunError, match="the cell that begins with 'x = 2' did not run"):
+        R._check_every_cell_ran(skipped)
+
+    def die(*args, **more):
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr("papermill.execute_notebook", die)
+    notebook(tmp_path / "n.ipynb", "1")
+    with pytest.raises(R.RunError, match="the kernel ended before the notebook did: it was killed"):
+        R.execute_notebook(tmp_path / "n.ipynb", {}, tmp_path / "out.ipynb", "")
+
+
+def test_sockets_have_short_paths(tmp_path, monkeypatch):
+    "A path of more than 107 bytes is no place for a socket."
+    long = tmp_path / ("ж" * 45)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with R._socket_folder() as folder:
+        assert folder.parent == Path("/tmp") and folder.is_dir()
+    assert not folder.exists()
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/")
+    with R._socket_folder() as folder:
+        assert folder.parent == Path("/tmp")
+
+
+DRAW = """
+import matplotlib.pyplot as plt
+plt.figtext(0, 0, "a letter")
+plt.gcf().canvas.draw()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ports")
+def test_a_kernel_needs_no_network_and_writes_to_cache_and_output_alone(real):
+    "Not even a loopback interface; nothing is left in the home and temporary folders."
+    notebook(real.path.parent / "10_count.ipynb", COUNT, DRAW)
+    apart = ["unshare", "-rn"] if permitted("unshare", "-rn", "true") else []
+    home, temporary = real.folder / "home", real.folder / "temporary"
+    home.mkdir(), temporary.mkdir()
+    own = dict(HOME=str(home), TMPDIR=str(temporary))
+    others = ("XDG_", "JUPYTER_", "IPYTHONDIR", "MPLCONFIGDIR")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(others)} | own
+    args = ["--profile", "smoke", "--only", "count", "--manifest", real.path, "--out", real.out]
+    command = [*apart, sys.executable, "-m", "atm_sae.cli", "reproduce", *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [*home.rglob("*")] == [*temporary.rglob("*")] == []
+    if not apart:
+        pytest.skip("unshare -rn is not permitted here, so the kernel had a network")
+
+
+def permitted(*command):
+    "True if a command is there and succeeds."
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 SLOW = """

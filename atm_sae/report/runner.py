@@ -17,13 +17,13 @@ __all__ = [
 
 # %% ../../nbs/report/runner.ipynb #cell-3
 import contextlib
-import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +74,7 @@ def _kernel_environment() -> dict[str, str]:
     return {
         "PYTHONPATH": os.pathsep.join(path),
         "IPYTHONDIR": str(cache_dir() / "ipython"),
+        "MPLCONFIGDIR": str(cache_dir() / "matplotlib"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
@@ -83,9 +84,23 @@ def _kernel_environment() -> dict[str, str]:
     }
 
 
-@functools.cache
-def _kernel_manager() -> "type[AsyncKernelManager]":
-    "A kernel manager class that starts this Python, whatever kernels the user has installed."
+_SOCKET = "kernel-ipc-1"
+_LONGEST_SOCKET = 100  # bytes of a path; systems allow 103 to 107
+
+
+@contextlib.contextmanager
+def _socket_folder() -> Iterator[Path]:
+    "A temporary folder whose path is short enough for sockets in it."
+    usual = tempfile.gettempdir()
+    length = len(os.fsencode(Path(usual, "atm-sae-12345678", _SOCKET)))
+    place = usual if length <= _LONGEST_SOCKET else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="atm-sae-", dir=place) as folder:
+        yield Path(folder)
+
+
+def _kernel_manager(folder: Path) -> "type[AsyncKernelManager]":
+    "A class that starts this Python, whatever kernels are installed, with its sockets in a folder."
+    import zmq
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
@@ -96,6 +111,11 @@ def _kernel_manager() -> "type[AsyncKernelManager]":
     launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
     class ThisPython(AsyncKernelManager):
+        def __init__(self, **more: Any) -> None:
+            super().__init__(**more)
+            self.transport = "ipc" if zmq.has("ipc") else "tcp"
+            self.connection_file = str(folder / "kernel.json")
+
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(
@@ -145,6 +165,27 @@ def _progress(label: str) -> dict[str, Any] | bool:
     return {"desc": label, "leave": False, "bar_format": form}
 
 
+_DEAD = (
+    "the kernel ended before the notebook did: it was killed, perhaps for want of memory, or a "
+    "cell ended it (exit, os._exit)"
+)
+
+
+def _check_every_cell_ran(notebook: "NotebookNode") -> None:
+    "RunError unless all code cells ran to their ends. papermill calls `sys.exit(0)` a success."
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        if cell.metadata.papermill.exception:
+            raise RunError(
+                f"cell {cell.execution_count} ended the notebook with SystemExit, and the cells "
+                "after it did not run: take out sys.exit"
+            )
+        if cell.execution_count is None:
+            first = cell.source.strip().splitlines()[0]
+            raise RunError(f"the cell that begins with {first!r} did not run: take out its tags")
+
+
 def execute_notebook(
     path: Path,  # the notebook; its folder is the working directory
     parameters: dict[str, Any],
@@ -154,28 +195,34 @@ def execute_notebook(
     "Run a notebook with papermill; returns the executed one. RunError says which cell failed."
     import nbformat
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(_PEAK, metadata={"tags": [_EPILOGUE]}))
     source = target.with_name(f"source-{path.name}")
     nbformat.write(notebook, source)
     try:
-        return papermill.execute_notebook(
-            source,
-            target,
-            parameters=parameters,
-            kernel_name="python3",
-            language="python",
-            cwd=path.parent,
-            progress_bar=_progress(label),
-            kernel_manager_class=_kernel_manager(),
-            iopub_timeout=120,
-        )
+        with _socket_folder() as sockets:
+            executed = papermill.execute_notebook(
+                source,
+                target,
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                cwd=path.parent,
+                progress_bar=_progress(label),
+                kernel_manager_class=_kernel_manager(sockets),
+                iopub_timeout=120,
+            )
     except papermill.PapermillExecutionError as e:
         said = f"cell {e.exec_count}: {e.ename}: {e.evalue}".strip()
         raise RunError(said + _failing_line(e.traceback)) from None
-    except Exception as e:  # a dead kernel, a full disk: one object fails, the others run
+    except DeadKernelError:
+        raise RunError(_DEAD) from None
+    except Exception as e:  # a full disk, say: one object fails, the others run
         raise RunError(f"{type(e).__name__}: {e}") from None
+    _check_every_cell_ran(executed)
+    return executed
 
 
 # %% ../../nbs/report/runner.ipynb #cell-11
@@ -201,7 +248,7 @@ def _tidy_output(output: "NotebookNode", places: Sequence[tuple[str, str]]) -> N
 def _places(scratch: str | Path) -> list[tuple[str, str]]:
     "Folders of this machine and what to call them in print, the longest first."
     places = {str(scratch): "", str(cache_dir()): "data/cache"}
-    places |= {sys.prefix: "python", str(Path.home()): "~"}
+    places |= {sys.prefix: "python", os.path.expanduser("~"): "~"}
     with contextlib.suppress(FileNotFoundError):
         places[str(project_root())] = "."
     return sorted(((f, n) for f, n in places.items() if len(f) > 2), key=lambda p: -len(p[0]))
