@@ -23,7 +23,9 @@ def documents(n: int, length: int = 400) -> list[str]:
 
 def small(method: str, steps: int = 40, seed: int = 0, **more) -> RunSpec:
     "A run of some milliseconds."
-    more = dict(batch_size=32, log_every=5, checkpoint_every=20, snapshot_steps=(10, 30)) | more
+    snapshots = tuple(step for step in (10, 30) if step <= steps)
+    usual = dict(batch_size=32, log_every=5, checkpoint_every=20, snapshot_steps=snapshots)
+    more = usual | more
     return recipe(method, WORLD, d_in=8, d_sae=16, l0=3, steps=steps, seed=seed, **more)
 
 

@@ -137,6 +137,8 @@ def test_group_with_too_few_texts():
         probing_tasks(DOCS | {"beta": ["a", "b", "c"]}, GREEK)
     with pytest.raises(ValueError, match="'delta' has 0 different texts"):
         probing_tasks(DOCS, {"greek": ("alpha", "delta")})
+    with pytest.raises(ValueError, match="share of 0.99 of 20 texts leaves none to train on"):
+        probing_tasks(DOCS, GREEK, n_texts=20, test_share=0.99)
 
 
 def test_rows_are_cut_and_begin_with_bos(lm):

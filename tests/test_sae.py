@@ -1,6 +1,7 @@
 "Architectures, losses and gradients by hand; saving, loading, folding; messages."
 
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -88,9 +89,24 @@ def ends(d_sae, architecture="matryoshka", **more):
 
 def test_ends_by_hand():
     assert ends(40) == (2, 5, 10, 20, 40)  # 2.5 is rounded to the even 2
-    assert ends(8) == (1, 1, 2, 4, 8)  # none is empty
+    assert ends(12) == (1, 2, 3, 6, 12)
     assert ends(8, prefixes=[0.7, 1]) == (6, 8)
     assert {ends(8, name) for name in ARCHITECTURES if name != "matryoshka"} == {(8,)}
+
+
+@pytest.mark.parametrize(
+    "d_sae, more, found",
+    [
+        (8, {}, "(0, 1, 2, 4, 8)"),
+        (9, {}, "(1, 1, 2, 4, 9)"),
+        (100, dict(prefixes=(0.5, 0.504, 1)), "(50, 50, 100)"),
+        (100, dict(prefixes=(0.5, 0.996, 1)), "(50, 100, 100)"),
+    ],
+)
+def test_rounded_prefixes_must_grow(d_sae, more, found):
+    with pytest.raises(ValueError, match=re.escape(f"d_sae = {d_sae}")) as error:
+        ends(d_sae, **more)
+    assert f"dictionaries of {found} latents, which must grow" in str(error.value)
 
 
 def test_prefixes_of_a_list_are_the_same_config():
@@ -341,8 +357,8 @@ def test_nested_share_by_hand():
         SAE(SAEConfig(6, 4, "matryoshka", k=1, prefixes=(0.25, 0.5, 1))).architecture
     )
     assert share.tolist() == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3])
-    share = nested_share(SAE(SAEConfig(6, 8, "matryoshka", k=1)).architecture)  # 1, 1, 2, 4, 8
-    assert share.tolist() == pytest.approx([1, 0.6, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2])
+    share = nested_share(SAE(SAEConfig(6, 12, "matryoshka", k=1)).architecture)  # 1, 2, 3, 6, 12
+    assert share.tolist() == pytest.approx([1, 0.8, 0.6, *3 * [0.4], *6 * [0.2]])
     assert nested_share(SAE(config("topk")).architecture) is None
 
 
@@ -433,7 +449,7 @@ def test_geometric_median_ignores_an_outlier():
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
 def test_threshold_average_by_hand(architecture):
-    sae = SAE(SAEConfig(3, 3, architecture, k=1))
+    sae = SAE(SAEConfig(3, 3, architecture, k=1, prefixes=(0.5, 1)))
     sae.update_threshold(torch.tensor([[0.0, 2.0, 3.0]]))
     sae.update_threshold(torch.tensor([[1.0, 0.0, 3.0]]))
     assert sae.threshold.item() == pytest.approx(1.99)
@@ -647,5 +663,7 @@ def test_calibrate_l0():
     x = torch.randn(1000, 6, generator=gen())
     sae = calibrate_l0(random_sae(config("matryoshka")), x, 2.5)
     assert (sae.encode(x) > 0).sum() == 2500 and not any(p.requires_grad for p in sae.parameters())
-    with pytest.raises(ValueError, match="l0 must lie between"):
+    with pytest.raises(ValueError, match="12000 active latents in all, of 12000"):
         calibrate_l0(sae, x, 12)
+    with pytest.raises(ValueError, match="0.004 on 100 samples asks for 0 active latents.*more sa"):
+        calibrate_l0(sae, x[:100], 0.004)

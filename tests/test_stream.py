@@ -392,6 +392,8 @@ def test_rows_of_the_cached_default_text(monkeypatch):
     assert torch.equal(held_out_tokens(spec, nano, 128), kept[:1])
     with pytest.raises(ValueError, match="held out by rows.*use held_out_tokens"):
         module.token_rows(replace(spec, held_out=True), nano)
+    with pytest.raises(ValueError, match="n_tokens=1000 holds no whole row.* at least 1280"):
+        held_out_tokens(replace(spec, n_tokens=1000), nano, 128)
 
 
 def test_held_out_activations_of_a_stream(spec, lm, tmp_path):

@@ -122,11 +122,25 @@ def test_default_lr():
 
 @pytest.mark.parametrize(
     "settings, text",
-    [(dict(steps=0), "at least 1"), (dict(steps=5, lr=0.0), "lr must be positive")],
+    [
+        (dict(steps=0), "at least 1"),
+        (dict(lr=0.0), "lr must be positive"),
+        (dict(lr_warmup=1.5), "lr_warmup is a share of the steps, 0 to 1, not 1.5"),
+        (dict(lr_decay=-0.1), "lr_decay is a share"),
+        (dict(sparsity_warmup=float("nan")), "sparsity_warmup is a share"),
+        (dict(dead_after=-1), "dead_after is a share of all samples, not -1"),
+        (dict(snapshot_steps=(0, 3)), r"snapshot_steps: \[0\] do not lie between 1 and .* 5"),
+        (dict(snapshot_steps=(5, 6)), r"snapshot_steps: \[6\]"),
+    ],
 )
 def test_config_refuses(settings, text):
     with pytest.raises(ValueError, match=text):
-        TrainConfig(**settings)
+        TrainConfig(**dict(steps=5) | settings)
+
+
+@pytest.mark.parametrize("steps, moments", [(1, (1,)), (4, (1, 2, 3, 4)), (5, (1, 2, 4, 5))])
+def test_snapshots_of_a_short_run_lie_within_it(steps, moments):
+    assert recipe("topk", WORLD, 8, 16, l0=3, steps=steps).train.snapshot_steps == moments
 
 
 # ---- training

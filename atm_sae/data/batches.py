@@ -305,7 +305,13 @@ def held_out_tokens(
     if spec.text or spec.buffer:
         return token_rows(replace(spec, n_tokens=n, held_out=True), lm).take(rows)
     tokens = token_rows(spec, lm).take(row_count(spec))
-    return _rows_after(tokens, lm.tokenizer.all_special_ids, 0.9)[:rows]
+    found = _rows_after(tokens, lm.tokenizer.all_special_ids, 0.9)[:rows]
+    if not len(found):
+        raise ValueError(
+            f"the last tenth of n_tokens={spec.n_tokens} holds no whole row of {spec.context} "
+            f"tokens: choose n_tokens of at least {10 * spec.context}"
+        )
+    return found
 
 
 # %% ../../nbs/data/batches.ipynb #cell-33

@@ -95,6 +95,11 @@ def _divide(
     "Up to n texts in random order: (train, test)."
     order = torch.randperm(len(texts), generator=g)[:n].tolist()
     n_test = max(1, round(share * len(order)))
+    if not n_test < len(order):
+        raise ValueError(
+            f"a test share of {share} of {len(order)} texts leaves none to train on: choose a "
+            "smaller test_share, or more texts"
+        )
     return [texts[i] for i in order[n_test:]], [texts[i] for i in order[:n_test]]
 
 

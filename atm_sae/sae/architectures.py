@@ -19,6 +19,7 @@ __all__ = [
 # %% ../../nbs/sae/architectures.ipynb #cell-2
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -279,10 +280,16 @@ class Matryoshka(BatchTopK):
             raise ValueError(
                 f"prefixes are growing shares of the dictionary and end with 1, not {shares}"
             )
+        if not all(first < second for first, second in pairwise((0, *self.ends))):
+            raise ValueError(
+                f"prefixes {shares} of d_sae = {self.config.d_sae} latents are rounded to nested "
+                f"dictionaries of {self.ends} latents, which must grow: choose fewer prefixes or "
+                "a larger d_sae"
+            )
 
     @property
     def ends(self) -> tuple[int, ...]:
-        return tuple(max(1, round(share * self.config.d_sae)) for share in self.config.prefixes)
+        return tuple(round(share * self.config.d_sae) for share in self.config.prefixes)
 
 
 # %% ../../nbs/sae/architectures.ipynb #cell-16

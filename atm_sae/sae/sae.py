@@ -304,7 +304,10 @@ def calibrate_l0(
     pre = sae.pre_activations(check_activations(x, sae.config.d_in)).flatten()
     n = round(l0 * len(x))
     if not 0 < n < len(pre):
-        raise ValueError(f"l0 must lie between 0 and d_sae = {sae.config.d_sae}, not {l0}")
+        raise ValueError(
+            f"l0 = {l0} on {len(x)} samples asks for {n} active latents in all, of {len(pre)}: "
+            f"choose an l0 between 0 and d_sae = {sae.config.d_sae}, or more samples"
+        )
     low, high = pre.topk(n + 1).values[-2:]
     sae.threshold.data.fill_(((low + high) / 2).clamp(min=0))
     return sae

@@ -76,6 +76,24 @@ class TrainConfig:
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', not {self.precision!r}")
         object.__setattr__(self, "snapshot_steps", tuple(self.snapshot_steps))
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        "ValueError for a share that is none, and for a snapshot outside the run."
+        for name in ("lr_warmup", "lr_decay", "sparsity_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} is a share of the steps, 0 to 1, not {getattr(self, name)}"
+                )
+        if not self.dead_after >= 0:
+            raise ValueError(
+                f"dead_after is a share of all samples, not {self.dead_after}: choose 0 or more; "
+                "above 1 no latent is ever dead"
+            )
+        if never := [step for step in self.snapshot_steps if not 1 <= step <= self.steps]:
+            raise ValueError(
+                f"snapshot_steps: {never} do not lie between 1 and the last step, {self.steps}"
+            )
 
     def dtype(self, device: torch.device) -> torch.dtype:
         "The data type in which the loss is computed on a device; the weights stay in float32."

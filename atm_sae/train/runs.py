@@ -229,7 +229,7 @@ def recipe(
         steps,
         batch_size,
         lr=lr_scale * default_lr(d_sae, architecture),
-        snapshot_steps=tuple(round(share * steps) for share in MOMENTS),
+        snapshot_steps=tuple(sorted({max(1, round(share * steps)) for share in MOMENTS})),
         seed=seed,
     )
     atm = ATMConfig(blind=mask == "dropout") if mask else None
