@@ -1,6 +1,7 @@
 """First-letter absorption: both scores branch by branch, probes, split latents, the whole
 evaluation on planted words, caches, messages."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from transformers import BatchEncoding
 
 from atm_sae.evals import absorption as ab
 from atm_sae.evals import first_letter as fl
@@ -250,6 +252,17 @@ def test_prompts():
         == prompts
         != first_letter_prompts(words, 3, seed=1)[0]
     )
+
+
+def test_words_need_a_tokenizer_that_knows_where_its_tokens_lie(lm):
+    class Slow(type(lm.tokenizer)):
+        def __call__(self, *arguments, **more):
+            return BatchEncoding(dict(super().__call__(*arguments, **more)))
+
+    slow = copy.copy(lm.tokenizer)
+    slow.__class__ = Slow
+    with pytest.raises(ValueError, match="Slow does not say where a token lies"):
+        find_words(slow, ["\na"], [1], [5])
 
 
 def test_words_of_the_template_are_read_at_their_own_place(lm):

@@ -334,6 +334,15 @@ def test_what_is_missing_is_named(source, tmp_path):
         ask(BIOS, 3)
 
 
+def test_an_entry_that_is_no_text_is_named():
+    assert ps._text(NEWS, dict(text=None), "world") == ""
+    assert ps._text(SPEECHES, dict(translation=dict(en="A speech.")), "fr") == ""
+    with pytest.raises(
+        ValueError, match=r"ag_news: an entry of the column 'text' is 3.5 \(float\)"
+    ):
+        ps._text(NEWS, dict(text=3.5), "world")
+
+
 def test_without_the_library(monkeypatch, source):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'atm-sae\[data\]'"):

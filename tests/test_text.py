@@ -1,9 +1,13 @@
 "Texts, tokens, words and letter lines."
 
 import builtins
+import copy
 import importlib.util
+import json
 import re
 import time
+from functools import cache
+from string import ascii_uppercase
 
 import numpy as np
 import pytest
@@ -12,23 +16,34 @@ import torch
 from atm_sae.data import letters, text
 from atm_sae.data.letters import (
     LineConfig,
+    answer_tokens,
     letter_lines,
     mixed_tokens,
     word_probabilities,
     word_vocabulary,
 )
 from atm_sae.data.text import (
+    bos_eos,
+    checked_texts,
     docs_checksum,
+    documents_checksum,
+    encode_inside,
+    encode_texts,
+    open_documents,
     pack_tokens,
     python_docs,
     python_docs_by_package,
     read_texts,
+    special_ids,
     stream_dataset,
     text_checksum,
     token_counts,
     token_stream,
+    token_texts,
     train_tokenizer,
 )
+from atm_sae.evals.first_letter import find_words, first_letter_prompts
+from atm_sae.evals.probing import token_rows, unique_texts
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +119,14 @@ def test_read_texts(tmp_path):
     [
         ('{"text": 1', "line 1: not JSON"),
         ('{"other": "x"}', "line 1: no field 'text'"),
-        ("[1]", "no field"),
+        ("[1]", "line 1: no field"),
+        ('{"text": "one"}\n"text"', "line 2: no field"),
+        ('{"text": "one"}\n\n{"text": null}', r"line 3: the field 'text' is None \(NoneType\)"),
+        ('{"text": 5}', r"line 1: the field 'text' is 5 \(int\), not a text"),
+        ('{"text": ["a"]}', r"line 1: the field 'text' is \['a'\] \(list\), not a text"),
+        ('{"text": "a\\ud800b"}', r"line 1: .* half a surrogate pair \(character 2\)"),
         ("", "no text"),
+        (" \n\n", "no text"),
     ],
 )
 def test_read_texts_names_file_and_line(tmp_path, content, message):
@@ -118,6 +139,67 @@ def test_read_texts_names_file_and_line(tmp_path, content, message):
 def test_read_texts_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         read_texts(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_texts_have_no_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("déjà", encoding=encoding)
+    (tmp_path / "b.jsonl").write_text('{"text": "vu"}\n{"text": "là"}', encoding=encoding)
+    assert read_texts(tmp_path) == ["déjà", "vu", "là"]
+
+
+def test_files_of_another_encoding_are_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\ndéjà".encode("latin-1"))
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "vu"}\n{"text": "l\xe0"}')
+    for name in ("a.txt", "b.jsonl"):
+        with pytest.raises(ValueError, match=rf"{name}, line 2: byte 0xe"):
+            read_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet", "a.jsonl.gz", "A.ZIP"])
+def test_files_of_another_format_are_refused(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "one"}')
+    with pytest.raises(ValueError, match=rf"{name}: .* files are not read; write .*\.jsonl"):
+        next(open_documents(str(tmp_path / name)))
+    with pytest.raises(ValueError, match="no text in .*: expected .txt or .jsonl files"):
+        documents_checksum(str(tmp_path))
+
+
+def test_folders_and_capital_endings(tmp_path):
+    (tmp_path / "notes.txt").mkdir()
+    (tmp_path / "notes.txt" / "A.TXT").write_text("one")
+    (tmp_path / "B.JSONL").write_text('{"text": "two"}')
+    (tmp_path / "empty.txt").touch()
+    assert read_texts(tmp_path) == ["two", "one"]
+    assert documents_checksum(str(tmp_path)) == documents_checksum(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ("one string", r"texts is one string, where a list .*: write \[text\]"),
+        (["a", None], r"texts\[1\] is None \(NoneType\), not a text"),
+        ([b"a"], r"texts\[0\] is b'a' \(bytes\), not a text"),
+        (["a", "b\udc80"], r"texts\[1\] holds half a surrogate pair \(character 2\)"),
+    ],
+)
+def test_texts_that_are_none_are_named(tok, texts, message):
+    for read in (
+        text_checksum,
+        lambda texts: [*checked_texts(texts)],
+        lambda texts: pack_tokens(tok, texts, 4),
+        lambda texts: token_counts(tok, texts),
+        lambda texts: token_rows(tok, texts),
+        lambda texts: encode_inside(tok, texts, "A"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(texts)
+    with pytest.raises(ValueError, match=re.escape("docs['x']")):
+        unique_texts({"x": texts})
+
+
+def test_no_texts_have_no_tokens(tok):
+    assert encode_texts(tok, []) == [] and pack_tokens(tok, [], 4).shape == (0, 4)
 
 
 def test_stream_dataset_without_datasets(monkeypatch):
@@ -142,6 +224,18 @@ def test_stream_dataset_reads_a_column(monkeypatch):
     assert list(stream_dataset("x", limit=2)) == ["0", "1"] and len(list(stream_dataset("x"))) == 5
     with pytest.raises(ValueError, match="no field 'body'; it has: text"):
         next(stream_dataset("x", column="body"))
+
+
+@pytest.mark.parametrize("value, kind", [(None, "NoneType"), (3.5, "float")])
+def test_a_row_without_a_text_is_named(tmp_path, value, kind):
+    pytest.importorskip("datasets")
+    (tmp_path / "some" / "set").mkdir(parents=True)
+    rows = [dict(text="one", other="a"), dict(text="two", other=None), dict(text="x", other="b")]
+    rows = [row | (dict(other=value) if value else {}) for row in rows]
+    (tmp_path / "some" / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stream = stream_dataset("some/set", column="other", source=tmp_path, start=1)
+    with pytest.raises(ValueError, match=rf"some/set, row 1: the field 'other' is .* \({kind}\)"):
+        next(stream)
 
 
 def test_the_extra_data_reads_zstandard(tmp_path):
@@ -188,6 +282,99 @@ def test_tokenizer_without_words():
         pack_tokens(digits, ["1 2"], 4)
 
 
+# ---- tokenizers that write a space as ▁
+
+
+@cache
+def spaced(style):
+    "A tokenizer that keeps the space in the token as SentencePiece does, by where it adds one."
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    scheme = style if style in ("first", "always", "never") else "always"
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    bpe.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    answers = "".join(f" {c}" for c in ascii_uppercase) * 2000
+    texts = [*python_docs()[:600], answers + " has the first letter:" * 500]
+    alphabet = [chr(i) for i in range(32, 127)] + ["\n"]
+    special = ["<pad>", "<eos>", "<bos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if style in ("llama", "gemma"):  # they replace spaces before the model, and split nothing
+        to_mark = normalizers.Replace(" ", "▁")
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if style == "llama":
+            to_mark = normalizers.Sequence([normalizers.Prepend("▁"), to_mark])
+            steps.append(decoders.Strip(" ", 1, 0))
+        bpe.normalizer, bpe.decoder = to_mark, decoders.Sequence(steps)
+        bpe.pre_tokenizer = pre_tokenizers.Split("\0", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+
+
+each_style = pytest.mark.parametrize("style", ["first", "always", "never", "llama", "gemma"])
+
+
+@each_style
+def test_a_token_has_its_own_leading_space(style):
+    tokenizer = spaced(style)
+    entries = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert token_texts(tokenizer)[3:] == [entry.replace("▁", " ") for entry in entries[3:]]
+
+
+@each_style
+def test_words_are_found_with_and_without_a_leading_space(style):
+    tokenizer = spaced(style)
+    words = word_vocabulary(tokenizer)
+    space = words.text.str.startswith(" ")
+    assert space.sum() > 300 and (~space).sum() > 300
+    entries = tokenizer.convert_ids_to_tokens(list(words.token_id))
+    assert [e.replace("▁", " ") for e in entries] == list(words.text)
+    words = words[:200]
+    prompts, ends = first_letter_prompts(words, n_icl=3)
+    tokens, at, found = find_words(tokenizer, prompts, ends, words.token_id)
+    assert found.float().mean() > 0.95
+    assert tokens[torch.arange(len(at)), at].tolist() == words.token_id[found.numpy()].tolist()
+
+
+@each_style
+def test_answers_are_26_different_tokens(style):
+    tokenizer = spaced(style)
+    entries = tokenizer.convert_ids_to_tokens(answer_tokens(tokenizer))
+    assert entries == [f"▁{c}" for c in ascii_uppercase]
+
+
+@each_style
+@pytest.mark.parametrize("kind", ["has_letter", "word_colon"])
+def test_letter_lines_are_what_the_tokenizer_makes_of_them(style, kind):
+    tokenizer = spaced(style)
+    vocabulary = word_vocabulary(tokenizer)
+    config = LineConfig(**{"has_letter": 0, "word_colon": 0, "lists": 0, kind: 1.0})
+    rows = letter_lines(tokenizer, vocabulary, np.ones(len(tokenizer)), 8, 64, config)
+    texts, newline = token_texts(tokenizer), encode_inside(tokenizer, ["\n"], before=" A")[0][0]
+    whole = [row[: 63 - row[::-1].index(newline)] for row in rows[:, 1:].tolist()]  # whole lines
+    lines = ["".join(texts[i] for i in row) for row in whole]
+    assert encode_inside(tokenizer, lines, before=" A") == whole
+
+
+def test_a_token_across_the_border_has_no_place_inside():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"A": 0, ":": 1, "A:": 2, "\n": 3, "a": 4}
+    bpe = Tokenizer(models.BPE(vocabulary, [("A", ":")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="\n")
+    assert encode_inside(tokenizer, [":", "a"], before="A") == [[], [4]]
+    assert encode_inside(tokenizer, ["A:"], before="a") == [[2]]
+
+
 # ---- packing
 
 
@@ -200,10 +387,68 @@ def test_pack_by_hand(tok):
         pack_tokens(tok, [" A"], 1)
 
 
-def test_eos_stands_in_for_a_missing_bos(tok, docs):
-    other = train_tokenizer(docs[:50], vocab_size=600, letters=500)
+def rows_of(tokenizer):
+    "Rows of tokens, by each function that makes some."
+    words = word_vocabulary(tokenizer)[:50]
+    prompts, ends = first_letter_prompts(words, n_icl=2)
+    return dict(
+        documents=pack_tokens(tokenizer, python_docs()[:5], 16),
+        mixture=mixed_tokens(tokenizer, 2000, 16, texts=python_docs()[:20]),
+        prompts=find_words(tokenizer, prompts, ends, words.token_id)[0],
+        probing=torch.tensor([row[:5] for row in token_rows(tokenizer, python_docs()[:5])]),
+    )
+
+
+@pytest.mark.parametrize("missing, start", [("bos_token", 1), ("eos_token", 2), ("pad_token", 2)])
+def test_all_rows_have_the_same_start(tok, missing, start):
+    other = copy.deepcopy(tok)
+    setattr(other, missing, None)
+    for name, rows in rows_of(other).items():
+        assert (rows[:, 0] == start).all() and (rows[:, 1] > 2).any(), name
+
+
+def test_all_rows_need_a_start(tok):
+    other = copy.deepcopy(tok)
+    other.bos_token = other.eos_token = None
+    words = word_vocabulary(other)[:20]
+    prompts, ends = first_letter_prompts(words, n_icl=2)
+    for make in (
+        lambda: pack_tokens(other, ["a b"], 4),
+        lambda: token_rows(other, ["a b"]),
+        lambda: find_words(other, prompts, ends, words.token_id),
+    ):
+        with pytest.raises(ValueError, match="neither a BOS nor an EOS.*tokenizer_config.json"):
+            make()
+
+
+def test_bos_and_eos_stand_once_whatever_text_and_tokenizer_add(tok):
+    from tokenizers import processors
+
+    other = copy.deepcopy(tok)
+    plain = tok(" A B")["input_ids"]
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    assert other(" A B")["input_ids"] == [2, *plain, 1]
+    for texts in ([" A B"], ["<bos> A B<eos>"], ["<bos><bos> A B<eos>"]):
+        assert encode_texts(other, texts) == [plain]
+        assert token_stream(other, texts).tolist() == [*plain, 1]
+        assert pack_tokens(other, texts, 1 + len(plain)).tolist() == [[2, *plain]]
+        assert token_rows(other, texts) == [[2, *plain]]
+    assert encode_texts(other, [" A<eos> B"]) == [[plain[0], 1, plain[1]]]  # two documents in one
+    assert encode_texts(other, ["<eos>"]) == [[]]
+
+
+def test_special_tokens_without_a_role_are_special(tok):
+    from tokenizers import AddedToken
+
+    other = copy.deepcopy(tok)
+    other.add_tokens([AddedToken("reserved", special=True), AddedToken("ordinary", special=False)])
+    assert special_ids(other) == [0, 1, 2, len(tok)] and special_ids(tok) == [0, 1, 2]
     other.bos_token = None
-    assert (pack_tokens(other, docs[:5], 16)[:, 0] == 1).all()
+    assert special_ids(other) == [0, 1, 2, len(tok)] and bos_eos(other) == (1, 1)
+    words = word_vocabulary(other)
+    assert "reserved" not in set(words.text) and "ordinary" in set(words.text)
 
 
 def test_counts(tok):
@@ -324,7 +569,7 @@ def test_letters_must_be_tokens(docs):
         ),
     )
     plain = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
-    with pytest.raises(ValueError, match="splits .* letter lines need"):
+    with pytest.raises(ValueError, match="splits .* tokens, or joins them; letter lines"):
         letter_lines(plain, word_vocabulary(plain), token_counts(plain, docs[:20]), 1, 16)
 
 

@@ -81,6 +81,7 @@ from atm_sae.data.text import (
     documents_checksum,
     open_documents,
     python_docs,
+    special_ids,
     text_checksum,
     token_counts,
 )
@@ -285,7 +286,7 @@ def token_activations(
 ) -> Tensor:  # (n, d_in), one for each token that is not special
     "Activations at the tokens that are not special; ValueError at a NaN or an infinity."
     x = residual_stream(lm, tokens, layer)
-    special = torch.tensor(lm.tokenizer.all_special_ids, dtype=tokens.dtype)
+    special = torch.tensor(special_ids(lm.tokenizer), dtype=tokens.dtype)
     x = x[~torch.isin(tokens.cpu(), special).to(x.device)].to(getattr(torch, dtype))
     rows = f"token rows {row} to {row + len(tokens) - 1}"
     return check_activations(x, lm.d_model, f"layer {layer} of {lm.name} as {dtype}, {rows}")

@@ -40,7 +40,7 @@ from atm_sae.data.activations import (
 )
 from .lm import LM
 from .planted import PlantedWorld, WorldBatches, WorldConfig, check_same_reader
-from .text import PackedRows, TokenRows
+from .text import PackedRows, TokenRows, special_ids
 from ..ranks import ALONE, Ranks
 
 
@@ -305,7 +305,7 @@ def held_out_tokens(
     if spec.text or spec.buffer:
         return token_rows(replace(spec, n_tokens=n, held_out=True), lm).take(rows)
     tokens = token_rows(spec, lm).take(row_count(spec))
-    found = _rows_after(tokens, lm.tokenizer.all_special_ids, 0.9)[:rows]
+    found = _rows_after(tokens, special_ids(lm.tokenizer), 0.9)[:rows]
     if not len(found):
         raise ValueError(
             f"the last tenth of n_tokens={spec.n_tokens} holds no whole row of {spec.context} "

@@ -7,6 +7,7 @@ __all__ = [
     "word_vocabulary",
     "LineConfig",
     "word_probabilities",
+    "answer_tokens",
     "letter_lines",
     "spread_evenly",
     "mixed_tokens",
@@ -25,7 +26,15 @@ import torch
 from torch import Tensor
 
 from ..core import generator
-from .text import bos_eos, cut_rows, encode_texts, python_docs, token_stream
+from atm_sae.data.text import (
+    bos_eos,
+    cut_rows,
+    encode_inside,
+    python_docs,
+    special_ids,
+    token_stream,
+    token_texts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,9 +45,10 @@ def word_vocabulary(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
 ) -> pd.DataFrame:  # columns token_id, text (with its leading space), letter ('A'..'Z')
     "Every entry of the tokenizer that is a word: letters only, one token both ways."
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    words = [(i, t) for i, t in enumerate(texts) if re.fullmatch(" ?[A-Za-z]+", t)]
-    back = encode_texts(tokenizer, [t for _, t in words]) if words else []
+    texts, special = token_texts(tokenizer), set(special_ids(tokenizer))
+    found = ((i, t) for i, t in enumerate(texts) if re.fullmatch(" ?[A-Za-z]+", t))
+    words = [(i, t) for i, t in found if i not in special]
+    back = encode_inside(tokenizer, [t for _, t in words], before=" A\n")
     rows = [(i, t, t.strip()[0].upper()) for (i, t), ids in zip(words, back) if ids == [i]]
     if not rows:
         raise ValueError(
@@ -89,27 +99,39 @@ def word_probabilities(
 
 
 # %% ../../nbs/data/letters.ipynb #cell-16
-def _one_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
-    "The id of a text that must be one token."
-    ids = encode_texts(tokenizer, [text])[0]
-    if len(ids) != 1:
-        raise ValueError(
-            f"the tokenizer splits {text!r} into {len(ids)} tokens; letter lines need every "
-            "capital letter as one token"
-        )
-    return ids[0]
+def _letter_tokens(tokenizer: "PreTrainedTokenizerBase", form: str, before: str) -> list[int]:  # 26
+    "Tokens of the capital letters in a form such as ' {}', where they follow the text `before`."
+    texts = [form.format(c) for c in ascii_uppercase]
+    rows = encode_inside(tokenizer, texts, before)
+    for text, ids in zip(texts, rows):
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer splits {text!r} after {before!r} into {len(ids)} tokens, or joins "
+                "them; letter lines and first-letter tasks need every capital letter as one token"
+            )
+    return [ids[0] for ids in rows]
+
+
+def answer_tokens(
+    tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
+) -> list[int]:  # 26
+    "The tokens of ' A' ... ' Z' after a colon; ValueError unless each is one token."
+    return _letter_tokens(tokenizer, " {}", before=":")
 
 
 class _Pieces:
     "Token ids that letter lines are built from."
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        pieces = encode_texts(tokenizer, ["\n", " has the first letter:", ":", ","])
+        texts = ["\n", " has the first letter:", ":", ","]
+        pieces = encode_inside(tokenizer, texts, before=" A")
+        for text, ids in zip(texts, pieces):
+            if not ids:
+                raise ValueError(f"the tokenizer joins a letter and {text!r} in one token")
         self.newline, self.has, self.colon, self.comma = map(np.array, pieces)
-        answers = [_one_token(tokenizer, f" {c}") for c in ascii_uppercase]
-        letters = [_one_token(tokenizer, c) for c in ascii_uppercase]
+        letters = _letter_tokens(tokenizer, "{}", before=" A\n")
         heads = [[*self.newline, i, *self.colon] for i in letters]
-        self.answer = np.array(answers)  # (26,) " A" ... " Z"
+        self.answer = np.array(answer_tokens(tokenizer))  # (26,) " A" ... " Z"
         self.heads = np.array(heads)  # (26, h) "\nA:" ... "\nZ:"
 
 

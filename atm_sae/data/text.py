@@ -7,6 +7,8 @@ __all__ = [
     "help_topics",
     "python_docs",
     "python_docs_by_package",
+    "as_text",
+    "checked_texts",
     "text_checksum",
     "docs_checksum",
     "iter_texts",
@@ -19,6 +21,9 @@ __all__ = [
     "train_tokenizer",
     "encode_texts",
     "bos_eos",
+    "special_ids",
+    "token_texts",
+    "encode_inside",
     "token_stream",
     "token_counts",
     "cut_rows",
@@ -33,6 +38,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import re
 import socket
 import sys
 import sysconfig
@@ -48,7 +54,7 @@ import torch
 from torch import Tensor
 
 from ..artefacts import file_sha256, stable_hash
-from ..core import causes
+from ..core import causes, read_lines, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -130,13 +136,41 @@ def python_docs_by_package() -> dict[str, list[str]]:
 
 
 # %% ../../nbs/data/text.ipynb #cell-23
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def as_text(
+    value: object,
+    place: str,  # where it was found, for messages
+) -> str:
+    "The value itself; ValueError if it is no text that a tokenizer takes."
+    if not isinstance(value, str):
+        raise ValueError(f"{place} is {str(value):.40} ({type(value).__name__}), not a text")
+    if bad := _SURROGATE.search(value):
+        raise ValueError(
+            f"{place} holds half a surrogate pair (character {bad.start() + 1}), which UTF-8 does "
+            "not have: replace it"
+        )
+    return value
+
+
+def checked_texts(
+    texts: Iterable[str],
+    name: str = "texts",  # how a message calls them
+) -> Iterator[str]:
+    "The texts, one by one; ValueError for one that is no text, and for a string in their place."
+    if isinstance(texts, str):
+        raise ValueError(f"{name} is one string, where a list of texts was expected: write [text]")
+    return (as_text(text, f"{name}[{i}]") for i, text in enumerate(texts))
+
+
 def text_checksum(
     texts: Iterable[str],  # the documents, in order
 ) -> str:  # 64 hex digits
     "SHA-256 over texts; where one text ends and the next begins counts too."
     sha = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
+    for text in checked_texts(texts):
+        data = text.encode()
         sha.update(len(data).to_bytes(8, "little"))
         sha.update(data)
     return sha.hexdigest()
@@ -154,36 +188,49 @@ def docs_checksum() -> str:
 
 
 # %% ../../nbs/data/text.ipynb #cell-26
+def _line_text(line: str, column: str, place: str) -> str:
+    "The field `column` of a line of JSON; ValueError names its place."
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{place}: not JSON ({e.msg})") from e
+    if not isinstance(row, dict) or column not in row:
+        raise ValueError(f"{place}: no field {column!r}; name the field with column=")
+    return as_text(row[column], f"{place}: the field {column!r}")
+
+
 def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
     "The field `column` of each line of a JSON-lines file."
-    with open(path, encoding="utf-8") as lines:
-        for i, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)[column]
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path}, line {i}: not JSON ({e.msg})") from e
-            except (KeyError, TypeError) as e:
-                raise ValueError(
-                    f"{path}, line {i}: no field {column!r}; name the field with column="
-                ) from e
+    for i, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            yield _line_text(line, column, f"{path}, line {i}")
 
 
 # %% ../../nbs/data/text.ipynb #cell-27
+_NOT_READ = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip")
+
+
 def _text_files(path: Path) -> list[Path]:
     "The .txt and .jsonl files of a folder, in order; or the one file."
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}")
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+    if path.is_dir():
+        files = (p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".jsonl"))
+        if found := sorted(p for p in files if not p.is_dir()):
+            return found
+        raise ValueError(f"no text in {path}: expected .txt or .jsonl files")
+    if path.suffix.lower() in _NOT_READ:
+        raise ValueError(
+            f"{path}: {path.suffix} files are not read; write one document a line as .jsonl, "
+            'for example {"text": "..."}'
+        )
+    return [path]
 
 
 def iter_texts(path: Path | str, column: str = "text") -> Iterator[str]:
     "Documents of a file or a folder, one by one; in .jsonl files the field `column` is the text."
     for f in _text_files(Path(path)):
-        texts = _jsonl_texts(f, column) if f.suffix == ".jsonl" else [f.read_text(encoding="utf-8")]
+        texts = _jsonl_texts(f, column) if f.suffix.lower() == ".jsonl" else [read_text(f)]
         yield from (t for t in texts if t.strip())
 
 
@@ -278,12 +325,11 @@ def stream_dataset(
     revision: str | None = None,  # commit of the Hub; None: the newest
 ) -> Iterator[str]:
     "Documents of a data set, streamed in their order."
-    for row in itertools.islice(
-        dataset_rows(name, split, source=source, start=start, revision=revision), limit
-    ):
+    rows = dataset_rows(name, split, source=source, start=start, revision=revision)
+    for i, row in enumerate(itertools.islice(rows, limit), start):
         if column not in row:
             raise ValueError(f"{name} has no field {column!r}; it has: " + ", ".join(sorted(row)))
-        yield row[column]
+        yield as_text(row[column], f"{name}, row {i}: the field {column!r}")
 
 
 # %% ../../nbs/data/text.ipynb #cell-35
@@ -355,22 +401,66 @@ def train_tokenizer(
 
 
 # %% ../../nbs/data/text.ipynb #cell-42
+def _without_ends(ids: list[int], ends: set[int | None]) -> list[int]:
+    "The ids without those of `ends` at their start and end."
+    first, last = 0, len(ids)
+    while first < last and ids[first] in ends:
+        first += 1
+    while first < last and ids[last - 1] in ends:
+        last -= 1
+    return ids[first:last]
+
+
 def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[list[int]]:
-    "Token ids of each text, without special tokens."
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
-        "input_ids"
-    ]
+    "Token ids of each text, without BOS and EOS at its ends."
+    found = list(checked_texts(texts))
+    if not found:
+        return []
+    rows = tokenizer(found, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return [_without_ends(ids, ends) for ids in rows]
 
 
 def bos_eos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int]:
     "Ids that begin a row and end a document; one stands in if the other is missing."
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None:
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token; rows need one")
+        raise ValueError(
+            "the tokenizer has neither a BOS nor an EOS token, and rows need one: "
+            "name a bos_token in its tokenizer_config.json"
+        )
     return (eos if bos is None else bos), (bos if eos is None else eos)
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    "Ids of the special tokens, those too that have no role such as BOS, in order."
+    added = tokenizer.added_tokens_decoder.items()
+    return sorted({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})
+
+
 # %% ../../nbs/data/text.ipynb #cell-45
+def token_texts(
+    tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
+) -> list[str]:  # one for each entry
+    "The text of each entry where it follows a letter, with its leading space if it has one."
+    letter = encode_texts(tokenizer, ["a"])[0]
+    before = tokenizer.decode(letter, clean_up_tokenization_spaces=False)
+    rows = [[*letter, i] for i in range(len(tokenizer))]
+    texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    return [text.removeprefix(before) for text in texts]
+
+
+def encode_inside(
+    tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
+    texts: Iterable[str],  # what follows
+    before: str,  # the text before each of them
+) -> list[list[int]]:  # an empty list where one token holds parts of both
+    "Token ids of each text where it follows the text `before`."
+    head, *rows = encode_texts(tokenizer, [before, *(before + t for t in checked_texts(texts))])
+    return [ids[len(head) :] if ids[: len(head)] == head else [] for ids in rows]
+
+
+# %% ../../nbs/data/text.ipynb #cell-48
 def token_stream(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
     texts: Iterable[str],  # documents
@@ -381,7 +471,7 @@ def token_stream(
     return np.array([i for ids in pieces for i in (*ids, eos)], dtype=np.int64)
 
 
-# %% ../../nbs/data/text.ipynb #cell-46
+# %% ../../nbs/data/text.ipynb #cell-49
 def token_counts(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
     texts: Iterable[str],  # documents
@@ -391,7 +481,7 @@ def token_counts(
     return np.bincount(np.array(ids, dtype=np.int64), minlength=len(tokenizer))
 
 
-# %% ../../nbs/data/text.ipynb #cell-48
+# %% ../../nbs/data/text.ipynb #cell-51
 def cut_rows(stream: np.ndarray, context: int, bos: int) -> np.ndarray:
     "Rows (n, context) of a stream, each beginning with BOS; the rest of the stream is dropped."
     if context < 2:
@@ -411,7 +501,7 @@ def pack_tokens(
     return torch.from_numpy(cut_rows(token_stream(tokenizer, texts), context, bos))
 
 
-# %% ../../nbs/data/text.ipynb #cell-52
+# %% ../../nbs/data/text.ipynb #cell-55
 class PackedRows:
     """Documents joined by EOS and cut into rows that begin with BOS, a few documents at a time.
 

@@ -38,8 +38,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import one_thread, to_plain
+from ..data.letters import answer_tokens
 from ..data.lm import LM, check_causal, hook_point, splice
-from .first_letter import ANSWER, LETTERS, FirstLetterTask
+from .first_letter import LETTERS, FirstLetterTask
 from .metrics import Dictionary, Encoder
 from .probes import f1_score, fit_l1_probes, fit_logistic
 
@@ -182,9 +183,7 @@ def _prompts(task: FirstLetterTask) -> tuple[Tensor, int]:
 
 def _letter_tokens(lm: LM) -> Tensor:
     "The tokens (26,) of the answers."
-    texts = [ANSWER.format(letter=letter) for letter in LETTERS]
-    ids = [lm.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts]
-    return torch.tensor(ids, device=lm.device)
+    return torch.tensor(answer_tokens(lm.tokenizer), device=lm.device)
 
 
 def word_gaps(

@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from ..artefacts import Artefact, atomic_folder, file_sha256, read_object, write_json
 from ..core import check_activations, generator, one_thread
 from ..data.letters import word_vocabulary
+from ..data.text import bos_eos
 from ..data.lm import LM, check_causal, load_lm, residual_stream
 from .probes import f1_score, fit_logistic
 
@@ -84,10 +85,12 @@ def find_words(
     token_ids: Iterable[int],  # the token that should be there
 ) -> tuple[Tensor, Tensor, Tensor]:  # tokens (m, length), BOS first; positions (m,); found (n,)
     "Token rows of the m prompts whose query word was found, and its position in each."
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos, _ = bos_eos(tokenizer)
     coded = tokenizer(prompts, add_special_tokens=False)
-    rows = [bos + row for row in coded["input_ids"]]
-    positions = [coded.char_to_token(i, end) + len(bos) for i, end in enumerate(ends)]
+    if not coded.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} does not say where a token lies in the text")
+    rows = [[bos, *row] for row in coded["input_ids"]]
+    positions = [1 + coded.char_to_token(i, end) for i, end in enumerate(ends)]
     length, position = statistics.mode(map(len, rows)), statistics.mode(positions)
     found = torch.tensor(
         [

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from ..core import check_activations, generator
 from ..data.lm import LM, splice
 from ..data.planted import PlantedWorld
+from ..data.text import special_ids
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-6
@@ -146,7 +147,7 @@ def activation_frequency(
 # %% ../../nbs/evals/metrics.ipynb #cell-23
 def _ordinary(lm: LM, tokens: Tensor) -> Tensor:
     "bool, shape of tokens: True where the token is not special."
-    special = torch.tensor(sorted(set(lm.tokenizer.all_special_ids)), device=tokens.device)
+    special = torch.tensor(special_ids(lm.tokenizer), device=tokens.device)
     return ~torch.isin(tokens, special)
 
 

@@ -45,7 +45,13 @@ from atm_sae.artefacts import (
 )
 from ..core import generator, one_thread
 from ..data.lm import LM, load_lm, residual_stream
-from ..data.text import python_docs_by_package
+from atm_sae.data.text import (
+    bos_eos,
+    checked_texts,
+    encode_texts,
+    python_docs_by_package,
+    special_ids,
+)
 from .metrics import Encoder
 from .probes import fit_logistic
 
@@ -81,6 +87,7 @@ def unique_texts(
     docs: Mapping[str, Sequence[str]],  # {name: list of texts}
 ) -> dict[str, list[str]]:  # the same without repetitions
     "Each text once; texts that occur under several names not at all."
+    docs = {name: [*checked_texts(docs[name], f"docs[{name!r}]")] for name in docs}
     count: dict[str, int] = {}
     for texts in docs.values():
         for text in set(texts):
@@ -162,14 +169,13 @@ def token_rows(
     context: int = 128,  # tokens of a text, at most, with BOS
 ) -> list[list[int]]:
     "Token ids of each text, BOS first, cut to the context."
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [(bos + row)[:context] for row in rows]
+    bos, _ = bos_eos(tokenizer)
+    return [[bos, *row][:context] for row in encode_texts(tokenizer, texts)]
 
 
 def _read_batch(lm: LM, layer: int, rows: list[list[int]]) -> list[Tensor]:
     "Residual activations of the ordinary tokens of a few rows, one tensor a row."
-    special, width = set(lm.tokenizer.all_special_ids), max(map(len, rows))
+    special, width = set(special_ids(lm.tokenizer)), max(map(len, rows))
     padded = torch.tensor([row + row[:1] * (width - len(row)) for row in rows])
     x = residual_stream(lm, padded, layer).float().cpu()
     ordinary = [[j for j, t in enumerate(row) if t not in special] for row in rows]
@@ -205,7 +211,7 @@ def build_probing(
     texts = _all_texts(tasks)
     if not texts:
         raise ValueError("there are no texts to read: give at least one task")
-    rows, special = token_rows(lm.tokenizer, texts, context), set(lm.tokenizer.all_special_ids)
+    rows, special = token_rows(lm.tokenizer, texts, context), set(special_ids(lm.tokenizer))
     lengths = torch.tensor([sum(t not in special for t in row) for row in rows])
     empty = [text for text, i in texts.items() if not lengths[i]]
     if empty:

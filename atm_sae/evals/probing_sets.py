@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core import generator
-from ..data.text import dataset_rows
+from ..data.text import as_text, dataset_rows
 from .probing import ProbingTask, group_tasks
 
 
@@ -134,7 +134,10 @@ def _text(s: ProbingSet, row: Row, name: str) -> str:
     text = row[s.text]
     if isinstance(text, dict):
         text = text.get(name)
-    return "" if text is None or len(text) < s.min_chars else text[s.skip :][:4096].strip()
+    if text is None:
+        return ""
+    text = as_text(text, f"{s.dataset}: an entry of the column {s.text!r}")
+    return "" if len(text) < s.min_chars else text[s.skip :][:4096].strip()
 
 
 def _examples(
