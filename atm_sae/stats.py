@@ -8,6 +8,8 @@ __all__ = [
     "t_interval",
     "mean_interval",
     "format_number",
+    "format_bytes",
+    "format_seconds",
     "format_interval",
     "require_columns",
     "summarise",
@@ -91,6 +93,26 @@ def format_number(x: Any, digits: int = 3) -> str:
 
 
 # %% ../nbs/core/stats.ipynb #cell-12
+def format_bytes(n: float) -> str:
+    "A size with two or three digits, in the unit that fits it: '0 B', '1.5 MB', '128 GB'."
+    size, units = float(n), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    fraction = units[0] != "B" and size < 9.95
+    return f"{size:,.{int(fraction)}f} {units[0]}"
+
+
+def format_seconds(seconds: float) -> str:
+    "A duration in the unit that fits it: '0.04 s', '12 s', '34 min', '2.5 h'."
+    if seconds < 1:
+        return f"{seconds:.1g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
 def format_interval(
     mean: float | None, low: float = math.nan, high: float = math.nan, n: int | None = None
 ) -> str:

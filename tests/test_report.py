@@ -41,8 +41,10 @@ from atm_sae.report.tables import (
 from atm_sae.stats import (
     at_l0,
     claim_verdict,
+    format_bytes,
     format_interval,
     format_number,
+    format_seconds,
     mean_interval,
     paired_difference,
     summarise,
@@ -104,6 +106,17 @@ def test_interval_of_one_or_none():
 )
 def test_format_interval(numbers, text):
     assert format_interval(*numbers) == text
+
+
+def test_sizes_and_durations_have_a_unit_that_fits():
+    sizes = (0, 999, 1000, 9_940, 9_960, 999_499, 999_500, 3e6, 128e9, 2.5e15)
+    assert [format_bytes(n) for n in sizes] == [
+        *("0 B", "999 B", "1.0 kB", "9.9 kB", "10 kB", "999 kB", "1.0 MB", "3.0 MB", "128 GB"),
+        "2,500 TB",
+    ]
+    assert [format_seconds(s) for s in (0, 0.042, 1.4, 99, 100, 5900, 6000, 360_000)] == [
+        *("0 s", "0.04 s", "1 s", "99 s", "2 min", "98 min", "1.7 h", "100.0 h")
+    ]
 
 
 def test_format_number():

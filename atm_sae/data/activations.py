@@ -86,6 +86,7 @@ from atm_sae.data.text import (
     token_counts,
 )
 from ..ranks import ALONE, Ranks
+from ..stats import format_bytes
 
 
 # %% ../../nbs/data/activations.ipynb #cell-5
@@ -440,9 +441,10 @@ def _check_room(folder: Path, n_bytes: int) -> None:
     if free < n_bytes:
         raise OutputError(
             errno.ENOSPC,
-            f"{folder} needs {n_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free. "
-            "What to do: free some space, set ATM_SAE_CACHE to a folder on another disk, store "
-            "bfloat16, or keep nothing on disk (buffer=...)",
+            f"{folder} needs {format_bytes(n_bytes)}, {format_bytes(n_bytes - free)} more than the "
+            f"{format_bytes(free)} that its disk has free. What to do: free some space, "
+            "set ATM_SAE_CACHE to a folder on another disk, store bfloat16, or keep nothing on "
+            "disk (buffer=...)",
         )
 
 

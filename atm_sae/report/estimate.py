@@ -33,6 +33,7 @@ from ..data.planted import WorldConfig
 from ..methods import get_method, method_parts, twin_method
 from ..sae.atm import make_masker
 from ..sae.sae import SAE
+from ..stats import format_bytes, format_seconds
 from ..train.loop import train
 from ..train.runs import recipe
 
@@ -198,20 +199,6 @@ def needed_runs(
 
 
 # %% ../../nbs/report/estimate.ipynb #cell-17
-def _hours(seconds: float) -> str:
-    "A duration in words."
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def _bytes(n: float) -> str:
-    "A number of bytes in words."
-    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:,.1f} MB"
-
-
 @dataclass(frozen=True)
 class Estimate:
     "What a group of runs of one size costs."
@@ -232,19 +219,20 @@ class Estimate:
     def __str__(self) -> str:
         size, slow = self.size, max(self.sae_seconds, key=self.sae_seconds.__getitem__)
         text = (
-            f"{size['model']}, layer {size['layer']}: {_hours(self.lm_seconds)} for the "
+            f"{size['model']}, layer {size['layer']}: {format_seconds(self.lm_seconds)} for the "
             f"activations of {size['n_tokens']:,} tokens, "
-            f"{_hours(sum(self.sae_seconds.values()))} for {self.runs} SAEs of "
+            f"{format_seconds(sum(self.sae_seconds.values()))} for {self.runs} SAEs of "
             f"{size['d_sae']:,} latents and {size['steps']:,} steps (most for {slow}: "
-            f"{_hours(self.sae_seconds[slow])}); at least {_bytes(self.memory_bytes)} of memory a "
-            f"process, {_bytes(self.disk_bytes)} of disk"
+            f"{format_seconds(self.sae_seconds[slow])}); at least "
+            f"{format_bytes(self.memory_bytes)} of memory a process, "
+            f"{format_bytes(self.disk_bytes)} of disk"
         )
         if self.stored is None:
             return text
         seconds, disk = self.stored
         return (
             f"{text}. Every SAE runs the model anew; with buffer: 0 it runs once: "
-            f"{_hours(seconds)} for the activations, {_bytes(disk)} more disk"
+            f"{format_seconds(seconds)} for the activations, {format_bytes(disk)} more disk"
         )
 
 

@@ -59,6 +59,7 @@ from atm_sae.report.manifest import (
     this_place,
 )
 from .page import clock, write_index
+from ..stats import format_seconds
 from ..train.executors import find_executor
 
 if TYPE_CHECKING:
@@ -561,13 +562,12 @@ def _estimate(plan: Plan) -> str:
     count = f"{len(todo)} object{'s' if len(todo) > 1 else ''}"
     if not records:
         return f"estimate: unknown, no record of {count}; see the budget"
-    minutes = sum(r["seconds"] for r in records) / 60
+    took = format_seconds(sum(r["seconds"] for r in records))
     known = f"{len(records)} object{'s' if len(records) > 1 else ''}"
     machine = f"{records[0]['cores']} cores of {records[0]['cpu']}"
     missing = len(todo) - len(records)
     rest = f"; {missing} more were never run" if missing else ""
-    took = f"estimate: {minutes:.0f} minutes for {known} on {machine}"
-    return f"{took}, less where SAEs are in the cache{rest}"
+    return f"estimate: {took} for {known} on {machine}, less where SAEs are in the cache{rest}"
 
 
 def _measured(plan: Plan) -> str:
@@ -581,9 +581,9 @@ def _measured(plan: Plan) -> str:
         settings = {"tuned": parameters.get("tuned"), "data": parameters.get("activations")}
         more |= {k: v for k, v in settings.items() if v}
     found = [estimate_runs(size, runs, **more) for size, runs in needed_runs(given)]
-    hours = sum(e.seconds for e in found) / 3600
+    took = format_seconds(sum(e.seconds for e in found))
     head = (
-        f"estimate: {hours:.1f} hours for the activations and SAEs of the language model, "
+        f"estimate: {took} for the activations and SAEs of the language model, "
         "measured on this machine; planted worlds and all evaluation come on top"
     )
     return "\n".join([head, *(f"  {e}" for e in found)])
