@@ -165,8 +165,10 @@ def main(command: str = "", *paths: str) -> None:
         write_readme()
     elif command == "execute" and paths:
         os.environ["PYTHONPATH"] = str(ROOT)
+        cache = ROOT / "data" / "cache"
+        cache.mkdir(exist_ok=True)
         for name in ("IPYTHONDIR", "MPLCONFIGDIR"):
-            os.environ.setdefault(name, str(ROOT / "data" / "cache" / name.lower()))
+            os.environ.setdefault(name, str(cache / name.lower()))
         for path in paths:
             execute(Path(path).resolve())
             print(path)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import distributed
 import pytest
@@ -16,7 +17,7 @@ from small import WORLD, small, weights
 
 from atm_sae.artefacts import folder_sha256
 from atm_sae.train import runs
-from atm_sae.train.executors import Executor, find_executor, run_jobs
+from atm_sae.train.executors import Executor, LostWorker, find_executor, run_jobs
 from atm_sae.train.runs import (
     get_run,
     is_complete,
@@ -353,8 +354,73 @@ def die(number):
 
 
 def test_a_worker_that_dies_is_an_error():
-    with pytest.raises(RuntimeError, match="a worker process was killed"):
+    with pytest.raises(LostWorker, match=r"a worker process was killed \(\{EXIT\(3\)") as e:
         [*run_jobs(die, [0, 1, 2], workers=2)]
+    assert 1 in e.value.items and len(e.value.items) <= 2 and "\n" not in str(e.value)
+
+
+def die_with(seed):
+    "A grid whose workers are killed when they begin this run; what it raises."
+
+    def lose(function, items, *rest):
+        yield from run_jobs(partial(_die_at, function, seed), items, 2)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as e:
+        patch.setattr(runs, "run_jobs", lose)
+        run_grid([small("topk", seed=s) for s in range(4)], progress=False)
+    return str(e.value)
+
+
+def _die_at(function, seed, spec):
+    if spec.seed == seed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(spec)
+
+
+def test_the_run_whose_worker_was_killed_is_named(cache):
+    said = die_with(seed=2)
+    assert f'run "topk, L0 3, seed 2" ({small("topk", seed=2).key})' in said
+    assert "failed: LostWorker: a worker process was killed ({SIGKILL(-9)" in said
+
+
+def leave(number):
+    sys.exit(0)
+
+
+def test_a_job_that_exits_is_an_error():
+    "As a success it would end the process that asked for it, with status 0."
+    outcomes = [*run_jobs(leave, [1, 2], workers=2)]
+    assert [str(o.error) for o in outcomes] == ["SystemExit: 0"] * 2
+
+
+UNGUARDED = """
+import sys
+from atm_sae.train.executors import Executor, run_jobs
+outcomes = run_jobs(abs, [-1, -2], 2, Executor(sys.argv[1]))
+print(sorted(outcome.result for outcome in outcomes))
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "-"])
+def test_a_script_needs_no_guard(how, tmp_path):
+    done = unguarded("processes", how, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1, 2]\n", "")
+
+
+def test_a_script_without_a_guard_is_told_so_by_dask(tmp_path):
+    done = unguarded("dask", "script", tmp_path)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("RuntimeError: the Dask workers did not start (Nanny failed to start.)")
+    assert "must do so below `if __name__ == '__main__':`" in line
+
+
+def unguarded(executor, how, folder):
+    "A script that starts workers without a main guard, from a file or from stdin."
+    (folder / "script").write_text(UNGUARDED)
+    command = [sys.executable, how, executor]
+    text = UNGUARDED if how == "-" else ""
+    return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True)
 
 
 def test_a_dask_worker_that_dies_is_an_error():

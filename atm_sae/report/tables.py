@@ -28,6 +28,7 @@ __all__ = [
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,18 @@ from atm_sae.stats import (
     summarise,
     t_interval,
 )
+from ..train.executors import run_jobs
 
 if TYPE_CHECKING:
     from atm_sae.train.runs import Run
 
 
 # %% ../../nbs/report/tables.ipynb #cell-5
+def _score_numbered(score: Callable[["Run"], Any], job: tuple[int, "Run"]) -> Any:
+    "What `score` measures on the run of a numbered job."
+    return score(job[1])
+
+
 def score_runs(
     score: Callable[["Run"], dict[str, Any] | pd.DataFrame],  # a dict, or several rows
     runs: Iterable["Run"],  # of `run_grid`
@@ -62,17 +69,17 @@ def score_runs(
     progress: bool = True,  # a bar over the runs
 ) -> pd.DataFrame:
     "Rows of world, method, sparsity, seed and what `score` measures, in the order of the runs."
-    from joblib import Parallel, delayed, parallel_config
-
     runs = list(runs)
-    processes = max(1, min(workers, len(runs) // 4))
-    with parallel_config(backend="loky", inner_max_num_threads=1):
-        scores = Parallel(n_jobs=processes, return_as="generator")(
-            delayed(score)(run) for run in runs
-        )
-        found = list(tqdm(scores, total=len(runs), desc="scores", disable=not progress))
+    numbered, processes = list(enumerate(runs)), max(1, min(workers, len(runs) // 4))
+    found: dict[int, Any] = {}
+    outcomes = run_jobs(partial(_score_numbered, score), numbered, processes)
+    for outcome in tqdm(outcomes, total=len(runs), desc="scores", disable=not progress):
+        if outcome.error is not None:
+            raise outcome.error
+        found[outcome.item[0]] = outcome.result
     frames = []
-    for run, rows in zip(runs, found):
+    for number, run in numbered:
+        rows = found[number]
         if not isinstance(rows, pd.DataFrame):
             rows = pd.DataFrame([rows])
         spec = run.spec

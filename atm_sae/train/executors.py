@@ -10,6 +10,7 @@ __all__ = [
     "Executor",
     "find_executor",
     "Outcome",
+    "LostWorker",
     "attempt",
     "run_in_turn",
     "run_in_processes",
@@ -19,8 +20,10 @@ __all__ = [
 
 # %% ../../nbs/train/executors.ipynb #cell-3
 import contextlib
+import multiprocessing
 import os
 import pickle
+import re
 import threading
 import time
 import traceback
@@ -28,13 +31,15 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
 # %% ../../nbs/train/executors.ipynb #cell-5
 KINDS = ("processes", "dask")
@@ -81,25 +86,32 @@ class Outcome(Generic[Item, Result]):
     error: Exception | None = None  # what it raised; None if it returned
 
 
-def _portable(error: Exception) -> Exception:
+class LostWorker(RuntimeError):
+    "A worker process ended before its job did."
+
+    def __init__(self, why: str, items: Sequence[Any]):
+        super().__init__(why)
+        self.items = items  # those whose jobs had begun and not ended
+
+
+def _portable(error: BaseException) -> Exception:
     "The exception, with its traceback as a note, in a form that can be pickled."
-    note = "".join(traceback.format_exception(error))
-    try:
-        error = pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(note)
-    return error
+    portable: Exception = RuntimeError(f"{type(error).__name__}: {error}")
+    if isinstance(error, Exception):
+        with contextlib.suppress(Exception):
+            portable = pickle.loads(pickle.dumps(error))
+    portable.add_note("".join(traceback.format_exception(error)))
+    return portable
 
 
 def attempt(
-    function: Callable[[Item], Result], item: Item, number: int = 0
-) -> tuple[int, Result | None, Exception | None]:
-    "The number of a job in its list, and what it returns or raises."
+    function: Callable[[Item], Result], item: Item
+) -> tuple[Result | None, Exception | None]:
+    "What a job returns or raises. SystemExit is an error, or it would end whoever asked for it."
     try:
-        return number, function(item), None
-    except Exception as e:
-        return number, None, _portable(e)
+        return function(item), None
+    except (Exception, SystemExit) as e:
+        return None, _portable(e)
 
 
 def run_in_turn(
@@ -129,42 +141,83 @@ def _end_with(parent: int) -> None:
 
 def _start_worker(parent: int, environment: dict[str, str]) -> None:
     "First thing in a new worker: the environment of its parent, and its end."
-    os.environ.update(environment)
+    os.environ.update({k: v for k, v in environment.items() if not k.endswith("_THREADS")})
     _end_with(parent)
+
+
+def _numbered_attempt(
+    function: Callable[[Item], Result], item: Item, number: int, begun: Path
+) -> tuple[int, Result | None, Exception | None]:
+    "The number of a job and its outcome. While it runs, `begun` holds a file of that name."
+    note = begun / str(number)
+    note.touch()
+    result, error = attempt(function, item)
+    note.unlink()
+    return number, result, error
+
+
+def _lost_worker(error: BrokenProcessPool, items: Sequence[Any], begun: Path) -> LostWorker:
+    "The error that tells which jobs were running, and the exit codes if they are known."
+    codes = re.search(r"exit codes of the workers are (\{.*\})", str(error))
+    how = f" ({codes[1]})" if codes else ""
+    running = [items[number] for number in sorted(int(note.name) for note in begun.iterdir())]
+    return LostWorker(f"a worker process was killed{how}, perhaps for want of memory", running)
 
 
 def run_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Generator[Outcome[Item, Result], None, None]:
-    "Jobs in processes of this machine."
+    "Jobs in processes of this machine, each with one thread. LostWorker if one is killed."
+    begun = TemporaryDirectory(prefix="atm-sae-")
     pool = Parallel(
         n_jobs=workers,
         backend="loky",
         return_as="generator_unordered",
         batch_size=1,
         pre_dispatch="all",
+        inner_max_num_threads=1,
         initializer=_start_worker,
         initargs=(os.getpid(), dict(os.environ)),
     )
-    outcomes = pool(delayed(attempt)(function, item, i) for i, item in enumerate(items))
+    job = delayed(_numbered_attempt)
+    outcomes = pool(job(function, item, i, Path(begun.name)) for i, item in enumerate(items))
     try:
         for number, result, error in outcomes:
             yield Outcome(items[number], result, error)
     except BrokenProcessPool as e:
-        raise RuntimeError(f"a worker process was killed, perhaps for want of memory: {e}") from e
+        raise _lost_worker(e, items, Path(begun.name)) from e
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that jobs were cancelled
             outcomes.close()
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        begun.cleanup()
 
 
 # %% ../../nbs/train/executors.ipynb #cell-13
+_GUARD = (
+    "a script that starts a Dask cluster must do so below `if __name__ == '__main__':`, because "
+    "each worker imports the script"
+)
+
+
+def _local_cluster(workers: int) -> "LocalCluster":
+    "A Dask cluster of processes of this machine. RuntimeError if they do not start."
+    from distributed import LocalCluster
+
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(1)  # this is a worker that imports a script; the process that started it says why
+    try:
+        return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0")
+    except RuntimeError as e:
+        raise RuntimeError(f"the Dask workers did not start ({e}): {_GUARD}") from None
+
+
 @contextlib.contextmanager
 def _dask_client(workers: int, address: str) -> Iterator["Client"]:
     "A client of the cluster at `address`, or of one on this machine that ends with the block."
     try:
-        from distributed import Client, LocalCluster
+        from distributed import Client
     except ImportError:
         raise ImportError(
             'the executor dask needs Dask distributed: pip install "atm-sae[cluster]"'
@@ -172,8 +225,7 @@ def _dask_client(workers: int, address: str) -> Iterator["Client"]:
     with contextlib.ExitStack() as stack:
         cluster: Any = address
         if not address:
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0")
-            stack.enter_context(cluster)
+            cluster = stack.enter_context(_local_cluster(workers))
         try:
             client = Client(cluster, timeout=20)
         except OSError as e:
@@ -205,7 +257,7 @@ def run_on_dask(
             if future.status == "error":  # the worker died
                 yield Outcome(item, error=future.exception())
             else:
-                _, result, error = future.result()
+                result, error = future.result()
                 yield Outcome(item, result, error)
 
 

@@ -69,7 +69,7 @@ from ..ranks import ALONE, Ranks
 from ..sae.atm import ATMConfig, make_masker
 from ..sae.formats import from_pretrained
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
-from .executors import Outcome, find_executor, run_jobs
+from .executors import LostWorker, Outcome, find_executor, run_jobs
 from .loop import History, TrainConfig, train, unflatten
 
 
@@ -528,18 +528,22 @@ def run_grid(
     with tqdm(total=len(missing), desc="runs", disable=not (progress and missing)) as bar:
         for group in (others, controls):  # controls need their twins
             outcomes = _make_runs(group, workers, executor)
-            for outcome in outcomes:
-                if outcome.error is not None:
-                    outcomes.close()
-                    raise _failure(outcome.item, outcome.error) from outcome.error
-                bar.set_postfix_str(outcome.item.name, refresh=False)
-                bar.update()
+            try:
+                for outcome in outcomes:
+                    if outcome.error is not None:
+                        outcomes.close()
+                        raise _failure([outcome.item], outcome.error) from outcome.error
+                    bar.set_postfix_str(outcome.item.name, refresh=False)
+                    bar.update()
+            except LostWorker as e:
+                raise _failure(e.items, e) from e
     return [get_run(spec) for spec in specs]
 
 
-def _failure(spec: RunSpec, error: Exception) -> RuntimeError:
-    "An error that names the run."
-    return RuntimeError(f'run "{spec.name}" ({spec.key}) failed: {type(error).__name__}: {error}')
+def _failure(specs: Sequence[RunSpec], error: Exception) -> RuntimeError:
+    "An error that names the run, or those that were being made when a worker was lost."
+    names = " or ".join(f'run "{spec.name}" ({spec.key})' for spec in specs) or "a run"
+    return RuntimeError(f"{names} failed: {type(error).__name__}: {error}")
 
 
 # %% ../../nbs/train/runs.ipynb #cell-29
