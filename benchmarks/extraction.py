@@ -1,7 +1,7 @@
 """What extraction costs beside the model's own forward pass, and whether its memory grows with the
 text. README.md beside this file explains the numbers."""
 
-import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -10,19 +10,18 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 import torch
+from common import heading, parsed, parser, spread, threads_used, write_readme
 
+from atm_sae.artefacts import provenance
 from atm_sae.data import activations
 from atm_sae.data.activations import build_cache
-from atm_sae.artefacts import atomic_write, provenance
-from atm_sae.report.estimate import lm_shape
 from atm_sae.data.lm import residual_stream, tiny_lm
+from atm_sae.data.text import PackedRows, open_documents, python_docs
+from atm_sae.report.estimate import lm_shape
 from atm_sae.report.tables import to_markdown
-from atm_sae.data.text import PackedRows, python_docs
 
-import pandas as pd
-
-README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- extraction: begin -->", "<!-- extraction: end -->"
 LAYER, CONTEXT = 12, 128  # the paper's
 OVERHEAD, GROWTH_MIB = 1.1, 16  # fixed before the first run
@@ -43,26 +42,34 @@ def exact_lm():
     return replace(tiny_lm(), model=model.eval().requires_grad_(False), name="random-gemma-2-2b")
 
 
-def rows(lm, n_docs=None):
-    return PackedRows(lm.tokenizer, lambda n: iter(python_docs()[n:n_docs]), CONTEXT)
+def write_documents(path, n_docs=None):
+    "Write the text as a JSON-lines file: `python_docs` reads its sources once in a process only."
+    lines = (json.dumps(dict(text=text)) for text in python_docs()[:n_docs])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
 
 
-def forward_seconds(lm, n_rows, batch):
+def rows(lm, path):
+    "Rows of tokens, read from a file anew each time."
+    return PackedRows(lm.tokenizer, lambda n: open_documents(str(path), n), CONTEXT)
+
+
+def forward_seconds(lm, path, n_rows, batch):
     "The model's own pass up to the layer, over the same rows, which are there already."
-    tokens = rows(lm).take(n_rows)
+    tokens = rows(lm, path).take(n_rows)
     begin = time.perf_counter()
     for part in tokens.split(batch):
         residual_stream(lm, part, LAYER)
     return time.perf_counter() - begin
 
 
-def extraction_seconds(lm, n_rows, batch):
+def extraction_seconds(lm, path, n_rows, batch):
     "All of it: reading, encoding, packing, the model, checks, writing, checksums."
     with tempfile.TemporaryDirectory() as tmp:
         begin = time.perf_counter()
         build_cache(
             lm,
-            rows(lm),
+            rows(lm, path),
             LAYER,
             f"{tmp}/store",
             dtype="bfloat16",
@@ -74,31 +81,32 @@ def extraction_seconds(lm, n_rows, batch):
 
 
 def ratios(make_lm, n_rows, batch, rounds, threads):
-    "Extraction over forward, round by round, each in both orders, from the least to the most."
+    "Extraction over forward, round by round, each in both orders."
     torch.set_num_threads(threads)
     lm, found = make_lm(), []
-    forward_seconds(lm, batch, batch)
-    extraction_seconds(lm, batch, batch)
-    for _ in range(rounds):
-        a, b, c, d = (
-            f(lm, n_rows, batch)
-            for f in (forward_seconds, extraction_seconds, extraction_seconds, forward_seconds)
-        )
-        found.append((b + c) / (a + d))
-    return sorted(found)
+    with tempfile.TemporaryDirectory() as tmp:
+        path = write_documents(Path(tmp) / "documents.jsonl")
+        forward_seconds(lm, path, batch, batch)
+        extraction_seconds(lm, path, batch, batch)
+        for _ in range(rounds):
+            a, b, c, d = (
+                f(lm, path, n_rows, batch)
+                for f in (forward_seconds, extraction_seconds, extraction_seconds, forward_seconds)
+            )
+            found.append((b + c) / (a + d))
+    return found
 
 
 def peak_mib(n_rows, threads):
-    "The most memory that a process has held that extracts so many rows."
+    "The most memory that a process has held that extracts so many rows, and its shards."
     torch.set_num_threads(threads)
-    lm, activations.SHARD_BYTES = (
-        tiny_lm(n_layers=2, d_model=64),
-        2**24,
-    )  # both sizes fill several shards, and go through all of the documents
+    activations.SHARD_BYTES = 2**24  # so that both sizes fill several shards
+    lm = tiny_lm(n_layers=2, d_model=64)
     with tempfile.TemporaryDirectory() as tmp:
+        path = write_documents(Path(tmp) / "documents.jsonl", 640)
         build_cache(
             lm,
-            rows(lm, 640),
+            rows(lm, path),
             1,
             f"{tmp}/store",
             dtype="bfloat16",
@@ -106,7 +114,8 @@ def peak_mib(n_rows, threads):
             progress=False,
             n_rows=n_rows,
         )
-    return provenance()["peak_memory_mib"]
+        shards = len(list(Path(tmp, "store").glob("*.safetensors")))
+    return provenance()["peak_memory_mib"], shards
 
 
 def alone(function, *args):
@@ -118,57 +127,43 @@ def alone(function, *args):
 def ratio_row(name, make_lm, n_rows, batch, rounds, threads):
     "Extraction beside one model, as a line of the table."
     found = alone(ratios, make_lm, n_rows, batch, rounds, threads)
-    middle = statistics.median(found)
     return {
         "what": f"extraction over the forward pass to block {LAYER} of {name},"
-        f" {n_rows * CONTEXT:,} tokens",
-        "measured": f"{middle:.3f} [{found[0]:.3f}, {found[-1]:.3f}]",
+        f" {n_rows * CONTEXT:,} tokens, {rounds} rounds",
+        "measured": spread(found),
         "goal": f"at most {OVERHEAD}",
-        "verdict": "met" if middle <= OVERHEAD else "NOT met",
+        "verdict": "met" if statistics.median(found) <= OVERHEAD else "NOT met",
+    }
+
+
+def memory_row(sizes, threads):
+    "Peak memory at two lengths of text, as a line of the table."
+    (few, few_shards), (many, many_shards) = (alone(peak_mib, n, threads) for n in sizes)
+    less, more = (f"{n * CONTEXT:,}" for n in sizes)
+    return {
+        "what": f"peak memory at {less} tokens ({few_shards} shards)"
+        f" and at {more} ({many_shards} shards)",
+        "measured": f"{few} and {many} MiB",
+        "goal": f"{GROWTH_MIB} MiB apart at most",
+        "verdict": "met" if many - few <= GROWTH_MIB else "NOT met",
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="does it run? the numbers mean nothing"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    a = parser.parse_args()
-    n_rows, rounds, sizes = (32, 1, (16, 32)) if a.quick else (256, 5, (4_000, 40_000))
-    table = [ratio_row("16, width 256", deep_lm, n_rows, 16, rounds, a.threads)]
-    if not a.quick:
-        table.append(
-            ratio_row(
-                "26, Gemma-2-2b's exact shape, random weights in bfloat16",
-                exact_lm,
-                4,
-                2,
-                3,
-                a.threads,
-            )
-        )
-    few, many = (alone(peak_mib, n, a.threads) for n in sizes)
-    table.append(
-        {
-            "what": f"peak memory at {sizes[0] * CONTEXT:,} and at {sizes[1] * CONTEXT:,} tokens",
-            "measured": f"{few} and {many} MiB",
-            "goal": f"{GROWTH_MIB} MiB apart at most",
-            "verdict": "met" if many - few <= GROWTH_MIB else "NOT met",
-        }
-    )
-    machine = provenance()
-    text = (
-        f"{time.strftime('%Y-%m-%d')}, {machine['cpu']}, {a.threads} thread, {rounds} rounds (3 of"
-        f" the exact shape), median [least, most].\n\n{to_markdown(pd.DataFrame(table))}"
-    )
+    args = parsed(parser(__doc__, repeat=5, threads=1))
+    n_rows, rounds, sizes = 256, args.repeat, (4_000, 40_000)
+    if args.quick:
+        n_rows, rounds, sizes = 32, 1, (16, 32)
+    table = [ratio_row("16, width 256", deep_lm, n_rows, 16, rounds, args.threads)]
+    if not args.quick:
+        name = "26, Gemma-2-2b's exact shape, random weights in bfloat16"
+        table.append(ratio_row(name, exact_lm, 4, 2, min(rounds, 3), args.threads))
+    table.append(memory_row(sizes, args.threads))
+    head = heading(threads_used(args.threads), "median [least, most]")
+    text = f"{head}.\n\n{to_markdown(pd.DataFrame(table))}\n"
     print(text)
-    if not a.write:
-        return
-    before, _, rest = README.read_text().partition(BEGIN)
-    with atomic_write(README) as part:
-        part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    if args.write:
+        write_readme(text, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ python benchmarks/probes.py --quick    # does it run? the numbers mean nothing
 python benchmarks/probes.py --write    # and puts it into README.md
 """
 
-import argparse
 import os
 import statistics
 import time
 import warnings
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -18,17 +16,16 @@ import numpy as np
 import pandas as pd
 import sklearn
 import torch
-from absorption import L0, large_task, word_sae
+from absorption import large_task, word_sae
+from common import heading, parsed, parser, spread, threads_used, write_readme
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from atm_sae.artefacts import atomic_write
 from atm_sae.evals.absorption import encode_words
 from atm_sae.evals.probes import balanced_weights, fit_l1_probes, fit_logistic, kkt_error
 from atm_sae.evals.probes import l1_max, l1_slope
 from atm_sae.report.tables import to_markdown
 
-README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- probes: begin -->", "<!-- probes: end -->"
 SHARE = 0.01  # strength of the L1 penalty, as a share of l1_max
 
@@ -40,13 +37,13 @@ def words(n, d_sae, d_in):
 
 
 def timed(function, repeats):
-    "What it returns, and the median of its CPU seconds."
+    "What it returns, and the CPU seconds of each repetition."
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
         result = function()
         seconds.append(time.process_time() - start)
-    return result, statistics.median(seconds)
+    return result, seconds
 
 
 def sklearn_l1(x, Y, tol, max_iter):
@@ -92,7 +89,9 @@ def l2_error(x, Y, W, b):
 
 
 def row(solver, seconds, ours, error):
-    return dict(solver=solver, seconds=seconds, times=seconds / ours, error=f"{error:.0e}")
+    "A solver's line: its CPU seconds, how many times those of ours they are, and its error."
+    times = statistics.median(seconds) / statistics.median(ours)
+    return dict(solver=solver, seconds=spread(seconds), times=times, error=f"{error:.0e}")
 
 
 def l1_table(x, Y, repeats, passes):
@@ -124,11 +123,13 @@ def report(n, d_sae, d_in, letters, repeats, passes):
     "Both tables in Markdown."
     task, z = words(n, d_sae, d_in)
     Y = task.letter == torch.arange(letters)[:, None]
-    versions = f"scikit-learn {sklearn.__version__}, torch {torch.__version__}"
+    versions = f"scikit-learn {sklearn.__version__}", f"torch {torch.__version__}"
+    how = f"CPU seconds of {repeats} rounds, median [least, most]"
+    l0 = (z > 0).sum() / n
     return "\n\n".join(
         [
-            f"One thread, CPU seconds, median of {repeats}; {versions}.",
-            f"**L1 probes**: {letters} letters, {n:,} words, {d_sae:,} latents, L0 = {L0}",
+            heading(threads_used(torch.get_num_threads()), how, *versions) + ".",
+            f"**L1 probes**: {letters} letters, {n:,} words, {d_sae:,} latents, L0 = {l0:.1f}",
             to_markdown(l1_table(z, Y.T.numpy(), repeats, passes)),
             f"**L2 probes**: {letters} letters, {n:,} words, {d_in} dense inputs",
             to_markdown(l2_table(task.x.double(), Y, repeats)),
@@ -136,28 +137,17 @@ def report(n, d_sae, d_in, letters, repeats, passes):
     )
 
 
-def write_readme(text):
-    "Put the report between the two markers of README.md."
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    with atomic_write(README) as part:
-        part.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions (default 3)")
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = parsed(parser(__doc__.splitlines()[0], repeat=3, threads=1))
+    torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", ConvergenceWarning)  # the error column shows it
-    if args.quick:
-        text = report(600, 64, 32, 3, 1, (10,))
-    else:
+    # also what each solver does once in a process, before anything is timed
+    text = report(600, 64, 32, 3, 1, (10,))
+    if not args.quick:
         text = report(5000, 1024, 128, 26, args.repeat, (100, 1000))
     print(text)
-    if args.write and not args.quick:
-        write_readme(text)
+    if args.write:
+        write_readme(text, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,31 @@
 """How long a training step takes here and in the libraries that people use, on the same data, side
 by side. README.md beside this file explains the numbers."""
 
-import argparse
-import datetime
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import pandas as pd
 import torch
-from absorption import write_readme
+from common import heading, parsed, parser, spread, threads_used, write_readme
+from peers import RIVALS, ROOT, environment
 from safetensors.torch import load_file, save_file
 
-from atm_sae.artefacts import provenance
-from atm_sae.core import cache_dir, generator
+from atm_sae.core import generator
 from atm_sae.report.tables import to_markdown
-from atm_sae.stats import format_number
 from atm_sae.sae.sae import SAE, SAEConfig
+from atm_sae.stats import format_number
 
 WORKER = Path(__file__).with_name("training_worker.py")
 BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
-RIVALS = {"sae-lens": "sae-lens==6.54.12", "dictionary-learning": "dictionary-learning==0.1.0"}
 METHODS = ("topk", "standard", "jumprelu")
 
 # Fixed before the first run.
 GOALS = dict(topk=3.0, standard=1.3, jumprelu=1.3)  # times as fast as the faster rival
-MASK_COST, LOSS_GAP = 1.05, 0.02  # ATM over standard; loss after the same steps
+LOSS_GAP = 0.02  # loss after the same steps
 
 TASK = dict(
     d_in=768,
@@ -95,38 +90,20 @@ def write_task(folder, task):
 # ---- the contestants
 
 
-def environment(library):
-    """The interpreter of a library's own environment; made first if need be, with the PyTorch of
-    this one."""
-    named = os.environ.get(f"ATM_SAE_{library.upper().replace('-', '_')}")
-    if named or library == "atm-sae":
-        return named or sys.executable
-    folder = cache_dir() / "peers" / library
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        venv.create(folder, clear=True, with_pip=True)
-        same = f"torch=={torch.__version__.split('+')[0]}"
-        for wanted in (same, RIVALS[library], same):
-            subprocess.run([python, "-m", "pip", "install", "-q", wanted], check=True)
-        (folder / "ready").touch()
-    return str(python)
-
-
 def contestants():
     "(library, method, whose recipe)"
     yield from ((rival, m, rival) for m in METHODS for rival in RIVALS)
-    yield from (
-        ("atm-sae", m, "sae-lens") for m in ("topk", "standard", "standard+atm", "jumprelu")
-    )
+    yield from (("atm-sae", m, "sae-lens") for m in METHODS)
     yield from (("atm-sae", m, "dictionary-learning") for m in ("standard", "jumprelu"))
 
 
-def race(who, folder, threads):
-    "One training in a process of its own: seconds of each step, and the weights at the end."
+def race(who, folder, threads, python):
+    """One training in a process of its own, by an interpreter: seconds of each step, and the
+    weights at the end."""
     library, method, recipe = who
     result = folder / "result.json"
     command = [
-        environment(library),
+        python,
         str(WORKER),
         library,
         method,
@@ -137,12 +114,11 @@ def race(who, folder, threads):
         "--recipe-of",
         recipe,
     ]
-    root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": root},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
     )
     if done.returncode:
         raise SystemExit(f"{library}, {method} failed:\n{done.stderr[-2000:]}")
@@ -155,12 +131,11 @@ def race(who, folder, threads):
 def final_loss(weights, who, task, x):
     """Loss of the weights (squared error and penalty) on a batch that no step has seen, and the
     mean number of active latents."""
-    base, task = (
-        who[1].removesuffix("+atm"),
-        task | task["recipes"].get(f"{who[1]} of {who[2]}", {}),
-    )
-    own = dict(topk=("k",), standard=("l1",), jumprelu=("l0_coef", "bandwidth", "target_l0"))[base]
-    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], base, **{n: task.get(n) for n in own}))
+    _, method, recipe = who
+    task = task | task["recipes"].get(f"{method} of {recipe}", {})
+    own = dict(topk=("k",), standard=("l1",), jumprelu=("l0_coef", "bandwidth", "target_l0"))
+    size = {n: task.get(n) for n in own[method]}
+    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], method, **size))
     sae.load_state_dict({n: weights[n] for n in sae.state_dict()})
     loss = sae.loss(x)
     return loss.total.item(), (loss.z > 0).sum(1).float().mean().item()
@@ -180,7 +155,7 @@ def table(records):
     "One line for each contestant: medians over the rounds."
     lines = []
     for who, runs in records.items():
-        early, late = (sorted(p) for p in zip(*(phases(r["seconds"]) for r in runs)))
+        early, late = zip(*(phases(r["seconds"]) for r in runs))
         lines.append(
             {
                 "library": who[0],
@@ -196,11 +171,6 @@ def table(records):
     return pd.DataFrame(lines)
 
 
-def spread(values):
-    "Median [least, most] of sorted values."
-    return f"{statistics.median(values):.3f} [{values[0]:.3f}, {values[-1]:.3f}]"
-
-
 def total(run):
     "Seconds of all steps but the first."
     return sum(run["seconds"][1:])
@@ -208,13 +178,13 @@ def total(run):
 
 def ratios(records, slow, fast):
     "Of each round: how many times as fast `fast` is, over all steps but the first."
-    return sorted(total(a) / total(b) for a, b in zip(records[slow], records[fast]))
+    return [total(a) / total(b) for a, b in zip(records[slow], records[fast])]
 
 
 def verdict(what, values, goal, met):
     return dict(
         what=what,
-        measured=f"{statistics.median(values):.2f} [{values[0]:.2f}, {values[-1]:.2f}]",
+        measured=spread(values, 2),
         goal=goal,
         verdict="met" if met(statistics.median(values)) else "NOT met",
     )
@@ -222,14 +192,12 @@ def verdict(what, values, goal, met):
 
 def verdicts(records):
     "Goals, and what became of them."
-    lines, ours = (
-        [],
-        lambda m, rival="sae-lens": (
-            "atm-sae",
-            m,
-            rival if ("atm-sae", m, rival) in records else "sae-lens",
-        ),
-    )
+    lines = []
+
+    def ours(method, rival):
+        own = ("atm-sae", method, rival)
+        return own if own in records else ("atm-sae", method, "sae-lens")
+
     for m in METHODS:
         faster = min(
             ((r, m, r) for r in RIVALS),
@@ -243,15 +211,6 @@ def verdicts(records):
                 lambda v, m=m: v >= GOALS[m],
             )
         )
-    cost = ratios(records, ours("standard+atm"), ours("standard"))
-    lines.append(
-        verdict(
-            "ATM: time of a step over standard",
-            cost,
-            f"at most {MASK_COST:g}",
-            lambda v: v <= MASK_COST,
-        )
-    )
     for m in METHODS:
         for rival in RIVALS:
             gap = [records[ours(m, rival)][0]["loss"] / records[rival, m, rival][0]["loss"]]
@@ -266,41 +225,43 @@ def verdicts(records):
     return pd.DataFrame(lines)
 
 
+def measured(records, task, folder, threads, repeat):
+    "Every contestant once in each round, each round beginning with another one."
+    pythons = {library: environment(library) for library in ("atm-sae", *RIVALS)}
+    unseen = write_task(folder, task)
+    for i in range(repeat):
+        order = list(records)
+        for who in order[i:] + order[:i]:
+            run = race(who, folder, threads, pythons[who[0]])
+            run["loss"], run["l0"] = final_loss(run.pop("weights"), who, task, unseen)
+            records[who].append(run)
+            seconds = (f"{s:.3f} s" for s in phases(run["seconds"]))
+            found = f"loss {run['loss']:.4f} L0 {format_number(run['l0'])}"
+            print(i, *who, *seconds, found, flush=True)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", action="store_true")
-    a = parser.parse_args()
-    task, records = TASK | (QUICK if a.quick else {}), {who: [] for who in contestants()}
+    command_line = parser(__doc__, repeat=3, threads=2)
+    command_line.add_argument("--json", type=Path)
+    args = parsed(command_line)
+    task, records = TASK | (QUICK if args.quick else {}), {who: [] for who in contestants()}
     with tempfile.TemporaryDirectory() as folder:
-        unseen = write_task(Path(folder), task)
-        for i in range(a.repeat):
-            order = list(records)
-            for who in order[i:] + order[:i]:
-                run = race(who, Path(folder), a.threads)
-                run["loss"], run["l0"] = final_loss(run.pop("weights"), who, task, unseen)
-                records[who].append(run)
-                print(
-                    i,
-                    *who,
-                    *(f"{s:.3f} s" for s in phases(run["seconds"])),
-                    f"loss {run['loss']:.4f} L0 {format_number(run['l0'])}",
-                    flush=True,
-                )
-    machine, done = provenance(), verdicts(records)
-    head = (
-        f"{datetime.date.today()}, {machine['cpu']}, {a.threads} threads, {a.repeat} rounds, "
-        f"median [least, most]; d_in {task['d_in']}, d_sae {task['d_sae']}, "
-        f"batch {task['batch_size']}, {task['steps']} steps, fp32. {', '.join(RIVALS.values())}."
+        measured(records, task, Path(folder), args.threads, args.repeat)
+    head = heading(
+        threads_used(args.threads),
+        f"{args.repeat} rounds",
+        f"median [least, most]; d_in {task['d_in']}",
+        f"d_sae {task['d_sae']}",
+        f"batch {task['batch_size']}",
+        f"{task['steps']} steps",
+        f"fp32. {', '.join(RIVALS.values())}.",
     )
-    text = f"{head}\n\n{to_markdown(done)}\n\n{to_markdown(table(records))}\n"
+    text = f"{head}\n\n{to_markdown(verdicts(records))}\n\n{to_markdown(table(records))}\n"
     print(text)
-    if a.json:
-        a.json.write_text(json.dumps([dict(who=who, runs=runs) for who, runs in records.items()]))
-    if a.write:
+    if args.json:
+        runs = [dict(who=who, runs=found) for who, found in records.items()]
+        args.json.write_text(json.dumps(runs))
+    if args.write:
         write_readme(text, BEGIN, END)
 
 

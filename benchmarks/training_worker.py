@@ -24,6 +24,12 @@ class Batches:
     def __init__(self, x):
         self.x, self.at, self.d_in = x, [], x.shape[-1]
 
+    def state_dict(self):
+        return dict(asked=len(self.at))
+
+    def load_state_dict(self, state):
+        "Nothing: the batches are the same all over."
+
     def __iter__(self):
         return self
 
@@ -38,19 +44,17 @@ class Batches:
 
 
 def atm_sae(method, task, start, batches):
-    from atm_sae.sae.atm import make_masker, ATMConfig
     from atm_sae.sae.sae import SAE, SAEConfig
     from atm_sae.train.loop import TrainConfig, train
 
-    base = method.removesuffix("+atm")
     size = {
         "topk": dict(k=task["k"]),
         "standard": dict(l1=task["l1"]),
         "jumprelu": dict(
             l0_coef=task["l0_coef"], bandwidth=task["bandwidth"], target_l0=task.get("target_l0")
         ),
-    }[base]
-    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], base, **size))
+    }[method]
+    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], method, **size))
     sae.load_state_dict({n: start[n] for n in sae.state_dict()})
     steps = task["steps"]
     config = TrainConfig(
@@ -63,8 +67,7 @@ def atm_sae(method, task, start, batches):
         dead_after=2,
         grad_clip=task.get("grad_clip", 1.0),
     )
-    masker = make_masker(ATMConfig(), task["d_sae"], steps) if method.endswith("+atm") else None
-    train(sae, batches, config, masker, progress=False)
+    train(sae, batches, config, progress=False)
     seconds = batches.seconds()
     return seconds, {n: p.detach() for n, p in sae.state_dict().items()}
 

@@ -1,22 +1,29 @@
-"The benchmark runs and prints its tables; how long anything takes is not tested here."
+"The benchmarks run and print their tables; how long anything takes is not tested here."
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("benchmark_absorption", FOLDER / "absorption.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script():
+    "Imports a file of the folder as the scripts there do."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def bench(script):
+    return script("absorption")
 
 
 def record(size, *seconds):
@@ -63,14 +70,46 @@ def test_wide_sae_fires_as_often_and_carries_words(bench):
     assert 16 < z.nnz / 300 <= bench.L0 and (W_dec[:26] - task.directions).abs().max() < 1e-6
 
 
-def test_readme_keeps_what_stands_around_the_tables(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "README", tmp_path / "README.md")
-    bench.README.write_text(f"before {bench.BEGIN} old {bench.END} after")
+def test_readme_keeps_what_stands_around_the_tables(script, tmp_path, monkeypatch):
+    common = script("common")
+    written = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for name in ("training", "masking", "probes", "absorption", "extraction"):
+        begin, end = script(name).BEGIN, script(name).END
+        assert written.count(begin) == written.count(end) == 1, name
+    monkeypatch.setattr(common, "README", tmp_path / "README.md")
+    common.README.write_text("before BEGIN old END after")
     for _ in range(2):
-        bench.write_readme("new")
-    assert bench.README.read_text() == f"before {bench.BEGIN}\n\nnew\n{bench.END} after"
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert text.count(bench.BEGIN) == text.count(bench.END) == 1
+        common.write_readme("new", "BEGIN", "END")
+    assert common.README.read_text() == "before BEGIN\n\nnew\nEND after"
+
+
+@pytest.mark.parametrize("name", ["training", "masking", "probes", "absorption", "extraction"])
+@pytest.mark.parametrize("numbers", [["--quick"], ["--repeat", "1"]])
+def test_numbers_without_meaning_are_not_written(script, name, numbers, monkeypatch, capsys):
+    module = script(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--write", *numbers])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "error: " in capsys.readouterr().err
+
+
+def test_each_repetition_scores_a_task_that_holds_no_results(bench, monkeypatch):
+    task, seen = bench.large_task(300, d_in=32), []
+
+    def scores(sae, task, config, lm=None):
+        seen.append("hits" in vars(task))
+        return real(sae, task, config, lm=lm)
+
+    real = bench.evaluate_absorption
+    monkeypatch.setattr(bench, "evaluate_absorption", scores)
+    bench.measure_scores(bench.word_sae(task, 64), task, 2)
+    assert seen == [False, False]
+
+
+def test_a_score_that_asks_for_no_word_is_not_measured(bench):
+    found = [bench.within_seconds("", record(1, 1) | dict(asked=n), 2) for n in (0, 3)]
+    assert [line["verdict"] for line in found] == ["NOT met", "met"]
+    assert "no word" in found[0]["measured"]
 
 
 def test_quick_run_prints_its_tables(tmp_path):
@@ -106,13 +145,8 @@ def test_quick_run_prints_its_tables(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def training(bench):
-    sys.modules["absorption"] = bench  # beside it in the folder; the script's own import
-    spec = importlib.util.spec_from_file_location("benchmark_training", FOLDER / "training.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    del sys.modules["absorption"]
-    return module
+def training(script):
+    return script("training")
 
 
 def runs(seconds, loss=1.0):
@@ -133,11 +167,10 @@ def test_training_verdicts_by_hand(training):
         "at least 3",
         "NOT met",
     )
-    assert found.loc["ATM: time of a step over standard"].verdict == "met"
     assert found.loc["standard: loss over that of sae-lens"].to_dict() == dict(
         measured="0.91 [0.91, 0.91]", goal="within 2%", verdict="NOT met"
     )
-    assert found.loc["jumprelu: loss over that of sae-lens"].verdict == "met" and len(found) == 10
+    assert found.loc["jumprelu: loss over that of sae-lens"].verdict == "met" and len(found) == 9
     assert training.phases([9.0, 1, 2, 3, 4, 5, 6, 7, 9]) == (1.5, 7)
     assert len(training.table(records)) == len(records)
 
@@ -146,7 +179,7 @@ def test_training_worker_trains_what_it_was_given(training, tmp_path):
     task = training.TASK | training.QUICK
     unseen = training.write_task(tmp_path, task)
     who = ("atm-sae", "topk", "sae-lens")
-    run = training.race(who, tmp_path, 1)
+    run = training.race(who, tmp_path, 1, sys.executable)
     assert len(run["seconds"]) == task["steps"] and min(run["seconds"]) > 0
     start = training.load_file(tmp_path / "start.safetensors")
     (before, _), (after, l0) = (
@@ -155,3 +188,110 @@ def test_training_worker_trains_what_it_was_given(training, tmp_path):
     )
     assert after < before and l0 <= task["k"]
     assert not training.torch.equal(run["weights"]["W_enc"], start["W_enc"])
+
+
+# ---- environments of other libraries
+
+
+@pytest.fixture
+def peers(script, tmp_path, monkeypatch):
+    "The library 'sae-lens' is the module `json`; an environment is this Python, and pip a list."
+    module = script("peers")
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
+    monkeypatch.delenv("ATM_SAE_SAE_LENS", raising=False)
+    monkeypatch.setitem(module.MODULES, "sae-lens", ("json",))
+    monkeypatch.setattr(module, "installed", [], raising=False)
+
+    def create(folder, **_):
+        (folder / "bin").mkdir(parents=True, exist_ok=True)
+        (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (folder / "bin" / "python").chmod(0o755)
+
+    monkeypatch.setattr(module.venv, "create", create)
+    monkeypatch.setattr(
+        module, "pip", lambda python, library, *words: module.installed.append(words)
+    )
+    return module
+
+
+def test_an_environment_that_does_not_import_is_removed(peers, tmp_path, monkeypatch):
+    monkeypatch.setitem(peers.MODULES, "sae-lens", ("json", "no_such_module"))
+    with pytest.raises(SystemExit, match=r"sae-lens.*'no_such_module'.*ATM_SAE_SAE_LENS"):
+        peers.environment("sae-lens")
+    assert not (tmp_path / "peers" / "sae-lens").exists()
+    named = {"ATM_SAE_SAE_LENS": sys.executable}
+    monkeypatch.setattr(os, "environ", {**os.environ, **named})
+    with pytest.raises(SystemExit, match="no_such_module"):
+        peers.environment("sae-lens")
+    assert len(peers.installed) == 1  # the named one was not touched
+
+
+def test_an_environment_is_made_once_for_each_pytorch(peers, monkeypatch):
+    python = peers.environment("sae-lens")
+    torch_version = peers.torch.__version__.split("+")[0]
+    wanted = ("install", "-q", f"torch=={torch_version}", peers.RIVALS["sae-lens"])
+    assert peers.installed == [wanted] and peers.environment("sae-lens") == python
+    assert len(peers.installed) == 1
+    (Path(python).parent.parent / peers.READY).write_text("")  # as for another PyTorch
+    peers.environment("sae-lens")
+    assert len(peers.installed) == 2
+    monkeypatch.setattr(peers, "installed_version", lambda *_: "1.0")
+    (Path(python).parent.parent / peers.READY).unlink()
+    with pytest.raises(SystemExit, match=rf"torch 1\.0 instead of {torch_version}"):
+        peers.environment("sae-lens")
+
+
+def test_a_torchvision_that_does_not_fit_is_removed(peers, monkeypatch):
+    monkeypatch.setattr(peers, "installed_version", lambda *_: "0.28.0")
+    for reason, calls in (("no operator torchvision::nms", 2), (None, 1)):
+        peers.installed.clear()
+        monkeypatch.setattr(peers, "import_error", lambda *_, reason=reason: reason)
+        peers.install("python", "sae-lens", "2.13.0")
+        assert len(peers.installed) == calls, reason
+        assert ("uninstall" in peers.installed[-1]) == bool(reason)
+
+
+def test_what_pip_says_is_shown(script):
+    with pytest.raises(SystemExit, match=r"(?s)sae-lens==.*no-such-command.*ATM_SAE_SAE_LENS"):
+        script("peers").pip(sys.executable, "sae-lens", "no-such-command")
+
+
+# ---- the cost of masks
+
+
+def test_the_cost_of_masks_is_measured_where_they_hide_latents(script, tmp_path, monkeypatch):
+    masking = script("masking")
+    task = masking.TASK | masking.QUICK
+    x = masking.sparse_data(task, features=512)
+    fresh = masking.make_trainer(task, x, masked=True)
+    fresh.step()
+    masking.save_checkpoint(tmp_path / "fresh", fresh.state_dict(), "warm")
+    with pytest.raises(SystemExit, match="hide 0% to 0% of the latents"):
+        masking.one_round(task, x, tmp_path / "fresh")
+    monkeypatch.setattr(masking, "WARM", 0.62)  # which is reached early
+    monkeypatch.setattr(masking, "USUAL", (0.2, 0.65))
+    steps = masking.warm_up(task, x, tmp_path / "warm")
+    found = masking.one_round(task, x, tmp_path / "warm")
+    assert 0 < steps < masking.WARM_STEPS and len(found["shares"]) == task["steps"]
+    assert min(found["shares"]) > 0.2 and len(found["masked"]) == len(found["without"])
+
+
+def test_the_cost_of_masks_by_hand(script):
+    masking = script("masking")
+    found = dict(without=[1, 2, 9], masked=[3, 1, 4], shares=[0.4, 0.3, 0.5], l0=[9.0, 10.0])
+    (line,) = masking.table([found, found | dict(masked=[2, 2, 2])]).to_dict("records")
+    assert line["measured"] == "1.250 [1.000, 1.500]" and line["verdict"] == "NOT met"
+    assert line["share hidden"] == "0.400 [0.300, 0.500]" and line["L0 with"] == "10.0 [10.0, 10.0]"
+
+
+# ---- extraction
+
+
+def test_extraction_reads_its_text_from_a_file_each_time(script, tmp_path, monkeypatch):
+    extraction = script("extraction")
+    monkeypatch.setattr(extraction, "python_docs", lambda: ["one two\nthree"] * 40)
+    path = extraction.write_documents(tmp_path / "documents.jsonl", 30)
+    rows = extraction.rows(SimpleNamespace(tokenizer=None), path)
+    assert list(rows.documents(2)) == ["one two\nthree"] * 28
+    path.write_text(path.read_text().replace("one", "four"))
+    assert list(rows.documents(29)) == ["four two\nthree"]
