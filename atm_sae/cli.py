@@ -33,7 +33,6 @@ import functools
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from atm_sae.data.activations import ActivationSpec
-    from atm_sae.data.lm import LM
+    from atm_sae.data.lm import LM, Site
     from atm_sae.data.planted import WorldConfig
     from atm_sae.report.manifest import ObjectState
     from atm_sae.report.runner import Status
@@ -179,7 +178,7 @@ def _complete_profile(ctx: typer.Context, incomplete: str) -> list[tuple[str, st
 
 
 # %% ../nbs/cli.ipynb #cell-14
-_OWN_OPTION = ("seed", "steps", "batch_size", "lr", "d_sae", "model", "layer")
+_OWN_OPTION = ("seed", "steps", "batch_size", "lr", "d_sae", "model", "layer", "site")
 
 
 def _read_value(text: str) -> Any:
@@ -239,7 +238,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 # %% ../nbs/cli.ipynb #cell-17
-def _data(name: str, layer: int, settings: dict[str, Any]) -> Data:
+def _data(name: str, site: "Site", settings: dict[str, Any]) -> Data:
     "The WorldConfig or ActivationSpec of `--data`; takes its own fields out of `settings`."
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.planted import WorldConfig
@@ -250,7 +249,7 @@ def _data(name: str, layer: int, settings: dict[str, Any]) -> Data:
     if name == "planted":
         return WorldConfig(**own(WorldConfig))
     model = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return ActivationSpec(model=model, layer=layer, **own(ActivationSpec))
+    return ActivationSpec(model=model, layer=site.layer, site=site.kind, **own(ActivationSpec))
 
 
 def _specs(
@@ -389,6 +388,7 @@ def _option(help: str, panel: str | None = None, **more: Any) -> Any:
 
 
 _DATA_HELP = "`planted`, or a model: its name, folder, or id on the Hub."
+_SITE_HELP = "Of the block: resid_pre, attn_out, mlp_out or resid_post."
 _EXAMPLE = "--data planted --l0 4 --d-sae 200 --steps 2000 --seed 0 --seed 1 --out saes"
 
 
@@ -396,7 +396,8 @@ _EXAMPLE = "--data planted --l0 4 --d-sae 200 --steps 2000 --seed 0 --seed 1 --o
 def train(
     method: _Methods,
     data: Annotated[str, _option(_DATA_HELP, DATA)] = "planted",
-    layer: Annotated[int, _option("Of a model: the block whose output is read.", DATA)] = 2,
+    layer: Annotated[int, _option("Of a model: the block that is read.", DATA)] = 2,
+    site: Annotated[str, _option(_SITE_HELP, DATA)] = "resid_post",
     l0: Annotated[
         list[float], _option("Wanted number of active latents; repeat for several.", TRAINING)
     ] = [8.0],  # noqa: B006  typer copies it
@@ -415,10 +416,12 @@ def train(
     quiet: _Quiet = False,
 ) -> None:
     "Train one SAE, or every method at every L0 with every seed. A stopped run resumes."
+    from atm_sae.data.lm import Site
+
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     progress = first and not quiet
     settings = _settings(set_)
-    source = _data(data, layer, settings)
+    source = _data(data, Site(layer, site), settings)
     sizes = dict(d_sae=d_sae, steps=steps, batch_size=batch_size)
     more = {} if lr is None else dict(lr=lr)
     _read_activations(source, progress)
@@ -469,11 +472,25 @@ def _recorded_data(record: Mapping[str, Any]) -> "Data | None":
     return ActivationSpec(**data | dict(lines=LineConfig(**data["lines"])))
 
 
-def _hook(sae: "SAE") -> tuple[str | None, int | None]:
-    "Model and layer that an SAE's metadata name; None for what they do not."
-    meta = sae.metadata or {}
-    found = re.search(r"(?:blocks\.|layers?[_.])(\d+)", str(meta.get("hook_name") or ""))
-    return meta.get("model_name"), int(found[1]) if found else meta.get("hook_layer")
+def _site_of(source: str, sae: "SAE", reads: "Reads") -> "Site | None":
+    "The site of an SAE; None if nothing says which. ValueError for one that it does not read."
+    from atm_sae.data.lm import Site
+
+    hook = (sae.metadata or {}).get("hook_name")
+    try:
+        said = Site.parse(str(hook)) if hook else None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    layer = reads.layer if said is None or reads.layer is not None else said.layer
+    if layer is None:
+        return None
+    site = Site(layer, reads.site or (said.kind if said else "resid_post"))
+    if said and said.same_vector != site.same_vector:
+        raise ValueError(
+            f"{source} was trained on {hook}, and the options name {site.hook_name}: "
+            "leave out --layer and --site"
+        )
+    return site
 
 
 def _data_of(source: str, sae: "SAE", recorded: "Data | None", reads: "Reads") -> Data:
@@ -482,17 +499,15 @@ def _data_of(source: str, sae: "SAE", recorded: "Data | None", reads: "Reads") -
 
     if reads.model == "planted":
         return recorded if isinstance(recorded, WorldConfig) else WorldConfig()
-    if recorded is not None and reads.model is None and reads.layer is None:
+    if recorded is not None and (reads.model, reads.layer, reads.site) == (None, None, None):
         return recorded
-    model, layer = _hook(sae)
-    name = reads.model or getattr(recorded, "model", None) or model
-    layers = (reads.layer, getattr(recorded, "layer", None), layer)
-    block = next((v for v in layers if v is not None), None)
-    if name is None or block is None:
+    site = _site_of(source, sae, reads)
+    name = reads.model or getattr(recorded, "model", None) or (sae.metadata or {}).get("model_name")
+    if name is None or site is None:
         raise ValueError(
             f"{source} does not say which model and layer it reads: give --model and --layer"
         )
-    return _data(name, int(block), {} if reads.tokens is None else dict(n_tokens=reads.tokens))
+    return _data(name, site, {} if reads.tokens is None else dict(n_tokens=reads.tokens))
 
 
 @dataclass(frozen=True)
@@ -501,6 +516,7 @@ class Reads:
 
     model: str | None
     layer: int | None
+    site: str | None
     tokens: int | None
 
 
@@ -539,10 +555,10 @@ def _core(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str,
     x = held_out_activations(data, 20_000)
     tokens = held_out_tokens(data, lm, 16_384)
     plain = reconstruction_metrics(s.sae, x)
-    spliced = spliced_metrics(s.sae, lm, data.layer, tokens)
+    spliced = spliced_metrics(s.sae, lm, data.layer, tokens, site=data.site)
     if o.saebench:
         frequency = activation_frequency(s.sae, x)
-        place: dict[str, Any] = dict(model=data.model, layer=data.layer)
+        place: dict[str, Any] = dict(model=data.model, layer=data.layer, site=data.site)
         core_json(plain, s.sae, spliced, frequency, **place, **o.about(s))
     return spliced | plain
 
@@ -553,7 +569,8 @@ def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dic
     from atm_sae.evals.first_letter import get_tasks
     from atm_sae.evals.saebench import absorption_json
 
-    result = evaluate_absorption(s.sae, get_tasks(lm, data.layer, range(o.eval_seeds)))
+    tasks = get_tasks(lm, data.layer, range(o.eval_seeds), site=data.site)
+    result = evaluate_absorption(s.sae, tasks)
     if o.saebench:
         absorption_json(result, **o.about(s))
     scores = dict(full=result.full, fraction=result.fraction, n_split=result.n_split)
@@ -567,9 +584,10 @@ def _probing(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[s
     from atm_sae.evals.probing import evaluate_probing
     from atm_sae.evals.saebench import probing_json
 
-    result = evaluate_probing(s.sae, lm, data.layer)
+    result = evaluate_probing(s.sae, lm, data.layer, site=data.site)
     if o.saebench:
-        probing_json(result, s.sae, model=data.model, layer=data.layer, **o.about(s))
+        place: dict[str, Any] = dict(model=data.model, layer=data.layer, site=data.site)
+        probing_json(result, s.sae, **place, **o.about(s))
     return result.summary | dict(n_tasks=len(result.tasks))
 
 
@@ -624,14 +642,14 @@ def _score(source: str, s: Subject, metrics: str | None, o: Options, bar: "tqdm"
         found = _planted(s, data, metrics, o)
         bar.update(len(wanted))
         scores = {name: found[name] for name in wanted if name in found}
-        return row | dict(model="planted", layer=None) | scores
+        return row | dict(model="planted", layer=None, site=None) | scores
     lm = load_model(data.model, data.lm_dtype)
     scores = {}
     for name in wanted:
         bar.set_postfix_str(f"{name} of {s.name}")
         scores[name] = _METRICS[name](s, data, lm, o)
         bar.update()
-    return row | dict(model=data.model, layer=data.layer) | scores
+    return row | dict(model=data.model, layer=data.layer, site=data.site) | scores
 
 
 # %% ../nbs/cli.ipynb #cell-32
@@ -683,6 +701,9 @@ def evaluate(
         str | None, _option("`planted`, or a model; by default the SAE's.", PLACE)
     ] = None,
     layer: Annotated[int | None, _option("By default the SAE's.", PLACE)] = None,
+    site: Annotated[
+        str | None, _option(f"{_SITE_HELP} By default the SAE's, else resid_post.", PLACE)
+    ] = None,
     tokens: Annotated[int | None, _option(_TOKENS_HELP, PLACE)] = None,
     subfolder: Annotated[
         str | None, _option("Folder of the SAE within a repository.", PLACE)
@@ -700,7 +721,7 @@ def evaluate(
     from tqdm import tqdm
 
     n, options = len(_wanted(metrics)), Options(eval_seeds, saebench)
-    reads = Reads(model, layer, tokens)
+    reads = Reads(model, layer, site, tokens)
     subjects = [_subject(s, reads, subfolder, revision) for s in sae]
     with tqdm(total=n * len(sae), desc="metrics", disable=quiet) as bar:
         pairs = zip(sae, subjects, strict=True)

@@ -38,7 +38,7 @@ from atm_sae.evals.first_letter import (
     stratified_split,
     task_from_activations,
 )
-from atm_sae.data.lm import LM, tiny_lm
+from atm_sae.data.lm import LM, hook_point, tiny_lm
 from atm_sae.data.letters import word_vocabulary
 
 T = torch.tensor
@@ -537,6 +537,29 @@ def test_gaps_are_those_of_whole_prompts(lm, lm_task, halves):
             letter_gap(logits, lm_task.letter[rows], ids),
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "mlp_out"])
+def test_the_protocol_at_another_site(lm, halves, site):
+    "The word's own activations change no gap; zeros there give the gap of a spliced model."
+    from atm_sae.data.lm import next_token_logits, read_site, splice
+
+    task = build_task(lm, 1, n_icl=1, max_words=60, site=site)
+    rows, at, prompts = torch.arange(3), task.at[:3], task.tokens[:3].long()
+    assert torch.allclose(read_site(lm, prompts, 1, site)[rows, at], task.x[rows], atol=1e-5)
+    ids = T([lm.tokenizer(f" {k}")["input_ids"][0] for k in LETTERS])
+    gaps = ab.word_gaps(lm, task, rows, torch.stack([task.x[rows], 0 * task.x[rows]], 1))
+    plain = next_token_logits(lm, prompts)
+    with splice(lm, 1, lambda x: x.index_put((rows, at), 0 * task.x[rows]), site):
+        zeros = next_token_logits(lm, prompts)
+    for j, logits in enumerate((plain, zeros)):
+        assert torch.allclose(gaps[:, j], letter_gap(logits, task.letter[rows], ids), atol=1e-5)
+    assert not torch.allclose(gaps[:, 0], gaps[:, 1], atol=1e-3)
+    halves.metadata = hook_point(lm.name, 1)
+    with pytest.raises(ValueError, match=f"hook_resid_post.*the task reads .*hook_{site}"):
+        evaluate_absorption(halves, task)
+    del halves.metadata
+    assert len(ab.integrated_effects(halves, lm, task, rows)) == 3
 
 
 def test_effects_add_up(lm, lm_task, halves):

@@ -26,7 +26,7 @@ from atm_sae.data.activations import (
 from atm_sae.data.batches import CacheBatches, held_out
 from atm_sae.artefacts import OutputError, file_lock, stable_hash
 from atm_sae.core import to_plain
-from atm_sae.data.lm import residual_stream, save_lm, tiny_lm
+from atm_sae.data.lm import read_site, residual_stream, save_lm, tiny_lm
 from atm_sae.data.letters import LineConfig
 from atm_sae.data.text import python_docs
 
@@ -168,11 +168,11 @@ def test_held_out_activations_have_the_letter_lines_of_the_rest(lm, tmp_path, mo
     ]  # one text, so that no row loses an EOS
     (newline,) = lm.tokenizer("\n")["input_ids"]
 
-    def letters(lm, rows, layer):
+    def letters(lm, rows, layer, site):
         is_line = (rows[:, 1] == newline).float()
         return is_line[:, None, None].expand(*rows.shape, lm.d_model)
 
-    monkeypatch.setattr(module, "residual_stream", letters)
+    monkeypatch.setattr(module, "read_site", letters)
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
     cache = get_activations(
         ActivationSpec(n_tokens=32_000, context=8, line_share=0.7, seed=seed),
@@ -256,13 +256,13 @@ def test_verify_false_skips_the_checksum_only(fresh):
     "bad, counted", [(float("nan"), "1 NaN and 0 infinite"), (float("inf"), "0 NaN and 1 infinite")]
 )
 def test_activations_that_are_not_finite(lm, tokens, tmp_path, monkeypatch, bad, counted):
-    def spoiled(lm, rows, layer):
-        x = residual_stream(lm, rows, layer)
+    def spoiled(lm, rows, layer, site):
+        x = read_site(lm, rows, layer, site)
         if torch.equal(rows[0], tokens[8]):
             x[2, 4, 7] = bad
         return x
 
-    monkeypatch.setattr(module, "residual_stream", spoiled)
+    monkeypatch.setattr(module, "read_site", spoiled)
     with pytest.raises(
         ValueError, match=f"layer 1 of tiny-3x32-seed0 as float32, token rows 8 to 15: {counted}"
     ):
@@ -271,7 +271,7 @@ def test_activations_that_are_not_finite(lm, tokens, tmp_path, monkeypatch, bad,
 
 
 def test_overflow_in_float16_is_found(lm, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "residual_stream", lambda *a: residual_stream(*a) * 1e6)
+    monkeypatch.setattr(module, "read_site", lambda *a: read_site(*a) * 1e6)
     with pytest.raises(ValueError, match="as float16, .* infinite"):
         build_cache(lm, tokens, 1, tmp_path / "c", dtype="float16", progress=False)
     build_cache(lm, tokens, 1, tmp_path / "c", dtype="bfloat16", progress=False)
@@ -460,7 +460,7 @@ def test_makers_of_activations(home, spec):
         "data.activations.row_count",
         "data.activations.token_activations",
         "data.letters.mixed_tokens",
-        "data.lm.residual_stream",
+        "data.lm.read_site",
         "data.text.PackedRows",
     } <= found.keys()
     assert not [name for name in found if "Batches" in name]

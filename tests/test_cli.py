@@ -540,7 +540,8 @@ def letters(monkeypatch):
     )
     tasks = [task_from_activations(x, words, seed, model="tiny", layer=1) for seed in range(2)]
     monkeypatch.setattr(
-        "atm_sae.evals.first_letter.get_tasks", lambda lm, layer, seeds: [tasks[i] for i in seeds]
+        "atm_sae.evals.first_letter.get_tasks",
+        lambda lm, layer, seeds, site: [tasks[i] for i in seeds],
     )
     return tasks
 
@@ -584,6 +585,46 @@ def test_evaluate_on_a_model(model, foreign, letters, monkeypatch, tmp_path):
     )
 
 
+def of_site(hook_name):
+    "The folder of an SAE of another site, without a record."
+    place = dict(model_name="tiny", hook_name=hook_name)
+    return SAE(SAEConfig(48, 60, "topk", k=5), place).save(hook_name)
+
+
+def test_the_site_of_an_sae_is_read(model, monkeypatch):
+    "All metrics are asked for the site that the metadata name."
+    asked = []
+
+    def note(sae, lm, layer, *args, site):
+        asked.append((layer, site))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("atm_sae.evals.probing.evaluate_probing", note)
+    monkeypatch.setattr(
+        "atm_sae.evals.first_letter.get_tasks",
+        lambda lm, layer, seeds, site: note(0, lm, layer, site=site),
+    )
+    folder = of_site("blocks.1.hook_mlp_out")
+    args = ("--model", model, "--tokens", 3000, "--metrics")
+    for metric in ("probing", "absorption"):
+        assert "enough" in fails("evaluate", folder, *args, metric, "-q")
+    assert asked == [(1, "mlp_out")] * 2
+    (row,) = json.loads(done("evaluate", folder, *args, "core", "--json", "-q"))
+    data = ActivationSpec(model=model, layer=1, n_tokens=3000, site="mlp_out")
+    x = held_out(get_activations(data), 20_000)
+    core = reconstruction_metrics(SAE.load(folder), x)
+    assert (row["site"], {k: row["core"][k] for k in core}) == ("mlp_out", core)
+
+
+@pytest.mark.parametrize("metric", ["core", "probing", "absorption"])
+def test_a_hook_that_cannot_be_read_is_refused(model, metric):
+    folder = of_site("blocks.1.attn.hook_z")
+    message = "the hook blocks.1.attn.hook_z cannot be read"
+    for options in ([], ["--layer", 1], ["--layer", 1, "--site", "resid_post"]):
+        found = fails("evaluate", folder, "--model", model, *options, "--metrics", metric)
+        assert f"{folder}: {message}" in found
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -612,7 +653,13 @@ def test_evaluate_on_a_model(model, foreign, letters, monkeypatch, tmp_path):
         (["{foreign}"], "tiny is not in the local Hub cache"),
         (["{bare}"], "does not say which model and layer"),
         (["{foreign}", "--eval-seeds", "0"], "Invalid value for '--eval-seeds'"),
-        (["{foreign}", "--model", "{model}", "--layer", "9"], "has no layer 9"),
+        (
+            ["{foreign}", "--model", "{model}", "--layer", "9"],
+            "trained on blocks.1.hook_resid_post, and the options name blocks.9.hook_resid_post",
+        ),
+        (["{foreign}", "--model", "{model}", "--site", "mlp_out"], "name blocks.1.hook_mlp_out"),
+        (["{bare}", "--model", "{model}", "--layer", "9"], "has no layer 9"),
+        (["{bare}", "--model", "{model}", "--layer", "1", "--site", "z"], "no site 'z'; choose"),
     ],
 )
 def test_wrong_evaluation(args, message, planted, model, foreign):

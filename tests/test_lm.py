@@ -10,12 +10,18 @@ import torch
 from atm_sae.data import lm as module
 from atm_sae.data.lm import (
     LM,
+    SITES,
+    Site,
+    check_hook,
     compile_blocks,
     hook_layer,
+    hook_point,
     load_lm,
     model_checksum,
     next_token_logits,
     next_token_losses,
+    other_place,
+    read_site,
     residual_stream,
     save_lm,
     splice,
@@ -439,11 +445,17 @@ def test_bad_tokens(lm, bad, message):
             call()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
-def test_other_families(family, lm, tokens):
+def of_family(family, lm):
+    "A model of another family, with 2 blocks and random weights."
     import transformers as t
 
+    size = dict(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     make = {
+        "granite": lambda: t.GraniteForCausalLM(
+            t.GraniteConfig(**size, intermediate_size=64, residual_multiplier=0.5)
+        ),
+        "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(**size)),
+        "falcon": lambda: t.FalconForCausalLM(t.FalconConfig(**size)),
         "gpt2": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(
                 vocab_size=1024, n_embd=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=1
@@ -469,7 +481,12 @@ def test_other_families(family, lm, tokens):
         ),
     }[family]
     torch.manual_seed(0)
-    other = LM(make().eval(), lm.tokenizer, family, family, "")
+    return LM(make().eval(), lm.tokenizer, family, family, "")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_other_families(family, lm, tokens):
+    other = of_family(family, lm)
     full = other.model(input_ids=tokens, output_hidden_states=True).hidden_states
     assert other.n_layers == 2 and torch.allclose(
         residual_stream(other, tokens, 0), full[1], atol=1e-5
@@ -479,6 +496,133 @@ def test_other_families(family, lm, tokens):
         assert torch.equal(next_token_losses(other, tokens), loss)
     with splice(other, 0, torch.zeros_like):
         assert not torch.allclose(next_token_losses(other, tokens), loss)
+
+
+# ---- sites
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama", "neox", "falcon"])
+def test_a_block_adds_attn_out_and_mlp_out(family, lm, tokens):
+    "NeoX and Falcon compute both from the same stream; Falcon adds one to the other in place."
+    other = lm if family == "gemma2" else of_family(family, lm)
+    full = other.model(input_ids=tokens, output_hidden_states=True).hidden_states
+    for layer in (0, 1):
+        x = {site: read_site(other, tokens, layer, site, batch_size=2) for site in SITES}
+        assert torch.allclose(x["resid_pre"], full[layer], atol=1e-5)
+        assert torch.equal(x["resid_post"], residual_stream(other, tokens, layer, batch_size=2))
+        total = x["resid_pre"] + x["attn_out"] + x["mlp_out"]
+        assert torch.allclose(x["resid_post"], total, atol=1e-5)
+        assert x["attn_out"].norm() > 0.01 and x["mlp_out"].norm() > 0.01
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "neox"])
+def test_splicing_at_a_site(family, site, lm, tokens):
+    "The identity changes nothing; zeros take away what the site gives to the stream."
+    other = lm if family == "gemma2" else of_family(family, lm)
+    loss = next_token_losses(other, tokens)
+    x = {site: read_site(other, tokens, 1, site) for site in SITES}
+    with splice(other, 1, lambda v: v, site):
+        assert torch.equal(next_token_losses(other, tokens), loss)
+    with splice(other, 1, torch.zeros_like, site):
+        blind = {name: read_site(other, tokens, 1, name) for name in SITES}
+    assert blind[site].abs().max() == 0
+    assert not torch.allclose(blind["resid_post"], x["resid_post"], atol=1e-3)
+    if site == "mlp_out":
+        total = x["resid_pre"] + x["attn_out"]
+        assert torch.allclose(blind["resid_post"], total, atol=1e-5)
+    assert torch.equal(read_site(other, tokens, 1, site), x[site])  # the hooks are gone
+
+
+@pytest.mark.parametrize(
+    "family, message",
+    [("granite", "adds something else"), ("bloom", "adds something else")],
+)
+def test_a_block_that_adds_something_else(family, message, lm, tokens):
+    other = of_family(family, lm)
+    for site in ("attn_out", "mlp_out"):
+        with pytest.raises(ValueError, match=f"{family} .*block 1 {message}.*read resid_pre"):
+            read_site(other, tokens, 1, site)
+        with pytest.raises(ValueError, match=message), splice(other, 1, lambda x: x, site):
+            next_token_losses(other, tokens)
+    assert torch.equal(read_site(other, tokens, 1, "resid_pre"), residual_stream(other, tokens, 0))
+
+
+def test_the_sum_holds_up_to_rounding_in_16_bits(lm, tokens):
+    import copy
+
+    half = LM(copy.deepcopy(lm.model).to(torch.bfloat16), lm.tokenizer, "half", "half", "")
+    assert read_site(half, tokens, 2, "mlp_out").dtype == torch.bfloat16
+
+
+def test_a_block_without_such_a_part(lm, tokens):
+    import copy
+
+    other = copy.deepcopy(lm)
+    block = other.model.model.layers[1]
+    block.cross_attn = torch.nn.Identity()
+    del block.post_feedforward_layernorm
+    with pytest.raises(ValueError, match="one part that gives attn_out, and has self_attn, cross"):
+        read_site(other, tokens, 1, "attn_out")
+    for call in (lambda: read_site(lm, tokens, 1, "hook_z"), lambda: hook_point("m", 1, "hook_z")):
+        with pytest.raises(ValueError, match="no site 'hook_z'; choose one of resid_pre, attn_out"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "name, site",
+    [
+        ("blocks.12.hook_resid_post", Site(12)),
+        ("blocks.0.hook_resid_pre", Site(0, "resid_pre")),
+        ("blocks.3.hook_mlp_out", Site(3, "mlp_out")),
+        ("blocks.3.hook_attn_out", Site(3, "attn_out")),
+        ("resid_post_layer_8", Site(8)),
+        ("model.layers.5", Site(5)),
+        ("transformer.h.5", Site(5)),
+    ],
+)
+def test_names_of_hooks(name, site):
+    assert Site.parse(name) == site and Site.parse(site.hook_name) == site
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.3.attn.hook_z",
+        "blocks.3.hook_mlp_in",
+        "blocks.3.ln2.hook_normalized",
+        "blocks.3.hook_resid_post.2",
+        "model.layers.3.mlp",
+        "mlp_layer_3",
+        "blocks.hook_resid_post",
+        "",
+    ],
+)
+def test_hooks_that_cannot_be_read(name):
+    with pytest.raises(ValueError, match=f"the hook {name} cannot be read; those that can are"):
+        Site.parse(name)
+    here = hook_point("m", 3)
+    said = dict(hook_name=name) if name else {}
+    assert other_place(said, here) == said
+
+
+def test_places_are_compared():
+    here = hook_point("a/m", 2)
+    assert other_place(dict(model_name="m", hook_name="blocks.3.hook_resid_pre", n=1), here) == {}
+    assert other_place({}, here) == other_place(dict(model_name=None), here) == {}
+    assert other_place(dict(model_name="other"), here) == dict(model_name="other")
+
+    class Trained:
+        metadata = dict(hook_name="blocks.2.hook_mlp_out")
+
+    check_hook(Trained(), 2, "mlp_out")
+    check_hook(object(), 2, "mlp_out")
+    message = "trained on blocks.2.hook_mlp_out, and blocks.2.hook_resid_post is read"
+    with pytest.raises(ValueError, match=message):
+        check_hook(Trained(), 2, "resid_post")
+
+
+# ---- models of several parts
 
 
 def vision_model(vision_layers=2, n_layers=2):
@@ -572,7 +716,7 @@ def test_splice_checks_shape_and_cleans_up(lm, tokens):
     loss = next_token_losses(lm, tokens)
     with pytest.raises(
         ValueError,
-        match="splice at layer 1: .*\\(5, 12, 31\\) for a stream of shape \\(5, 12, 32\\)",
+        match="splice at layer 1: .*\\(5, 12, 31\\) for activations of shape \\(5, 12, 32\\)",
     ):
         with splice(lm, 1, lambda r: r[..., 1:]):
             next_token_losses(lm, tokens)

@@ -185,6 +185,18 @@ def test_special_positions_keep_their_stream(lm, tokens):
     )
 
 
+def test_the_site_of_the_sae_is_spliced(lm, tokens):
+    sae = nothing(32)
+    sae.metadata = dict(hook_name="blocks.1.hook_mlp_out")
+    with splice(lm, 1, lambda x: torch.where((tokens > 2)[..., None], 0, x), "mlp_out"):
+        losses = next_token_losses(lm, tokens)
+    counts = (tokens > 2)[:, :-1] & (tokens > 2)[:, 1:]
+    found = spliced_metrics(sae, lm, 1, tokens, site="mlp_out")
+    assert found["ce_sae"] == pytest.approx(float(losses[counts].mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="trained on blocks.1.hook_mlp_out, and blocks.1.hook_res"):
+        spliced_metrics(sae, lm, 1, tokens)
+
+
 def test_kl_by_hand(lm, tokens):
     sae = Toy(torch.eye(32), torch.eye(32))
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from atm_sae.evals import probing as pr
-from atm_sae.data.lm import residual_stream, tiny_lm
+from atm_sae.data.lm import read_site, residual_stream, tiny_lm
 from atm_sae.evals.probing import (
     GROUPS,
     ProbingData,
@@ -157,6 +157,23 @@ def test_activations_do_not_depend_on_the_batch(lm, tasks, data):
     text, start = list(data.texts)[i], int(data.lengths[:i].sum())
     single = residual_stream(lm, T(token_rows(lm.tokenizer, [text], 24)), 1)[0, 1:]
     assert torch.allclose(data.x[start : start + int(data.lengths[i])], single, atol=1e-5)
+
+
+def test_activations_of_another_site(lm, tasks, data):
+    other = build_probing(lm, 1, tasks, context=24, site="attn_out")
+    row = T(token_rows(lm.tokenizer, [next(iter(data.texts))], 24))
+    assert torch.allclose(
+        other.x[: other.lengths[0]], read_site(lm, row, 1, "attn_out")[0, 1:], atol=1e-5
+    )
+    assert other.name.endswith("layer 1 (attn_out)") and data.name.endswith("layer 1")
+
+
+def test_an_sae_of_another_site_is_refused(lm, tasks):
+    class Trained:
+        metadata = dict(hook_name="blocks.1.hook_mlp_out")
+
+    with pytest.raises(ValueError, match="trained on blocks.1.hook_mlp_out, and blocks.1.hook_res"):
+        evaluate_probing(Trained(), lm, 1, tasks)
 
 
 def test_text_without_an_ordinary_token(lm):

@@ -56,6 +56,7 @@ CONFIG = dict(
     l1_share=0.01,
     model="nano",
     layer=2,
+    site="resid_post",
     seeds=[7],
     position=-6,
 )
@@ -514,6 +515,8 @@ def test_an_sae_describes_itself():
         cfg["hook_layer"],
         cfg["model_name"],
     ) == ("batch_topk", 4, 8, 2, "blocks.2.hook_resid_post", 2, "nano")
+    cfg = core_json(RECONSTRUCTION, sae, **WHERE, site="mlp_out")["sae_cfg_dict"]
+    assert cfg["hook_name"] == "blocks.2.hook_mlp_out"
     assert (
         core_json(RECONSTRUCTION, sae, method="atm", **WHERE)["sae_cfg_dict"]["architecture"]
         == "atm"
@@ -651,7 +654,10 @@ def test_newer_files_keep_the_hook_elsewhere(tmp_path):
         metadata=dict(hook_name="blocks.11.hook_resid_post", model_name="m"),
     )
     row = read_saebench(write(tmp_path / "a.json", data)).iloc[0]
-    assert (row.layer, row.model, row.method) == (11, "m", "jumprelu")
+    assert (row.layer, row.site, row.model, row.method) == (11, "resid_post", "m", "jumprelu")
+    data["sae_cfg_dict"]["metadata"]["hook_name"] = "blocks.11.attn.hook_z"
+    row = read_saebench(write(tmp_path / "a.json", data)).iloc[0]
+    assert row.layer == 11 and row.site is None
     row = read_saebench(write(tmp_path / "a.json", data | {"sae_cfg_dict": None})).iloc[0]
     assert row.layer is None and row.d_sae is None and row.model == "example-model" and row.l0 == 20
 

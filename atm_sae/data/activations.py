@@ -68,11 +68,12 @@ from ..core import check_activations, generator, one_thread, pick_device, to_pla
 from .letters import LineConfig, mixed_tokens
 from atm_sae.data.lm import (
     LM,
+    Site,
     compile_blocks,
-    hook_layer,
+    hook_site,
     load_lm,
     model_checksum,
-    residual_stream,
+    read_site,
 )
 from atm_sae.data.text import (
     PackedRows,
@@ -92,10 +93,11 @@ from ..stats import format_bytes
 # %% ../../nbs/data/activations.ipynb #cell-5
 @dataclass(frozen=True)
 class ActivationSpec:
-    "Which activations are wanted: of which model and layer, on which text."
+    "Which activations are wanted: of which model, layer and site, on which text."
 
     model: str = "nano-gemma2"  # name for `load_lm`
-    layer: int = 2  # residual stream after this block
+    layer: int = 2  # block
+    site: str = "resid_post"  # which of its vectors, one of SITES of `lm`
     n_tokens: int = 600_000  # tokens to run, special ones included
     context: int = 128  # tokens a row, BOS included
     line_share: float = 0.7  # share of rows that are letter lines
@@ -281,16 +283,17 @@ class ActivationCache:
 def token_activations(
     lm: LM,
     tokens: Tensor,  # (n, context) token ids
-    layer: int,  # residual stream after this block
+    layer: int,  # block
     dtype: str,  # of the result
     row: int = 0,  # number of the first row, for messages
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> Tensor:  # (n, d_in), one for each token that is not special
     "Activations at the tokens that are not special; ValueError at a NaN or an infinity."
-    x = residual_stream(lm, tokens, layer)
+    x = read_site(lm, tokens, layer, site)
     special = torch.tensor(special_ids(lm.tokenizer), dtype=tokens.dtype)
     x = x[~torch.isin(tokens.cpu(), special).to(x.device)].to(getattr(torch, dtype))
     rows = f"token rows {row} to {row + len(tokens) - 1}"
-    return check_activations(x, lm.d_model, f"layer {layer} of {lm.name} as {dtype}, {rows}")
+    return check_activations(x, lm.d_model, f"{Site(layer, site)} of {lm.name} as {dtype}, {rows}")
 
 
 def default_batch_size(lm: LM, context: int) -> int:
@@ -395,6 +398,7 @@ class _Job:
     rows: PackedRows | TokenRows
     n_rows: int  # rows of tokens
     layer: int
+    site: str
     dtype: str
     batch_size: int  # rows of tokens to run at a time
 
@@ -428,7 +432,7 @@ class _Job:
         "Activations of shard `i`, batch by batch."
         row = i * self.rows_per_shard
         for batch in tokens.split(self.batch_size):
-            yield token_activations(self.lm, batch, self.layer, self.dtype, row)
+            yield token_activations(self.lm, batch, self.layer, self.dtype, row, self.site)
             row += len(batch)
             bar.update(len(batch))
 
@@ -454,13 +458,14 @@ def _job(
     tokens: Tensor | PackedRows | TokenRows,
     n_rows: int | None,
     layer: int,
+    site: str,
     dtype: str,
     batch_size: int | None,
 ) -> _Job:
     "A build, with its defaults filled in; ValueError for what cannot be built."
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    hook_layer(lm, layer)
+    hook_site(lm, layer, site)
     rows = TokenRows(tokens) if isinstance(tokens, Tensor) else tokens
     if n_rows is None and isinstance(tokens, Tensor):
         n_rows = len(tokens)
@@ -469,13 +474,13 @@ def _job(
             "a text begins again when it ends: say how many rows of it to take (n_rows)"
         )
     batch_size = batch_size or default_batch_size(lm, rows.context)
-    return _Job(lm, rows, n_rows, layer, dtype, batch_size)
+    return _Job(lm, rows, n_rows, layer, site, dtype, batch_size)
 
 
 def build_cache(
     lm: LM,  # an LM
     tokens: Tensor | PackedRows | TokenRows,  # (n_rows, context) ids, or where to take them from
-    layer: int,  # residual stream after this block
+    layer: int,  # block
     folder: Path | str,  # where the cache will be; replaced if it exists
     spec: ActivationSpec | None = None,  # what the activations are, to be noted in meta.json
     dtype: str = "float32",  # numbers stored: 'float32', 'bfloat16' or 'float16'
@@ -485,13 +490,14 @@ def build_cache(
     text: str = "",  # checksum of the text: a build that was stopped goes on with no other
     ranks: Ranks = ALONE,  # the processes that share the work
     artefact: Artefact | None = None,  # what the cache is sealed as
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> ActivationCache:
     "Run the model over tokens and store one layer's activations; a stopped build is continued."
     from tqdm import tqdm
 
-    folder, job = Path(folder), _job(lm, tokens, n_rows, layer, dtype, batch_size)
-    about = dict(d_in=lm.d_model, dtype=dtype, layer=layer, model_checksum=lm.checksum)
-    about |= dict(spec=to_plain(spec))
+    folder, job = Path(folder), _job(lm, tokens, n_rows, layer, site, dtype, batch_size)
+    about = dict(d_in=lm.d_model, dtype=dtype, layer=layer, site=site)
+    about |= dict(model_checksum=lm.checksum, spec=to_plain(spec))
     inputs = [about, job.n_rows, job.rows_per_shard, job.batch_size, text]
     left = f"complete shards stay in {building_folder(folder)}, and the next run goes on from there"
     with explain_disk_errors(folder, left):
@@ -499,7 +505,7 @@ def build_cache(
         _check_room(folder, n_activations * row_bytes(lm.d_model, dtype))
         builder = _Builder(folder, about, inputs, ranks)
         hide = not progress or ranks.rank > 0
-        title = f"layer {layer} of {lm.name}"
+        title = f"{Site(layer, site)} of {lm.name}"
         with tqdm(total=job.n_rows, desc=title, unit="row", disable=hide) as bar:
             for i, shard_tokens, place in read_ahead(job.missing(builder)):
                 if i % ranks.size == ranks.rank and not builder.has(i):
@@ -696,6 +702,7 @@ def get_activations(
                     text=artefact.inputs["text"],
                     ranks=ranks,
                     artefact=artefact,
+                    site=spec.site,
                 )
     artefact.opened()
     return _open_verified(artefact.folder) if cache is None else cache

@@ -145,7 +145,7 @@ class StreamBatches:
         self,
         lm: LM,
         rows: PackedRows | TokenRows,  # where its tokens come from
-        layer: int,  # residual stream after this block
+        layer: int,  # block
         batch_size: int,  # activations a batch
         seed: int,  # of the order
         buffer: int,  # activations to shuffle among
@@ -153,12 +153,14 @@ class StreamBatches:
         lm_batch: int | None = None,  # rows of tokens to run at a time; None: what suits the device
         name: str = "",  # of the activations: a state belongs to it
         ranks: Ranks = ALONE,  # the processes that share the model's work
+        site: str = "resid_post",  # which vectors of the block, one of SITES of `lm`
     ) -> None:
         if not 0 < batch_size <= buffer:
             raise ValueError(
                 f"a buffer of {buffer} cannot give batches of {batch_size}: choose a larger one"
             )
-        self.lm, self.text, self.layer, self.dtype = lm, rows, layer, dtype
+        self.lm, self.text, self.dtype = lm, rows, dtype
+        self.layer, self.site = layer, site
         self.batch_size = batch_size
         self.ranks = ranks
         rows_of_rank = -(-(lm_batch or default_batch_size(lm, rows.context)) // ranks.size)
@@ -195,7 +197,8 @@ class StreamBatches:
         "Activations of the next rows of tokens, (n, d_in); each rank computes its part."
         tokens, self.place = next(self._pieces)
         mine = self.ranks.share(tokens)
-        x = token_activations(self.lm, mine, self.layer, self.dtype).cpu().clone()
+        x = token_activations(self.lm, mine, self.layer, self.dtype, 0, self.site)
+        x = x.cpu().clone()
         if self.ranks.size == 1:
             return x
         # parts differ in length by their special tokens: fill up, gather, cut
@@ -259,7 +262,7 @@ def stream_activations(
     lm = load_model(spec)
     rows, name = token_rows(spec, lm), activation_key(spec, lm=lm)
     settings = (spec.layer, batch_size, seed, spec.buffer, spec.dtype)
-    return StreamBatches(lm, rows, *settings, name=name, ranks=ranks)
+    return StreamBatches(lm, rows, *settings, name=name, ranks=ranks, site=spec.site)
 
 
 # %% ../../nbs/data/batches.ipynb #cell-25

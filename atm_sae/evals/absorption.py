@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from ..core import one_thread, to_plain
 from ..data.letters import answer_tokens
-from ..data.lm import LM, check_causal, hook_point, splice
+from ..data.lm import LM, Site, check_causal, hook_point, other_place, splice
 from .first_letter import LETTERS, FirstLetterTask
 from .metrics import Dictionary, Encoder
 from .probes import f1_score, fit_l1_probes, fit_logistic
@@ -201,7 +201,7 @@ def word_gaps(
             input_ids=tokens[:, :start], use_cache=True, logits_to_keep=1
         ).past_key_values
     past.batch_repeat_interleave(points)
-    with splice(lm, task.layer, lambda resid: torch.cat([x.to(resid), resid[:, 1:]], 1)):
+    with splice(lm, task.layer, lambda at: torch.cat([x.to(at), at[:, 1:]], 1), task.site):
         logits = lm.model(
             input_ids=tokens[:, start:].repeat_interleave(points, 0),
             past_key_values=past,
@@ -261,7 +261,7 @@ def ablation_absorbed(
             f"the task was built with {task.model}, not with {lm.name}: "
             "their activations have nothing in common"
         )
-    check_causal(lm, task.layer)
+    check_causal(lm, task.layer, task.site)
     unit, p = F.normalize(sae.W_dec.detach(), dim=1).cpu().float(), task.directions[task.letter]
     absorbed = [torch.zeros(0, dtype=torch.bool)]
     for part in torch.tensor(rows, dtype=torch.long).split(batch_size):
@@ -301,16 +301,17 @@ def encode_words(
 def _check_fits(sae: Dictionary, task: FirstLetterTask) -> None:
     "ValueError if the SAE reads another width, model or hook than the task."
     if sae.W_dec.shape[1] != task.d_in:
+        place = f"{task.model} {Site(task.layer, task.site)}"
         raise ValueError(
             f"the SAE reads activations of width {sae.W_dec.shape[1]}, the task has width "
-            f"{task.d_in} ({task.model} layer {task.layer}): was it trained on another model?"
+            f"{task.d_in} ({place}): was it trained on another model?"
         )
-    here = hook_point(task.model, task.layer)
-    there = {k: v for k, v in getattr(sae, "metadata", {}).items() if k in here}
-    if task.tokens is not None and there and there != here:
+    here = hook_point(task.model, task.layer, task.site)
+    there = other_place(getattr(sae, "metadata", None) or {}, here)
+    if task.tokens is not None and there:
         raise ValueError(
             f"the SAE was trained on {there}, the task reads {here}: "
-            "build the task for the model and layer of the SAE"
+            "build the task for the model, layer and site of the SAE"
         )
 
 
@@ -537,10 +538,10 @@ def describe_sae(sae: Dictionary) -> dict[str, Any]:
 
 # %% ../../nbs/evals/absorption.ipynb #cell-53
 def _check_tasks(tasks: Sequence[FirstLetterTask]) -> None:
-    "ValueError unless there are tasks, of one model and layer, each with a seed of its own."
+    "ValueError unless there are tasks, of one model and site, each with a seed of its own."
     if not tasks:
         raise ValueError("there is no task to score on: give one, or one for each evaluation seed")
-    places = {(task.model, task.layer) for task in tasks}
+    places = {(task.model, task.layer, task.site) for task in tasks}
     if len(places) > 1:
         raise ValueError(f"the tasks read different places, {sorted(places)}: score them apart")
     seeds = [task.seed for task in tasks]
@@ -569,6 +570,7 @@ def evaluate_absorption(
     setting = dict(
         model=first.model,
         layer=first.layer,
+        site=first.site,
         seeds=[task.seed for task in tasks],
         position=first.position,
         n_words=len(first.words),

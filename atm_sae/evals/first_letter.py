@@ -39,7 +39,7 @@ from ..artefacts import Artefact, atomic_folder, file_sha256, read_object, write
 from ..core import check_activations, generator, one_thread
 from ..data.letters import word_vocabulary
 from ..data.text import bos_eos
-from ..data.lm import LM, check_causal, load_lm, residual_stream
+from ..data.lm import LM, check_causal, load_lm, read_site
 from .probes import f1_score, fit_logistic
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def fit_letter_probes(
 # %% ../../nbs/evals/first_letter.ipynb #cell-24
 @dataclass
 class FirstLetterTask:
-    "The first-letter task of one model, layer and seed."
+    "The first-letter task of one model, layer, site and seed."
 
     words: pd.DataFrame = field(repr=False)  # columns token_id, text, letter, test
     x: Tensor = field(repr=False)  # (n, d_in) activations at the words
@@ -155,6 +155,7 @@ class FirstLetterTask:
     l2: float = 1.0  # penalty of the probes
     n_icl: int | None = None  # answered lines in each prompt, if there are prompts
     max_words: int | None = None  # limit on the number of words, if there was one
+    site: str = "resid_post"  # which vectors of the layer's block
 
     @property
     def d_in(self) -> int:
@@ -205,6 +206,7 @@ def task_from_activations(
     at: Tensor | None = None,  # (n,) position of the word in each
     n_icl: int | None = None,  # answered lines in each prompt
     max_words: int | None = None,  # limit on the number of words
+    site: str = "resid_post",  # which vectors of the layer's block
 ) -> FirstLetterTask:
     "Split the words, fit the probes, score them on the test words. ValueError if x is not finite."
     x = check_activations(x.float(), None, "activations at the words")
@@ -214,7 +216,8 @@ def task_from_activations(
     hit = x[test] @ W.T + b > 0
     f1 = f1_score(hit.T, F.one_hot(letter[test], 26).T.bool()).float()
     words = words.assign(test=test.numpy()).reset_index(drop=True)
-    return FirstLetterTask(words, x, W, b, f1, model, layer, seed, tokens, at, l2, n_icl, max_words)
+    about = (model, layer, seed, tokens, at, l2, n_icl, max_words, site)
+    return FirstLetterTask(words, x, W, b, f1, *about)
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-29
@@ -229,14 +232,15 @@ def _vocabulary(lm: LM, seed: int, max_words: int | None) -> pd.DataFrame:
 
 def build_task(
     lm: LM,
-    layer: int,  # read after this block
+    layer: int,  # block
     seed: int = 0,  # of prompts and split
     n_icl: int = 10,  # answered lines in each prompt
     max_words: int | None = None,  # a random part of a large vocabulary
     batch_size: int = 64,  # prompts at a time
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> FirstLetterTask:
     "Read the activations of the vocabulary's words and fit the probes."
-    check_causal(lm, layer)
+    check_causal(lm, layer, site)
     words = _vocabulary(lm, seed, max_words)
     prompts, ends = first_letter_prompts(words, n_icl, seed)
     tokens, at, found = find_words(lm.tokenizer, prompts, ends, words.token_id)
@@ -247,7 +251,7 @@ def build_task(
         )
     up_to_word = tokens[:, : int(at.max()) + 1].long()
     return task_from_activations(
-        residual_stream(lm, up_to_word, layer, batch_size, at=at).float().cpu(),
+        read_site(lm, up_to_word, layer, site, batch_size, at).float().cpu(),
         words[found.numpy()],
         seed,
         model=lm.name,
@@ -256,12 +260,13 @@ def build_task(
         at=at,
         n_icl=n_icl,
         max_words=max_words,
+        site=site,
     )
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-32
 _TENSORS = ("x", "W", "b", "f1", "tokens", "at")
-_VALUES = ("model", "layer", "seed", "l2", "n_icl", "max_words")
+_VALUES = ("model", "layer", "site", "seed", "l2", "n_icl", "max_words")
 
 
 def save_task(task: FirstLetterTask, folder: Path | str) -> None:
@@ -295,15 +300,16 @@ def load_task(folder: Path | str) -> FirstLetterTask:
 # %% ../../nbs/evals/first_letter.ipynb #cell-34
 def task_artefact(
     lm: LM,
-    layer: int,  # read after this block
+    layer: int,  # block
     seed: int = 0,  # of prompts and split
     n_icl: int = 10,  # answered lines in each prompt
     max_words: int | None = None,  # a random part of a large vocabulary
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> Artefact:
     "What names a task in the cache."
     return Artefact(
         "tasks",
-        dict(layer=layer, seed=seed, n_icl=n_icl, max_words=max_words),
+        dict(layer=layer, site=site, seed=seed, n_icl=n_icl, max_words=max_words),
         ("evals.first_letter.build_task", "evals.first_letter.save_task", "data.lm.load_lm"),
         inputs=dict(model=lm.checksum),
         sources=dict(model=lm.name),
@@ -315,18 +321,19 @@ def task_artefact(
 @one_thread()
 def get_task(
     model: LM | Path | str,  # an LM, or its name as for `load_lm`
-    layer: int,  # read after this block
+    layer: int,  # block
     seed: int = 0,  # of prompts and split
     n_icl: int = 10,  # answered lines in each prompt
     max_words: int | None = None,  # a random part of a large vocabulary
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> FirstLetterTask:
     "The task from the cache, or built and put there."
     lm = load_lm(model) if isinstance(model, (str, Path)) else model
-    artefact = task_artefact(lm, layer, seed, n_icl, max_words)
+    artefact = task_artefact(lm, layer, seed, n_icl, max_words, site)
     if not artefact.exists():
         with artefact.lock():  # another process may have built it meanwhile
             if not artefact.exists():
-                task = build_task(lm, layer, seed, n_icl, max_words)
+                task = build_task(lm, layer, seed, n_icl, max_words, site=site)
                 with atomic_folder(artefact.folder) as part:
                     save_task(task, part)
                     artefact.seal(part)
@@ -337,11 +344,12 @@ def get_task(
 # %% ../../nbs/evals/first_letter.ipynb #cell-36
 def get_tasks(
     model: LM | Path | str,  # an LM, or its name as for `load_lm`
-    layer: int,  # read after this block
+    layer: int,  # block
     seeds: Sequence[int] = (0, 1, 2),  # one task for each
     n_icl: int = 10,  # answered lines in each prompt
     max_words: int | None = None,  # a random part of a large vocabulary
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> list[FirstLetterTask]:
     "The same task at several evaluation seeds."
     lm = load_lm(model) if isinstance(model, (str, Path)) else model
-    return [get_task(lm, layer, seed, n_icl, max_words) for seed in seeds]
+    return [get_task(lm, layer, seed, n_icl, max_words, site) for seed in seeds]

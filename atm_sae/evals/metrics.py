@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import check_activations, generator
-from ..data.lm import LM, splice
+from ..data.lm import LM, check_hook, splice
 from ..data.planted import PlantedWorld
 from ..data.text import special_ids
 
@@ -179,7 +179,7 @@ def _ce_and_kl(logp: Tensor, targets: Tensor, original: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _spliced_sums(
-    sae: Autoencoder, lm: LM, layer: int, tokens: Tensor, batch_size: int
+    sae: Autoencoder, lm: LM, layer: int, tokens: Tensor, batch_size: int, site: str
 ) -> tuple[Tensor, int]:
     "Sums (3, 2) of CE and KL for the original model, the SAE and zeros; number of positions."
     total, n = torch.zeros(3, 2, dtype=torch.float64, device=lm.device), 0
@@ -188,7 +188,7 @@ def _spliced_sums(
         counts, original = ordinary[:, :-1] & ordinary[:, 1:], _log_probabilities(lm, rows)
         found = [_ce_and_kl(original, targets, original)]
         for which in (sae, None):
-            with splice(lm, layer, _replace(which, ordinary)):
+            with splice(lm, layer, _replace(which, ordinary), site):
                 found.append(_ce_and_kl(_log_probabilities(lm, rows), targets, original))
         total += torch.stack(found)[:, :, counts].double().sum(-1)
         n += int(counts.sum())
@@ -201,13 +201,15 @@ def spliced_metrics(
     layer: int,  # the SAE's layer
     tokens: Tensor,  # (n, context) held-out token ids
     batch_size: int = 8,  # rows at a time
+    site: str = "resid_post",  # the SAE's site, one of SITES of `lm`
 ) -> dict[str, float]:
     "CE loss score and KL score of an SAE spliced into its model, and the losses they come from."
     if sae.W_dec.shape[1] != lm.d_model:
         raise ValueError(
             f"the SAE reads width {sae.W_dec.shape[1]}, {lm.name} has width {lm.d_model}"
         )
-    total, n = _spliced_sums(sae, lm, layer, tokens, batch_size)
+    check_hook(sae, layer, site)
+    total, n = _spliced_sums(sae, lm, layer, tokens, batch_size, site)
     if not n:
         raise ValueError(
             "the tokens hold no two ordinary tokens in a row: there is no loss to measure"

@@ -44,7 +44,7 @@ from atm_sae.artefacts import (
     write_json,
 )
 from ..core import generator, one_thread
-from ..data.lm import LM, load_lm, residual_stream
+from ..data.lm import LM, Site, check_hook, load_lm, read_site
 from atm_sae.data.text import (
     bos_eos,
     checked_texts,
@@ -173,11 +173,11 @@ def token_rows(
     return [[bos, *row][:context] for row in encode_texts(tokenizer, texts)]
 
 
-def _read_batch(lm: LM, layer: int, rows: list[list[int]]) -> list[Tensor]:
-    "Residual activations of the ordinary tokens of a few rows, one tensor a row."
+def _read_batch(lm: LM, layer: int, site: str, rows: list[list[int]]) -> list[Tensor]:
+    "Activations of the ordinary tokens of a few rows, one tensor a row."
     special, width = set(special_ids(lm.tokenizer)), max(map(len, rows))
     padded = torch.tensor([row + row[:1] * (width - len(row)) for row in rows])
-    x = residual_stream(lm, padded, layer).float().cpu()
+    x = read_site(lm, padded, layer, site).float().cpu()
     ordinary = [[j for j, t in enumerate(row) if t not in special] for row in rows]
     return [x[i, positions] for i, positions in enumerate(ordinary)]
 
@@ -185,13 +185,13 @@ def _read_batch(lm: LM, layer: int, rows: list[list[int]]) -> list[Tensor]:
 # %% ../../nbs/evals/probing.ipynb #cell-31
 @dataclass
 class ProbingData:
-    "Residual activations of the texts of some tasks."
+    "Activations of the texts of some tasks."
 
     tasks: list[ProbingTask] = field(repr=False)
     x: Tensor = field(repr=False)  # (n_tokens, d_in), text after text
     lengths: Tensor = field(repr=False)  # (n_texts,) how many rows of x each text has
     texts: dict[str, int] = field(repr=False)  # {text: its number}
-    name: str = ""  # model and layer
+    name: str = ""  # model, layer and site
 
 
 def _all_texts(tasks: Iterable[ProbingTask]) -> dict[str, int]:
@@ -202,10 +202,11 @@ def _all_texts(tasks: Iterable[ProbingTask]) -> dict[str, int]:
 
 def build_probing(
     lm: LM,
-    layer: int,  # read after this block
+    layer: int,  # block
     tasks: list[ProbingTask],  # of `probing_tasks` or `dataset_tasks`
     context: int = 128,  # tokens of a text, at most
     batch_size: int = 32,  # texts at a time
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> ProbingData:
     "Run the model over every text of the tasks. ValueError if there are none, or one is empty."
     texts = _all_texts(tasks)
@@ -221,9 +222,9 @@ def build_probing(
     x, start = torch.empty(int(lengths.sum()), lm.d_model), lengths.cumsum(0) - lengths
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        for i, part in zip(batch, _read_batch(lm, layer, [rows[i] for i in batch])):
+        for i, part in zip(batch, _read_batch(lm, layer, site, [rows[i] for i in batch])):
             x[start[i] : start[i] + len(part)] = part
-    return ProbingData(tasks, x, lengths, texts, f"{lm.name} layer {layer}")
+    return ProbingData(tasks, x, lengths, texts, f"{lm.name} {Site(layer, site)}")
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-36
@@ -256,14 +257,15 @@ def _load(folder: Path, tasks: list[ProbingTask]) -> ProbingData:
 # %% ../../nbs/evals/probing.ipynb #cell-37
 def probing_artefact(
     lm: LM,
-    layer: int,  # read after this block
+    layer: int,  # block
     tasks: list[ProbingTask],
     context: int = 128,  # tokens of a text, at most
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> Artefact:
     "What names the activations of some tasks in the cache; their texts are an input."
     return Artefact(
         "probing",
-        dict(layer=layer, context=context),
+        dict(layer=layer, site=site, context=context),
         ("evals.probing.build_probing", "evals.probing._save", "data.lm.load_lm"),
         inputs=dict(model=lm.checksum, text=stable_hash([*_all_texts(tasks)])),
         sources=dict(model=lm.name),
@@ -275,22 +277,23 @@ def probing_artefact(
 @one_thread()
 def get_probing(
     lm: LM | Path | str,  # an LM, or its name for `load_lm`
-    layer: int,  # read after this block
+    layer: int,  # block
     tasks: list[ProbingTask],  # of `probing_tasks` or `dataset_tasks`
     context: int = 128,  # tokens of a text, at most
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> ProbingData:
     "The data from the cache, or built and put there."
     lm = load_lm(lm) if isinstance(lm, (str, Path)) else lm
-    artefact = probing_artefact(lm, layer, tasks, context)
+    artefact = probing_artefact(lm, layer, tasks, context, site)
     if not artefact.exists():
         with artefact.lock():  # another process may have built it meanwhile
             if not artefact.exists():
-                data = build_probing(lm, layer, tasks, context)
+                data = build_probing(lm, layer, tasks, context, site=site)
                 with atomic_folder(artefact.folder) as part:
                     _save(data, part)
                     artefact.seal(part)
     artefact.opened()
-    return replace(_load(artefact.folder, tasks), name=f"{lm.name} layer {layer}")
+    return replace(_load(artefact.folder, tasks), name=f"{lm.name} {Site(layer, site)}")
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-39
@@ -473,9 +476,11 @@ def evaluate_probing(
     layer: int,  # the SAE's layer
     tasks: list[ProbingTask] | None = None,  # of `dataset_tasks`, say; None: the 35 of GROUPS
     ks: Sequence[int] = (1, 2, 5),  # how many latents the probe may see
+    site: str = "resid_post",  # the SAE's site, one of SITES of `lm`
 ) -> ProbingResult:
     "Sparse probing of an SAE, one group at a time; the texts' activations come from the cache."
     lm = load_lm(lm) if isinstance(lm, (str, Path)) else lm
     groups = _groups(probing_tasks() if tasks is None else tasks)
-    rows = [row for group in groups for row in _group_rows(sae, get_probing(lm, layer, group), ks)]
-    return ProbingResult.of(rows)
+    check_hook(sae, layer, site)
+    data = (get_probing(lm, layer, group, site=site) for group in groups)
+    return ProbingResult.of([row for part in data for row in _group_rows(sae, part, ks)])

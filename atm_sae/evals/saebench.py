@@ -29,6 +29,7 @@ __all__ = [
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from ..artefacts import read_object, stable_hash, write_json
 from ..core import to_plain
-from ..data.lm import hook_point
+from ..data.lm import Site
 from .absorption import AbsorptionResult, describe_sae
 from .first_letter import PROMPT
 from .metrics import Dictionary
@@ -268,15 +269,14 @@ def _cfg_dict(
     model: str,  # name of its language model
     layer: int,  # which it reads
     method: str | None,  # one of METHODS; None: its architecture
+    site: str = "resid_post",  # which vectors of the layer's block
 ) -> dict[str, Any]:
     "`sae_cfg_dict`: what SAEBench's tools look for, and the SAE's configuration."
     cfg = to_plain(sae) if isinstance(sae, dict) else describe_sae(sae)
     method = method or cfg.get("architecture") or ""
     if method in ARCHITECTURES:
         method = ARCHITECTURES[method].foreign.get("saebench", method)
-    where = dict(
-        model_name=model, hook_layer=layer, hook_name=hook_point(model, layer)["hook_name"]
-    )
+    where = dict(model_name=model, hook_layer=layer, hook_name=Site(layer, site).hook_name)
     return where | dict(dtype="float32") | cfg | dict(architecture=method)
 
 
@@ -303,11 +303,13 @@ def saebench_result(
     unstructured: object = None,  # anything more
     datetime_epoch_millis: int = 0,  # when; 0 keeps equal results equal
     path: Path | str | None = None,  # write it there: a .json file, or a folder (`saebench_path`)
+    site: str = "resid_post",  # which vectors of the layer's block
 ) -> dict[str, Any]:
     "A result in SAEBench's envelope, checked; ValueError if it does not fit."
     from atm_sae import __version__
 
-    config, metrics, cfg = map(to_plain, (config, metrics, _cfg_dict(sae, model, layer, method)))
+    cfg = _cfg_dict(sae, model, layer, method, site)
+    config, metrics, cfg = map(to_plain, (config, metrics, cfg))
     data = dict(
         eval_type_id=eval_type,
         eval_config=config,
@@ -384,6 +386,7 @@ def absorption_json(
         c["model"],
         c["layer"],
         path=path,
+        site=c["site"],
         unstructured=c | _third_score(result),
         **more,
     )
@@ -598,8 +601,10 @@ def _identity(file: Path, r: dict) -> dict[str, Any]:
     "Which SAE and which evaluation a result is about."
     cfg = r.get("sae_cfg_dict") or {}
     cfg = cfg | (cfg.get("metadata") or {})
-    hook = re.search(r"(?:blocks\.|layer_)(\d+)", str(cfg.get("hook_name") or ""))
-    layer = cfg.get("hook_layer", int(hook[1]) if hook else None)
+    name, site = str(cfg.get("hook_name") or ""), None
+    hook = re.search(r"(?:blocks\.|layer_)(\d+)", name)
+    with suppress(ValueError):  # a hook that cannot be read here has a layer, too
+        site = Site.parse(name).kind
     source = "atm-sae" if str(r.get("sae_bench_commit_hash")).startswith("atm-sae") else "SAEBench"
     return dict(
         file=file.name,
@@ -608,7 +613,8 @@ def _identity(file: Path, r: dict) -> dict[str, Any]:
         release=r.get("sae_lens_release_id"),
         sae_id=r.get("sae_lens_id") or file.stem.removesuffix("_eval_results"),
         model=cfg.get("model_name") or (r.get("eval_config") or {}).get("model_name"),
-        layer=layer,
+        layer=cfg.get("hook_layer", int(hook[1]) if hook else None),
+        site=site,
         method=_method(cfg.get("architecture")),
         d_sae=cfg.get("d_sae"),
     )

@@ -44,10 +44,10 @@ def _load_lm(model: str, dtype: str) -> LM:
 
 @dataclass(frozen=True)
 class Experiment:
-    "One layer of one language model: activations, held-out rows, task, and runs on them."
+    "One site of one language model: activations, held-out rows, task, and runs on them."
 
     model: str  # a model that ships with the project, a folder, or a Hub id
-    layer: int  # block whose output the SAEs read
+    layer: int  # block that the SAEs read; its output, unless `activations` has a `site`
     n_tokens: int  # tokens of activations
     activations: dict[str, Any] = field(default_factory=dict)  # more fields of `ActivationSpec`
     out: str = ""  # reports folder; empty: a scratch folder of the cache
@@ -72,11 +72,12 @@ class Experiment:
     def task(self, max_words: int = 0, layer: int | None = None) -> FirstLetterTask:
         "The first-letter task at this layer or another one; 0 words: all."
         layer = self.layer if layer is None else layer
-        return get_task(self.lm(), layer, max_words=max_words or None)
+        return get_task(self.lm(), layer, max_words=max_words or None, site=self.data.site)
 
     def tasks(self, seeds: Sequence[int], max_words: int = 0) -> list[FirstLetterTask]:
         "The task at several evaluation seeds."
-        return get_tasks(self.lm(), self.layer, seeds, max_words=max_words or None)
+        words = max_words or None
+        return get_tasks(self.lm(), self.layer, seeds, max_words=words, site=self.data.site)
 
     def held_out(self, n: int = 20_000) -> Tensor:
         "Activations (n, d_in) that no SAE is trained on; fewer if there are fewer."
@@ -96,8 +97,8 @@ class Experiment:
     ) -> list[Run]:
         "The trained SAEs, loaded or trained, and the pretrained ones after them."
         made = run_grid(grid(methods, self.data, targets, seeds, **settings))
-        width = model_width(self.model)
-        return made + pretrained_runs(list(pretrained), self.model, self.layer, width)
+        place = (self.model, self.layer, model_width(self.model), self.data.site)
+        return made + pretrained_runs(list(pretrained), *place)
 
 
 # %% ../../nbs/report/experiment.ipynb #cell-9

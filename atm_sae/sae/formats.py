@@ -24,7 +24,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..artefacts import atomic_folder, read_object, write_json
 from ..core import causes
-from ..data.lm import hook_point
+from ..data.lm import SITES, Site, hook_point
 from ..data.text import no_network
 from ..methods import ARCHITECTURES
 from .architectures import BatchTopK, SAEConfig
@@ -193,14 +193,11 @@ _MODEL_NAMES = {"gpt2-small": "gpt2"}  # TransformerLens' name: the name on the 
 
 
 def _place(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    "Metadata without empty entries, with the model and hook named as in `hook_point`."
+    "Metadata without empty entries, with the model named as in `hook_point`."
     found = {k: v for k, v in metadata.items() if v is not None and not k.startswith("sae_lens")}
     if found.get("model_name"):
         name = found["model_name"]
         found["model_name"] = _MODEL_NAMES.get(name, Path(name).name)
-    before = re.fullmatch(r"blocks\.([1-9]\d*)\.hook_resid_pre", str(found.get("hook_name")))
-    if before:
-        found["hook_name"] = hook_point("", int(before[1]) - 1)["hook_name"]
     return found
 
 
@@ -418,10 +415,13 @@ def _our_names(tensors: Weights) -> Weights:
 def _their_place(trainer: Mapping[str, Any]) -> dict[str, str]:
     "Model and hook as dictionary_learning's trainer names them; empty if it does not."
     model, layer, part = trainer.get("lm_name"), trainer.get("layer"), trainer.get("submodule_name")
-    if not model or not isinstance(layer, int):
+    if not model:
         return {}
-    place = hook_point(model, layer)
-    return place if not part or "resid_post" in part else place | dict(hook_name=part)
+    place = hook_point(model, 0)
+    known = next((site for site in SITES if site in (part or "resid_post")), None)
+    if known and isinstance(layer, int):
+        return hook_point(model, layer, known)
+    return place | dict(hook_name=part) if part else {}
 
 
 def read_dictionary_learning(folder: Path) -> SAE:
@@ -501,15 +501,17 @@ def write_dictionary_learning(sae: SAE, folder: Path) -> None:
     config, hook = sae.config, sae.metadata.get("hook_name")
     # a Matryoshka's class needs group sizes that only its trainer reads
     row = "batchtopk" if isinstance(sae.architecture, BatchTopK) else config.architecture
-    layer = re.search(r"blocks\.(\d+)\.hook_resid_post", hook or "")
+    site = None
+    with suppress(ValueError):
+        site = Site.parse(hook or "")
     trainer = dict(
         dict_class=ARCHITECTURES[row].foreign.get("dictionary_learning", row),
         activation_dim=config.d_in,
         dict_size=config.d_sae,
         k=config.k,
         lm_name=sae.metadata.get("model_name"),
-        layer=int(layer[1]) if layer else None,
-        submodule_name=None if layer else hook,
+        layer=site.layer if site else None,
+        submodule_name=f"{site.kind}_layer_{site.layer}" if site else hook,
     )
     buffer = dict(d_submodule=config.d_in, ctx_len=sae.metadata.get("context_size"))
     tensors = _their_tensors(sae)

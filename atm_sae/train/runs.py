@@ -62,7 +62,7 @@ from atm_sae.data.activations import (
     one_maker,
 )
 from ..data.batches import Batches, CacheBatches, data_batches
-from ..data.lm import hook_point, model_width
+from ..data.lm import Site, hook_point, model_width, other_place
 from ..data.planted import WorldConfig
 from ..methods import ARCHITECTURES, get_method, method_parts, twin_method
 from ..ranks import ALONE, Ranks
@@ -366,7 +366,7 @@ def _write_run(
 ) -> None:
     "Write a run's folder, which replaces the one with the checkpoint."
     if isinstance(spec.data, ActivationSpec):
-        sae.metadata = hook_point(spec.data.model, spec.data.layer)
+        sae.metadata = hook_point(spec.data.model, spec.data.layer, spec.data.site)
     with atomic_folder(artefact.folder) as part:
         sae.save(part / "sae")
         save_history(history, part)
@@ -451,7 +451,7 @@ def get_run(
     folder = artefact.folder
     sae = SAE.load(folder / "sae")
     if isinstance(spec.data, ActivationSpec):  # the same model may have had another name
-        sae.metadata = hook_point(spec.data.model, spec.data.layer)
+        sae.metadata = hook_point(spec.data.model, spec.data.layer, spec.data.site)
     return Run(spec, sae, load_history(folder), folder)
 
 
@@ -573,21 +573,21 @@ def short_names(
 def pretrained_runs(
     sources: Sequence[str | Path],  # as for `from_pretrained`: folders, REPO or REPO/SUBFOLDER
     model: str,  # name or folder of the model that is read
-    layer: int,  # block after which it is read
+    layer: int,  # block that is read
     d_in: int,  # width of the activations there
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> list[Run]:
     "Pretrained SAEs as runs. ValueError for one of another model, hook or width."
     runs = []
-    wanted = hook_point(model, layer)
+    wanted = hook_point(model, layer, site)
     for source, name in zip(sources, short_names(sources)):
         sae = from_pretrained(source)
         if sae.config.d_in != d_in:
             raise ValueError(
-                f"{source} reads activations of width {sae.config.d_in}, and {model} at layer "
-                f"{layer} has width {d_in}"
+                f"{source} reads activations of width {sae.config.d_in}, and {model} at "
+                f"{Site(layer, site)} has width {d_in}"
             )
-        found = {key: sae.metadata[key] for key in wanted if key in sae.metadata}
-        if found and found != wanted:
+        if found := other_place(sae.metadata, wanted):
             raise ValueError(f"{source} was trained on {found}, and these tables are of {wanted}")
         spec = Pretrained(f"pretrained {name}")
         runs.append(Run(spec, sae.requires_grad_(False), History(), None))
