@@ -11,12 +11,14 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "format_interval",
+    "format_margin",
     "require_columns",
     "summarise",
     "read_at",
     "at_l0",
     "paired_difference",
     "claim_verdict",
+    "holm_intervals",
     "VarianceComponents",
     "variance_components",
     "two_arm_power",
@@ -128,6 +130,17 @@ def format_interval(
         decimals = _decimals(mean, 3)
     decimals = min(decimals, 8)
     return f"{mean:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def format_margin(
+    mean: float,
+    half: float,  # half of the interval's width
+) -> str:
+    "`mean ± half`, with two significant digits of `half`; the mean alone where it is not known."
+    if math.isnan(half):
+        return format_number(mean)
+    decimals = min(_decimals(half, 2), 8) if half > abs(mean) / 1e6 else _decimals(mean, 3)
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
 # %% ../nbs/core/stats.ipynb #cell-18
@@ -250,6 +263,37 @@ def claim_verdict(
 
 
 # %% ../nbs/core/stats.ipynb #cell-32
+def _t_test(x: np.ndarray) -> float:
+    "Two-sided p of a t-test of the mean against zero."
+    from scipy.stats import t as student
+
+    deviation = x.std(ddof=1)
+    if deviation == 0:
+        return 1.0 if x.mean() == 0 else 0.0
+    return float(2 * student.sf(abs(x.mean()) / deviation * math.sqrt(len(x)), len(x) - 1))
+
+
+def holm_intervals(
+    comparisons: Iterable[ArrayLike],  # the differences of each, one for each seed
+    level: float = 0.95,  # chance that all intervals without a true difference hold zero
+) -> list[Interval]:
+    """One t-interval for each comparison, corrected by Holm.
+
+    An interval excludes zero exactly where Holm's procedure rejects. Half of its width is the
+    least difference that the data would have shown. A comparison with one seed has no bounds."""
+    found = [np.asarray(x, dtype=float).ravel() for x in comparisons]
+    tested = {i: _t_test(x) for i, x in enumerate(found) if len(x) > 1}
+    levels, error = dict.fromkeys(range(len(found)), level), 1 - level
+    stopped = False
+    for rank, i in enumerate(sorted(tested, key=lambda i: tested[i])):
+        if not stopped:
+            error = (1 - level) / (len(tested) - rank)
+            stopped = tested[i] > error
+        levels[i] = 1 - error
+    return [t_interval(x, levels[i]) for i, x in enumerate(found)]
+
+
+# %% ../nbs/core/stats.ipynb #cell-36
 class VarianceComponents(NamedTuple):
     "Variances of training noise, of evaluation noise that SAEs share, and of each SAE's own."
 
@@ -282,7 +326,7 @@ def variance_components(
     return VarianceComponents(float(training), float(shared), float(own))
 
 
-# %% ../nbs/core/stats.ipynb #cell-36
+# %% ../nbs/core/stats.ipynb #cell-40
 def two_arm_power(
     effect: float,  # true difference of the means, in standard deviations of one run
     n: float,  # SAEs in each arm, two at least

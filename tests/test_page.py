@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 from readme import ROOT
-from toy import DOUBLE, notebook
+from toy import COUNT, DOUBLE, notebook
 
 from atm_sae.report.manifest import NEVER_RUN, ObjectState, load_manifest, read_record
 from atm_sae.report.page import (
@@ -25,6 +25,7 @@ from atm_sae.report.page import (
     tally,
     templates,
 )
+from atm_sae.report.verdict import PUBLISHED_STANDING
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
@@ -41,13 +42,25 @@ def test_markdown_page(toy):
         "| TopK | total | 6 | 8.00 | 6.00 [5.50, 6.50] | 3 | 8.00 | reproduced | 0.00 | 0.500 "
         "| at the published L0 | a book | primary |" in page
     )
-    assert "| less | w | 8.00 [8.00, 8.00] | -2.0 [-3.0, -1.0] | 3 | holds |" in page
+    assert "| less | ours | w | 8.00 [8.00, 8.00] | -2.0 [-3.0, -1.0] | 3 | holds |" in page
     assert "Parameters: `steps = 3`, `rate = 0.5`. Runtime 0:0" in page
     assert "characters" in page and "[executed notebook](notebooks/count.ipynb) · " in page
     assert str(toy.folder) not in page and "\n\n\n" not in page
     toy.run(profile="default", out=toy.folder / "d")
     page = (toy.folder / "d" / "index.md").read_text()
     assert "| not comparable | 0.00 | 0.500 | because |" in page and "SMOKE" not in page
+
+
+def test_a_claim_says_whose_it_is_and_a_missing_l0_is_no_number(toy):
+    toy.replace("text: less,", "text: less, by: paper,")
+    toy.replace("value: 6, l0: 8,", "value: 6,")
+    notebook(toy.path.parent / "10_count.ipynb", COUNT.replace("-2,-3,-1", "-2,-3,1"))
+    toy.run()
+    page = (toy.out / "index.md").read_text()
+    assert "| less | paper | w | 8.00 [8.00, 8.00] | -2.0 [-3.0, 1.0] | 3 | no difference" in page
+    assert "| TopK | total | 6 | not published | – |" in page and "undecided" not in page
+    toy.replace("by: paper", "by: nobody")
+    assert "by" in toy.error()
 
 
 def test_markdown_page_survives_a_broken_summary(toy):
@@ -145,7 +158,7 @@ def test_page_is_whole(drawn):
         "6.00 [5.50, 6.50]",
         "at the published L0",
         "-2.0 [-3.0, -1.0]",
-        "0 compared",
+        "0 shown",
     ):
         assert words in text, words
     assert (
@@ -238,7 +251,7 @@ def test_all_profiles_on_one_page(drawn):
         and '<option value="">all</option><option>smoke' not in text
     )
     assert (
-        "1 compared: 1 not comparable." in text
+        "1 shown, none comparable at this scale." in text
         and "smoke runs are shown, not counted" in text
         and not (drawn.out / "smoke" / "index.html").exists()
     )
@@ -254,7 +267,7 @@ def test_sort_keys():
     assert number_cell("x", float("nan")) == number_cell("x", float("inf")) == Cell("x", "")
     assert number_cell("x", None) == Cell("x", "") and number_cell("x", 3) == Cell("x", "3.0")
     assert tally(["a", "b", "a"]) == "2 a, 1 b"
-    assert headline([])[0] == ("Published values", "0 compared: –.")
+    assert headline([])[0] == ("Published values", f"0 shown: –. {PUBLISHED_STANDING}")
 
 
 def test_templates_are_package_data():

@@ -26,6 +26,7 @@ from atm_sae.report.figures import (
 from atm_sae.report.tables import (
     SMOKE,
     SUMMARY_COLUMNS,
+    chose_no_mask,
     compare_published,
     difference_table,
     pretty,
@@ -43,8 +44,10 @@ from atm_sae.stats import (
     claim_verdict,
     format_bytes,
     format_interval,
+    format_margin,
     format_number,
     format_seconds,
+    holm_intervals,
     mean_interval,
     paired_difference,
     summarise,
@@ -85,6 +88,62 @@ def test_interval_by_hand():
     )
     # 80%, two values: t_1 = 3.0777, s/sqrt(2) = 1
     assert mean_interval([0, 2], level=0.8)[2] - 1 == pytest.approx(3.0777, abs=1e-4)
+
+
+def test_holm_by_hand():
+    """Three comparisons of three seeds, sorted by p. At level L and two degrees of freedom the
+    quantile of t is L sqrt(2 / (1 - L^2)): 7.649 at 1 - 0.05/3 and 6.205 at 1 - 0.05/2."""
+    found = holm_intervals([[0.4, 0.5, 0.6], [9.0, 10.0, 11.0], [-1.0, 0.0, 1.5]])
+    quantiles = [(i.high - i.low) / 2 / (s / math.sqrt(3)) for i, s in zip(found, (0.1, 1.0))]
+    assert [i.mean for i in found[:2]] == pytest.approx([0.5, 10])
+    assert sorted(quantiles) == pytest.approx([6.2053, 7.6488], rel=1e-4)
+    assert [claim_verdict(i) for i in found] == ["fails", "fails", "undecided"]
+
+
+def test_holm_stops_at_the_first_that_is_not_significant():
+    "p of 0.030 and 0.040: the first needs 0.025, so the second shows nothing at 0.05 either."
+    first, second = ([x + m for x in (-0.1, 0.0, 0.1)] for m in (0.3283, 0.2827))
+    assert [claim_verdict(mean_interval(x)) for x in (first, second)] == ["fails", "fails"]
+    found = holm_intervals([first, second])
+    assert [claim_verdict(i) for i in found] == ["undecided", "undecided"]
+    assert found[1].high - found[1].low == pytest.approx(found[0].high - found[0].low)
+
+
+def test_holm_of_few_seeds():
+    one, two = holm_intervals([[0.5], [0.1, 0.3]])
+    assert one.mean == 0.5 and math.isnan(one.low)
+    assert two == mean_interval([0.1, 0.3]) + (2,)  # a single seed is not tested, nor counted
+    same, zero = holm_intervals([[0.2, 0.2], [0.0, 0.0]])
+    assert (same.low, same.high) == (0.2, 0.2) and claim_verdict(zero) == "undecided"
+    assert holm_intervals([]) == []
+
+
+@pytest.mark.parametrize(
+    "numbers, text",
+    [
+        ((-0.0757, 0.0249), "-0.076 ± 0.025"),
+        ((0.5, math.nan), "0.500"),
+        ((0.2, 0.0), "0.200 ± 0.000"),
+        ((0, 0), "0.00 ± 0.00"),
+    ],
+)
+def test_format_margin(numbers, text):
+    assert format_margin(*numbers) == text
+
+
+def test_settings_that_hide_nothing_are_not_called_masked():
+    rates = {"matryoshka+atm": (0.0, 0.0), "topk+atm": (0.0, 0.1), "topk": (math.nan, math.nan)}
+    table = pd.DataFrame(
+        [
+            dict(world="w", method=m, sparsity=t, seed=0, l0=t, mask_rate=rate)
+            for m, pair in rates.items()
+            for t, rate in zip((4, 8), pair)
+        ]
+    )
+    assert chose_no_mask(table) == {"matryoshka+atm"}
+    assert chose_no_mask(table.drop(columns="mask_rate")) == set()
+    names = pretty(summary_table(table, "mask_rate")).method
+    assert [*dict.fromkeys(names)] == ["Matryoshka + ATM (chose no mask)", "TopK + ATM", "TopK"]
 
 
 def test_interval_of_one_or_none():

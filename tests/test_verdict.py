@@ -2,27 +2,39 @@
 
 import math
 import shutil
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from atm_sae.report.manifest import load_manifest
-from atm_sae.report.page import markdown_page, profile_results, write_index
-from atm_sae.report.tables import SUMMARY_COLUMNS, read_summary
+from readme import ROOT
+
+from atm_sae.report.manifest import load_manifest, object_states
+from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
 from atm_sae.report.verdict import (
-    SUBJECTS,
+    BEYOND,
+    EFFECT_COLUMNS,
+    FRACTION_SCORE,
+    FULL_SCORE,
+    LEAD,
+    PUBLISHED_STANDING,
+    RAW,
+    compare_pairs,
+    describe_effects,
     equal_explained_table,
     equal_l0_rows,
     equal_l0_table,
+    layer_sentence,
+    mask_caption,
+    mask_table,
     mean_difference,
     mean_differences,
-    verdict_sentence,
+    read_evidence,
+    rival_table,
+    split_sentences,
     verdict_sentences,
 )
-from atm_sae.stats import format_interval
 
-REPORTS = Path(__file__).resolve().parent.parent / "reports"
+REPORTS = ROOT / "reports"
 
 
 def rows(**curves):
@@ -37,30 +49,27 @@ def rows(**curves):
     )
 
 
-def lines(*found, metric="excess_absorption", world="planted"):
-    "A summary of (rival, mean, low, high)."
-    return pd.DataFrame(
-        [
-            (world, f"atm - {m}", math.nan, metric, mean, low, high, 5, 20.0, 4.0, 64.0)
-            for m, mean, low, high in found
-        ],
-        columns=SUMMARY_COLUMNS,
-    )
-
-
-def test_curves_are_read_at_the_same_l0_and_never_beyond_their_ends():
+def test_curves_are_read_near_a_trained_sae_and_never_beyond_their_ends():
+    "4.5 lies between 4 and 5; 8 lies in a gap of ATM, a factor of 1.6 from 5 and of 2 from 16."
     read = equal_l0_rows(
-        rows(atm=[(2, 0.4), (8, 0.2)], topk=[(4, 0.6), (16, 0.3)]),
+        rows(atm=[(4, 0.4), (5, 0.2), (16, 0.1)], topk=[(7, 0.6), (9, 0.3)]),
         ["absorption"],
-        [2, 4, 8, 16, 32],
+        [3.9, 4, 4.5, 8, 16, 17],
     )
     assert {m: sorted(g.l0.unique()) for m, g in read.groupby("method")} == {
-        "atm": [2, 4, 8],
-        "topk": [4, 8, 16],
+        "atm": [4, 4.5, 16],
+        "topk": [8],
     }
-    assert read.query(
-        'method == "atm" and l0 == 4 and seed == 0'
-    ).absorption.item() == pytest.approx(0.3)
+    at = read.query('method == "atm" and l0 == 4.5 and seed == 0').absorption.item()
+    share = math.log(4.5 / 4) / math.log(5 / 4)
+    assert at == pytest.approx(0.4 - 0.2 * share)
+
+
+def test_an_l0_is_near_by_what_each_seed_reached():
+    table = rows(atm=[(4, 0.4), (8, 0.2)])
+    table["l0"] = table.l0.astype(float)
+    table.loc[(table.seed == 1) & (table.l0 == 8), "l0"] = 10.1  # from 8, a factor above 1.25
+    assert equal_l0_rows(table, ["absorption"], [8]).seed.tolist() == [0]
 
 
 def test_a_method_that_one_seed_misses_is_not_averaged_over_fewer_seeds():
@@ -79,9 +88,8 @@ def test_a_method_that_one_seed_misses_is_not_averaged_over_fewer_seeds():
 
 
 def test_mean_difference_by_hand():
-    read = equal_l0_rows(
-        rows(atm=[(4, 0.1), (16, 0.1)], topk=[(4, 0.5), (16, 0.1)]), ["absorption"], [4, 8, 16]
-    )
+    curves = dict(atm=[(4, 0.1), (8, 0.1), (16, 0.1)], topk=[(4, 0.5), (8, 0.3), (16, 0.1)])
+    read = equal_l0_rows(rows(**curves), ["absorption"], [4, 8, 16])
     line = mean_difference(
         read, "atm", "topk", "absorption"
     )  # -0.4, -0.2, 0 with both seeds: their shift is in both methods
@@ -93,9 +101,8 @@ def test_mean_difference_by_hand():
 
 
 def test_differences_stand_at_each_l0_that_both_reach():
-    read = equal_l0_rows(
-        rows(atm=[(2, 0.4), (8, 0.2)], topk=[(4, 0.6), (16, 0.3)]), ["absorption"], [2, 4, 8, 16]
-    )
+    curves = dict(atm=[(2, 0.4), (4, 0.3), (8, 0.2)], topk=[(4, 0.6), (8, 0.4), (16, 0.3)])
+    read = equal_l0_rows(rows(**curves), ["absorption"], [2, 4, 8, 16])
     table = equal_l0_table(read, ["absorption"])
     assert table[table.method == "atm - topk"].sparsity.tolist() == [4, 8]
     assert table[table.method == "topk"].sparsity.tolist() == [4, 8, 16]
@@ -121,64 +128,106 @@ def test_one_common_seed_is_no_difference_at_equal_explained_variance():
     assert equal_explained_table(table, "absorption", [("atm", "topk")], [0.8]).empty
 
 
+# several pairs at once, and what is said of them
+
+
+def effects(*found):
+    "A table of (measure, base, mean, low, high), each base with the mask minus the base."
+    masked = {"standard": "atm", "topk": "topk+atm", "jumprelu": "jumprelu+atm"}
+    return pd.DataFrame(
+        [
+            (
+                "planted" if measure.planted else "nano-gemma2",
+                measure.metric,
+                masked[base],
+                base,
+                mean,
+                low,
+                high,
+                5,
+                5,
+                4,
+                32,
+            )
+            for measure, base, mean, low, high in found
+        ],
+        columns=EFFECT_COLUMNS,
+    )
+
+
+def test_pairs_are_corrected_together():
+    "Seeds differ by 0.1 around a mean of -0.15: alone this excludes zero, beside another pair not."
+    table = rows(atm=[(4, 0.0)], standard=[(4, 0.15)], topk=[(4, 0.0)], jumprelu=[(4, 0.0)])
+    more = table[table.seed == 1].assign(seed=2)
+    table = pd.concat([table, more], ignore_index=True)
+    noise = {0: -0.04, 1: 0.0, 2: 0.04}
+    table.loc[table.method == "atm", "absorption"] += table.seed.map(noise)
+    table.loc[table.method == "topk", "absorption"] -= table.seed.map(noise)
+    pairs = [("atm", "standard"), ("topk", "jumprelu")]
+    read = equal_l0_rows(table, ["absorption"], [4])
+    one, both = (compare_pairs(read, ["absorption"], pairs[:n]) for n in (1, 2))
+    half = [(t.high - t.low).iloc[0] / 2 for t in (one, both)]
+    error = 0.04 / math.sqrt(3)
+    assert half == pytest.approx([4.30265 * error, 6.20535 * error], rel=1e-4)
+    assert both.agree.tolist() == [3, 1] and both.n.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize(
-    "bounds, word",
+    "bounds, words",
     [
-        ((-0.2, -0.3, -0.1), "less than TopK"),
-        ((0.2, 0.1, 0.3), "more than TopK"),
-        ((0.01, -0.1, 0.12), "undecided against TopK"),
+        ((-0.2, -0.3, -0.1), "less on ReLU + L1 by raw absorption and by absorption beyond misses"),
+        ((0.2, 0.1, 0.3), "more on ReLU + L1 by raw absorption and by absorption beyond misses"),
+        (
+            (0.01, -0.1, 0.12),
+            "no difference shown on ReLU + L1 (the data would have shown one of at least "
+            "0.11 by raw absorption, 0.11 by absorption beyond misses)",
+        ),
     ],
 )
-def test_a_sentence_says_on_which_side_of_zero_the_interval_lies(bounds, word):
-    said = verdict_sentence(lines(("topk", *bounds)), SUBJECTS[1])
-    assert (
-        f"{word} ({format_interval(*bounds)})" in said
-        and "n = 5 seeds" in said
-        and "L0 4 to 64" in said
-    )
+def test_two_measures_that_agree(bounds, words):
+    table = effects((RAW, "standard", *bounds), (BEYOND, "standard", *bounds))
+    assert describe_effects(table, [RAW, BEYOND]) == words
 
 
-def test_rivals_are_grouped_and_none_is_left_out():
-    said = verdict_sentence(
-        lines(
-            ("topk", -0.2, -0.3, -0.1),
-            ("matryoshka", 0.2, 0.1, 0.3),
-            ("jumprelu", -0.1, -0.2, -0.05),
-            ("batchtopk", 0.0, -0.1, 0.1),
+@pytest.mark.parametrize(
+    "beyond, words",
+    [
+        ((0.2, 0.1, 0.3), "less by raw absorption, more by absorption beyond misses"),
+        (
+            (0.0, -0.1, 0.1),
+            "less by raw absorption, no difference shown by absorption beyond misses "
+            "(the data would have shown one of at least 0.10)",
         ),
-        SUBJECTS[1],
-    )
-    assert (
-        said.index("less than TopK")
-        < said.index("JumpReLU")
-        < said.index("more than Matryoshka")
-        < said.index("undecided against BatchTopK")
-    )
+    ],
+)
+def test_two_measures_that_disagree_say_so(beyond, words):
+    table = effects((RAW, "standard", -0.2, -0.3, -0.1), (BEYOND, "standard", *beyond))
+    said = describe_effects(table, [RAW, BEYOND])
+    assert said == f"on ReLU + L1 the two disagree: {words}"
+    than = describe_effects(table, [RAW, BEYOND], than=True)
+    assert than == f"against ReLU + L1 the two disagree: {words}"
 
 
-def test_a_sentence_says_which_l0s_its_mean_covers():
-    "One rival ends at 16: the sentence gives the range of all, and says that not all reach it."
-    table = lines(("topk", -0.2, -0.3, -0.1), ("jumprelu", -0.2, -0.3, -0.1))
-    assert "mean over L0 4 to 64)." in verdict_sentence(table, SUBJECTS[1])
-    table.loc[0, "l0_high"] = 16
-    assert "mean over L0 4 to 64 as far as both reach)." in verdict_sentence(table, SUBJECTS[1])
+def test_pairs_are_grouped_and_a_measure_that_is_missing_says_nothing():
+    less, more = (-0.2, -0.3, -0.1), (0.2, 0.1, 0.3)
+    found = [(m, base, *less) for base in ("standard", "jumprelu") for m in (RAW, BEYOND)]
+    found += [(m, "topk", *more) for m in (RAW, BEYOND)]
+    said = describe_effects(effects(*found), [RAW, BEYOND], than=True)
+    assert said.startswith("less than ReLU + L1 and JumpReLU by raw") and "; more than TopK" in said
+    assert describe_effects(effects(*found), [FULL_SCORE, FRACTION_SCORE]) == ""
+    assert describe_effects(effects((RAW, "topk", *less)), [RAW, BEYOND]) == ""
 
 
-def test_a_sentence_needs_its_own_metric_world_and_method():
-    table = lines(("topk", -0.2, -0.3, -0.1))
-    assert (
-        verdict_sentence(table, SUBJECTS[0])
-        == verdict_sentence(table, SUBJECTS[2])
-        == verdict_sentence(table, SUBJECTS[1], "topk+atm")
-        == ""
-    )
-    assert (
-        verdict_sentence(table.assign(sparsity=8.0), SUBJECTS[1]) == ""
-    )  # a line at one L0 is no mean
+def test_one_seed_shows_nothing():
+    nan = math.nan
+    table = effects((RAW, "standard", -0.2, nan, nan), (BEYOND, "standard", -0.2, nan, nan))
+    said = describe_effects(table, [RAW, BEYOND])
+    assert said == "no difference shown on ReLU + L1 (one seed gives no interval)"
 
 
 def test_no_file_no_sentence(tmp_path):
-    assert verdict_sentences(tmp_path) == []
+    assert verdict_sentences(tmp_path) == [] and layer_sentence(tmp_path) == ""
+    assert read_evidence(tmp_path) is None
 
 
 # the committed verdict
@@ -186,41 +235,208 @@ def test_no_file_no_sentence(tmp_path):
 
 @pytest.fixture
 def committed(tmp_path):
-    "A copy of the committed full reports that may be broken."
-    return Path(shutil.copytree(REPORTS / "full", tmp_path / "full"))
+    "A copy of the committed tables of the full profile, and how they were made, to be broken."
+    for name in ("tables", "provenance"):
+        shutil.copytree(REPORTS / "full" / name, tmp_path / "full" / name)
+    return tmp_path / "full"
 
 
-def test_breaking_a_result_changes_the_sentence_and_the_page(committed):
-    before, manifest = verdict_sentences(committed), load_manifest()
-    page = markdown_page(profile_results(manifest, "full", committed))
-    assert len(before) == 3 and all(s in page for s in before)
-    path = committed / "tables" / "verdict-summary.csv"
-    table = read_summary(path)
-    hit = (
-        (table.method == "atm - topk")
-        & table.sparsity.isna()
-        & (table.metric == "excess_absorption")
-    )
-    assert hit.sum() == 1
-    table.loc[hit, ["mean", "low", "high"]] = [0.3, 0.2, 0.4]
+def move(folder, name, method, column, by):
+    "Moves a column of a method's runs by a number."
+    path = folder / "tables" / f"{name}-runs.csv"
+    table = pd.read_csv(path)
+    assert (table.method == method).any()
+    table.loc[table.method == method, column] += by
     table.to_csv(path, index=False)
-    after = verdict_sentences(committed)
-    assert (
-        "more than" in after[1]
-        and "TopK (0.30 [0.20, 0.40])" in after[1]
-        and after[1] != before[1]
-        and after[::2] == before[::2]
-    )
-    write_index(manifest, "full", committed)
-    page = (committed / "index.html").read_text()
-    assert "TopK (0.30 [0.20, 0.40])" in page and after[1] in (committed / "index.md").read_text()
 
 
-def test_readme_and_pages_hold_the_committed_sentences():
-    said = verdict_sentences(REPORTS / "full")
-    readme, page = (
-        (p).read_text() for p in (REPORTS.parent / "README.md", REPORTS / "full" / "index.md")
+def subjects(folder):
+    "{subject: sentence}"
+    return {s.split("**")[1]: s for s in verdict_sentences(folder)}
+
+
+@pytest.fixture(scope="module")
+def before():
+    "The sentences of the committed tables."
+    return subjects(REPORTS / "full")
+
+
+def changed(before, after):
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+@pytest.mark.parametrize(
+    "name, method, column, by, words, expected",
+    [
+        (
+            "planted",
+            "topk+atm",
+            "absorption",
+            0.5,
+            "on TopK the two disagree: more by raw absorption, less by absorption beyond misses",
+            "Planted world",
+        ),
+        (
+            "planted",
+            "topk+atm",
+            "excess_absorption",
+            0.5,
+            "on TopK the two disagree: less by raw absorption, more by absorption beyond misses",
+            "Planted world",
+        ),
+        (
+            "absorption",
+            "topk+atm",
+            "mean_absorption_fraction_score",
+            0.5,
+            "on TopK the two disagree: less by the full score, more by the fraction score",
+            "Language model",
+        ),
+        (
+            "stability",
+            "topk+atm",
+            "best_cosine",
+            0.5,
+            "more on TopK",
+            "Stability",
+        ),
+        (
+            "absorption",
+            "topk+atm",
+            "explained_variance",
+            0.3,
+            "on TopK the two disagree: more in the planted world, less on the language model",
+            "Price",
+        ),
+        (
+            "planted",
+            "dropout",
+            "absorption",
+            -0.5,
+            "against ReLU + dropout the two disagree: more by raw absorption, less",
+            "Importance or dropout",
+        ),
+        (
+            "absorption",
+            "jumprelu+atm anneal=0.5",
+            "mean_full_absorption_score",
+            0.5,
+            "against JumpReLU the two disagree: more by the full score",
+            "The cheapest of all attempts",
+        ),
+    ],
+)
+def test_moving_a_column_of_runs_changes_its_sentence_alone(
+    before, committed, name, method, column, by, words, expected
+):
+    move(committed, name, method, column, by)
+    after = subjects(committed)
+    assert changed(before, after) == {expected}
+    assert words in after[expected] and words not in before[expected]
+
+
+def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, committed):
+    evidence = rival_table(read_evidence(committed)).set_index("minus")
+    move(committed, "absorption", "batchtopk", "mean_full_absorption_score", -0.5)
+    move(committed, "absorption", "batchtopk+atm", "mean_full_absorption_score", -0.5)
+    after = subjects(committed)
+    share = "What ATM owes to its base"
+    assert changed(before, after) == {"Language model, against other SAEs", share}
+    words = "against BatchTopK the two disagree: more by the full score, less by the fraction score"
+    assert after["Language model, against other SAEs"].count(words) == 2
+    table = rival_table(read_evidence(committed)).set_index("minus")
+    moved = table.loc["BatchTopK", FULL_SCORE.heading]
+    assert moved.startswith("**0.48") and moved != evidence.loc["BatchTopK", FULL_SCORE.heading]
+    assert (table.drop("BatchTopK") == evidence.drop("BatchTopK")).all(axis=None)
+
+
+def test_atm_and_its_base_meet_a_rival_at_the_same_l0s():
+    "In the planted world ATM ends below 64, so its base is read there neither."
+    evidence = read_evidence(REPORTS / "full")
+    planted = evidence.planted[evidence.planted.sparsity <= 32]
+    assert {*planted.sparsity} < {*evidence.planted.sparsity}
+    alone = compare_pairs(planted, ["absorption"], [("standard", "jumprelu")])["mean"].item()
+    cell = rival_table(evidence).set_index("minus").loc["JumpReLU", RAW.heading]
+    assert cell.split(" / ")[1].strip("*") == f"{alone:.3f}"
+
+
+def test_settings_that_hide_nothing_are_no_mask(committed):
+    evidence = read_evidence(committed)
+    line = mask_table(evidence).set_index("base").loc["Matryoshka: tuning chose no mask"]
+    assert {*line} == {"–"} and "On Matryoshka, tuning chose no mask." in " ".join(
+        verdict_sentences(committed)
     )
-    assert len(said) == 3
-    for s in said:
-        assert s in readme and s in page
+    move(committed, "planted", "matryoshka+atm", "mask_rate", 0.2)
+    table = mask_table(read_evidence(committed))
+    assert not table.base.str.contains("no mask").any() and table.base.str.match("Matryoshka").any()
+    assert "chose no mask" not in " ".join(verdict_sentences(committed))
+
+
+def test_the_mask_table_says_how_sure_it_is_and_what_else_differs(committed):
+    evidence = read_evidence(committed)
+    table = mask_table(evidence).set_index("base")
+    cells = table.loc["ReLU + L1 (learning rate × 2.6)"]
+    assert cells[RAW.heading] == "**less** -0.076 ± 0.025 (5/5)"
+    assert cells[BEYOND.heading] == "**less** -0.0535 ± 0.0096 (5/5)"
+    assert cells[FULL_SCORE.heading] == "-0.0012 ± 0.0027 (4/5)"
+    assert cells[FRACTION_SCORE.heading].startswith("**more** 0.016")
+    assert "of 5 seeds" in mask_caption(evidence) and "JumpReLU" in table.index
+
+
+def test_the_layer_sentence_follows_the_swap(tmp_path):
+    for name in ("figures/noise.csv", "provenance/noise.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPORTS / name, tmp_path / name)
+    said = layer_sentence(tmp_path)
+    assert "after block 2" in said and "by 0%" in said and "no longer reads" in said
+    table = pd.read_csv(tmp_path / "figures/noise.csv")
+    table.loc[table.layer == 2, "replaced"] = 0.25 * table.intact
+    table.to_csv(tmp_path / "figures/noise.csv", index=False)
+    said = layer_sentence(tmp_path)
+    assert "by 75%" in said and "still reads" in said and "no causal meaning" not in said
+
+
+def test_sentences_that_lead(before):
+    said = ["**Price**: a.", "**Stability**: b.", "**Planted world**, c."]
+    assert split_sentences(said) == (["**Planted world**, c.", "**Stability**: b."], said[:1])
+    assert {*LEAD} - {"The layer"} <= before.keys()
+
+
+def test_the_pages_hold_the_sentences_and_change_with_them(committed):
+    manifest = load_manifest()
+    states = object_states(manifest, "full", committed)
+
+    def pages():
+        results = profile_results(manifest, "full", committed, states=states)
+        return verdict_sentences(committed), markdown_page(results), html_page([results]), results
+
+    before, markdown, html, results = pages()
+    lead, rest = verdict_lines([results])
+    assert len(lead) + len(rest) == len(before) >= 8 and lead[0][0] == "Planted world (full)"
+    assert all(s in markdown for s in before)
+    assert "ReLU + L1 (learning rate × 2.6)" in markdown and "learning rate × 2.6" in html
+    assert "-0.0012 ± 0.0027 (4/5)" in markdown and "-0.0012 ± 0.0027 (4/5)" in html
+    assert PUBLISHED_STANDING in markdown
+    move(committed, "planted", "topk+atm", "absorption", 0.5)
+    after, markdown, html, _ = pages()
+    (new,) = set(after) - set(before)
+    assert new in markdown and "more by raw absorption" in html
+
+
+def test_the_readme_holds_the_committed_sentences_and_tables():
+    readme = (ROOT / "README.md").read_text()
+    evidence = read_evidence(REPORTS / "full")
+    lead, _ = split_sentences(verdict_sentences(REPORTS / "full"))
+    for said in [*lead, layer_sentence(REPORTS), PUBLISHED_STANDING, mask_caption(evidence)]:
+        assert said in readme, said
+    for table in (mask_table(evidence), rival_table(evidence)):
+        for cell in table[[RAW.heading, BEYOND.heading]].to_numpy().ravel():
+            assert cell in readme, cell
+    first = readme.index("make reports")
+    assert readme.index(lead[0]) < first < readme.index("minus another SAE")
+
+
+def test_published_values_of_atm_are_called_secondary():
+    published = [v for e in load_manifest().experiments for v in e.published]
+    assert all(v["confidence"].startswith("secondary") for v in published if v["method"] == "atm")
+    assert all("inferred" in v["confidence"] for v in published if v["method"] != "atm")

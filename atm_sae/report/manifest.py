@@ -239,6 +239,7 @@ class Claim(TypedDict):
     "A statement that a line of differences decides."
 
     text: str
+    by: NotRequired[Literal["paper", "ours"]]  # whose it is; ours if left out
     difference: Annotated[str, AfterValidator(_known)]  # 'a - b'
     metric: str
     expect: Literal["lower", "higher"]
@@ -840,14 +841,19 @@ def published_verdicts(
     return compare_published(values, summary, experiment.tolerance, reason)
 
 
+def _whose(claim: Claim) -> dict[str, str]:
+    "A claim's text, and whose it is."
+    return {"claim": claim["text"], "by": claim.get("by", "ours")}
+
+
 def _claim_line(claim: Claim, row: Mapping[str, Any] | None) -> dict[str, Any]:
     "One claim beside one line of differences, or beside none."
     if row is None:
         missing = {"world": "–", "L0": "–", "difference": "–", "n": 0, "verdict": "not measured"}
-        return {"claim": claim["text"], **missing, "l0": None, "mean": None}
+        return {**_whose(claim), **missing, "l0": None, "mean": None}
     bounds = (row["mean"], row["low"], row["high"])
     return {
-        "claim": claim["text"],
+        **_whose(claim),
         "world": row["world"],
         "L0": format_interval(row["l0"], row["l0_low"], row["l0_high"]),
         "difference": format_interval(*bounds),

@@ -20,6 +20,7 @@ __all__ = [
     "object_card",
     "ProfileResults",
     "profile_results",
+    "verdict_lines",
     "headline",
     "templates",
     "markdown_page",
@@ -35,7 +36,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,14 @@ from atm_sae.report.manifest import (
     read_record,
 )
 from .tables import SMOKE, to_markdown
-from .verdict import verdict_sentences
+from atm_sae.report.verdict import (
+    PUBLISHED_STANDING,
+    mask_caption,
+    mask_table,
+    read_evidence,
+    split_sentences,
+    verdict_sentences,
+)
 from ..stats import format_interval, format_number
 
 if TYPE_CHECKING:
@@ -120,6 +128,7 @@ COLUMNS = {
     "claims": (
         "object",
         "claim",
+        "whose",
         "world",
         "L0",
         "difference [95% interval]",
@@ -132,13 +141,13 @@ COLUMNS = {
 
 def _published_cells(line: Mapping[str, Any]) -> dict[str, Cell]:
     "The cells of one line of `compare_published`."
-    n = line["n"]
+    n, l0 = line["n"], line["published_l0"]
     ours = format_interval(line["ours"], line["low"], line["high"])
     return {
         "method": Cell(method_name(line["method"])),
         "metric": Cell(line["metric"].replace("_", " ")),
         "published": number_cell(f"{line['published']:g}", line["published"]),
-        "its L0": _number(line["published_l0"]),
+        "its L0": Cell("not published", "") if pd.isna(l0) else _number(l0),
         "ours [95% interval]": number_cell(ours, line["ours"]),
         "n": number_cell("–" if pd.isna(n) else str(int(n)), n),
         "our L0": _number(line["l0"]),
@@ -155,11 +164,12 @@ def _claim_cells(line: Mapping[str, Any]) -> dict[str, Cell]:
     "The cells of one line of `claim_verdicts`."
     return {
         "claim": Cell(line["claim"]),
+        "whose": Cell(line["by"]),
         "world": Cell(line["world"]),
         "L0": number_cell(line["L0"], line["l0"]),
         "difference [95% interval]": number_cell(line["difference"], line["mean"]),
         "n": number_cell(str(line["n"]), line["n"]),
-        "verdict": Cell(line["verdict"]),
+        "verdict": Cell(line["verdict"].replace("undecided", "no difference shown")),
     }
 
 
@@ -357,6 +367,8 @@ class ProfileResults:
     prefix: str  # from the HTML page to the reports folder, as in a link: '' or 'full/'
     sentences: tuple[str, ...]  # of the verdict, in Markdown
     cards: tuple[Card, ...]
+    mask: pd.DataFrame = field(default_factory=pd.DataFrame)  # what it adds to each base
+    mask_caption: str = ""  # how to read it
 
     @property
     def stamp(self) -> str:
@@ -387,6 +399,8 @@ def profile_results(
 ) -> ProfileResults:
     "Reads the results of a profile."
     folder = Path(folder)
+    evidence = read_evidence(folder)
+    mask = pd.DataFrame() if evidence is None else mask_table(evidence)
     states = states or object_states(manifest, profile, folder)
     return ProfileResults(
         profile,
@@ -394,18 +408,44 @@ def profile_results(
         prefix,
         tuple(verdict_sentences(folder)),
         tuple(object_card(state, profile, folder) for state in states.values()),
+        mask,
+        "" if evidence is None or mask.empty else mask_caption(evidence),
     )
 
 
 # %% ../../nbs/report/page.ipynb #cell-25
-def _verdict_lines(results: Sequence[ProfileResults]) -> list[tuple[str, str]]:
-    "(subject, sentence) of the verdict, of the largest profile that has one."
-    order = sorted(results, key=lambda r: (r.profile == "smoke", r.profile != "full"))
-    chosen = next((r for r in order if r.sentences), None)
-    if chosen is None:
-        return []
-    parts = [re.fullmatch(r"\*\*(.+?)\*\*[:,]? *(.*)", s) for s in chosen.sentences]
-    return [(f"{part[1]} ({chosen.profile})", part[2]) for part in parts if part]
+def _by_size(results: Sequence[ProfileResults]) -> list[ProfileResults]:
+    "The results, those of the largest profile first."
+    return sorted(results, key=lambda r: (r.profile == "smoke", r.profile != "full"))
+
+
+def _subject(sentence: str, profile: str) -> tuple[str, str]:
+    "(subject and profile, the rest) of a sentence of the verdict."
+    subject, _, rest = sentence.removeprefix("**").partition("**")
+    return f"{subject} ({profile})", rest.lstrip(":, ")
+
+
+def verdict_lines(
+    results: Sequence[ProfileResults],
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(subject, sentence) of the verdict: those that lead, and the others.
+
+    Of each subject the sentence of the largest profile that has one."""
+    found: dict[str, tuple[str, str]] = {}
+    for r in _by_size(results):
+        for sentence in r.sentences:
+            found.setdefault(sentence.partition("**")[2].partition("**")[0], (sentence, r.profile))
+    profile_of = dict(found.values())
+    lead, rest = split_sentences(profile_of)
+    return [_subject(s, profile_of[s]) for s in lead], [_subject(s, profile_of[s]) for s in rest]
+
+
+def _published_line(verdicts: Sequence[str]) -> str:
+    "How many published values are shown, and how many can be compared."
+    counts = f"{len(verdicts)} shown"
+    if verdicts and {*verdicts} == {"not comparable"}:
+        return f"{counts}, none comparable at this scale. {PUBLISHED_STANDING}"
+    return f"{counts}: {tally(verdicts)}. {PUBLISHED_STANDING}"
 
 
 def _states(cards: Sequence[Card]) -> str:
@@ -432,9 +472,9 @@ def headline(
     claims = sorted(row.verdict for card in counted for row in card.claims)
     smoke = "; smoke runs are shown, not counted" if len(counted) < len(cards) else ""
     return [
-        *_verdict_lines(results),
-        ("Published values", f"{len(published)} compared: {tally(published)}."),
-        ("Claims", f"{len(claims)} tested at equal L0: {tally(claims)}."),
+        *verdict_lines(results)[0],
+        ("Published values", _published_line(published)),
+        ("Claims", f"{len(claims)} differences at equal L0: {tally(claims)}."),
         ("Results", f"{len(cards)} objects: {_states(cards)}{smoke}."),
         *((f"Profile {r.profile}", r.notice) for r in results if r.notice),
     ]
@@ -446,8 +486,9 @@ RULE = (
     "the same L0; otherwise it *differs*. It is *not comparable* where the model or the L0 is "
     "another or unknown, and *not measured* where the run has no such number. A claim *holds* if "
     "the whole 95% interval of the difference over seeds lies on the claimed side of zero, it "
-    "*fails* if the whole interval lies on the other side, and else it is *undecided*. Intervals "
-    "are t-intervals over n seeds."
+    "*fails* if the whole interval lies on the other side, and else there is *no difference "
+    "shown*. Intervals are t-intervals over n seeds. Those of claims are not corrected for their "
+    "number; those of what the mask adds are."
 )
 
 
@@ -499,6 +540,8 @@ def markdown_page(
         .render(
             results=results,
             rule=RULE,
+            published_standing=PUBLISHED_STANDING,
+            mask="" if results.mask.empty else to_markdown(results.mask),
             columns=COLUMNS,
             overview=to_markdown(pd.DataFrame(overview)),
         )
@@ -517,6 +560,8 @@ def html_page(
         .render(
             results=results,
             headline=headline(results),
+            more=verdict_lines(results)[1],
+            masked=next((r for r in _by_size(results) if not r.mask.empty), None),
             rule=RULE.replace("*", ""),
             columns=COLUMNS,
             rows={

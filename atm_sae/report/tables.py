@@ -8,6 +8,7 @@ __all__ = [
     "SMOKE",
     "score_runs",
     "summary_table",
+    "chose_no_mask",
     "pretty",
     "read_pair",
     "difference_table",
@@ -38,7 +39,7 @@ from tqdm.auto import tqdm
 
 from ..artefacts import atomic_write
 from ..core import cache_dir
-from ..methods import method_name
+from ..methods import get_method, method_name
 from atm_sae.stats import (
     at_l0,
     claim_verdict,
@@ -119,6 +120,17 @@ def summary_table(
 
 
 # %% ../../nbs/report/tables.ipynb #cell-13
+def chose_no_mask(
+    rows: pd.DataFrame,  # has `method`, and `mask_rate` where it was measured
+) -> set[str]:
+    "The methods with a mask that hid nothing in any row."
+    if "mask_rate" not in rows:
+        return set()
+    highest = rows.groupby("method").mask_rate.max()
+    return {m for m, rate in highest.items() if rate == 0 and get_method(str(m)).mask}
+
+
+# %% ../../nbs/report/tables.ipynb #cell-16
 def pretty(
     summary: pd.DataFrame,  # a summary table
     index: Iterable[str] = ("method", "sparsity"),  # what names a line
@@ -139,11 +151,13 @@ def pretty(
         )
     table = pd.DataFrame(lines)
     if "method" in index:
-        table["method"] = table["method"].map(method_name)
+        rates = summary[summary.metric == "mask_rate"].rename(columns={"mean": "mask_rate"})
+        names = {m: f"{method_name(m)} (chose no mask)" for m in chose_no_mask(rates)}
+        table["method"] = [names.get(m) or method_name(m) for m in table["method"]]
     return table
 
 
-# %% ../../nbs/report/tables.ipynb #cell-16
+# %% ../../nbs/report/tables.ipynb #cell-19
 def read_pair(
     curves: pd.DataFrame,  # rows of both methods, of one world and seed
     a: str,
@@ -162,7 +176,7 @@ def read_pair(
     return curves[:0]
 
 
-# %% ../../nbs/report/tables.ipynb #cell-19
+# %% ../../nbs/report/tables.ipynb #cell-22
 def difference_table(
     rows: pd.DataFrame,  # as for `summary_table`, with a seed column
     metrics: Sequence[str],  # columns to compare
@@ -190,7 +204,7 @@ def difference_table(
     return pd.DataFrame(lines, columns=SUMMARY_COLUMNS)
 
 
-# %% ../../nbs/report/tables.ipynb #cell-22
+# %% ../../nbs/report/tables.ipynb #cell-25
 def difference_sentence(
     line: pd.Series,  # a line of `difference_table`
     lower: str,  # what to say if the difference lies below zero
@@ -206,7 +220,7 @@ def difference_sentence(
     )
 
 
-# %% ../../nbs/report/tables.ipynb #cell-25
+# %% ../../nbs/report/tables.ipynb #cell-28
 def matching_line(
     entry: Mapping[str, Any],  # {method, metric, value, l0, at: {world, sparsity}}
     summary: pd.DataFrame,  # a summary table
@@ -230,7 +244,7 @@ def matching_line(
     return lines.iloc[int(np.argmin(distance))]
 
 
-# %% ../../nbs/report/tables.ipynb #cell-27
+# %% ../../nbs/report/tables.ipynb #cell-30
 def _published_verdict(
     entry: Mapping[str, Any],
     ours: pd.Series | None,
@@ -263,7 +277,7 @@ def _published_verdict(
     return ("reproduced" if near else "differs"), reason
 
 
-# %% ../../nbs/report/tables.ipynb #cell-28
+# %% ../../nbs/report/tables.ipynb #cell-31
 _VERDICT_COLUMNS = (
     "method",
     "metric",
@@ -311,7 +325,7 @@ def compare_published(
     return pd.DataFrame(lines, columns=_VERDICT_COLUMNS)
 
 
-# %% ../../nbs/report/tables.ipynb #cell-34
+# %% ../../nbs/report/tables.ipynb #cell-37
 def _cells(table: pd.DataFrame) -> tuple[list[str], list[str], list[list[str]]]:
     "Headings, alignments ('l' or 'r') and cells of a DataFrame, as text."
     align = ["r" if pd.api.types.is_numeric_dtype(t) else "l" for t in table.dtypes]
@@ -335,7 +349,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join([_markdown_line(head), rule, *map(_markdown_line, body)]) + "\n"
 
 
-# %% ../../nbs/report/tables.ipynb #cell-36
+# %% ../../nbs/report/tables.ipynb #cell-39
 _TEX = str.maketrans(
     {c: "\\" + c for c in "&%$#_{}"}
     | {
@@ -375,7 +389,7 @@ def to_latex(
     return "\n".join(lines) + "\n"
 
 
-# %% ../../nbs/report/tables.ipynb #cell-39
+# %% ../../nbs/report/tables.ipynb #cell-42
 SMOKE = "SMOKE: not a result"
 
 
@@ -409,7 +423,7 @@ def save_table(
     return paths
 
 
-# %% ../../nbs/report/tables.ipynb #cell-42
+# %% ../../nbs/report/tables.ipynb #cell-45
 def save_summary(
     summary: pd.DataFrame,  # a summary table
     folder: Path | str,  # reports folder
@@ -441,7 +455,7 @@ def save_runs(
     return path
 
 
-# %% ../../nbs/report/tables.ipynb #cell-45
+# %% ../../nbs/report/tables.ipynb #cell-48
 def reports_folder(
     out: Path | str = "",  # the folder that the runner gave; empty for a run by hand
     profile: str = "smoke",  # names the scratch folder

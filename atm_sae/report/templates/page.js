@@ -47,7 +47,7 @@ function show(elements) {
 }
 
 function filter() {
-  const rows = show(all('tbody tr'));
+  const rows = show(all('tr[data-profile]'));
   const cards = show(all('article'));
   document.getElementById('count').textContent = `${rows} rows, ${cards} objects`;
 }
