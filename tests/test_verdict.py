@@ -10,7 +10,9 @@ from readme import ROOT
 
 from atm_sae.report.manifest import load_manifest, object_states
 from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
+from atm_sae.report.tables import read_summary
 from atm_sae.report.verdict import (
+    ALIKE,
     BEYOND,
     EFFECT_COLUMNS,
     FRACTION_SCORE,
@@ -25,6 +27,7 @@ from atm_sae.report.verdict import (
     equal_l0_table,
     layer_sentence,
     mask_caption,
+    mask_effects,
     mask_table,
     mean_difference,
     mean_differences,
@@ -297,7 +300,7 @@ def changed(before, after):
             "topk+atm",
             "best_cosine",
             0.5,
-            "more on TopK",
+            "on TopK the two disagree: more over all latents, less over the most frequent",
             "Stability",
         ),
         (
@@ -440,3 +443,15 @@ def test_published_values_of_atm_are_called_secondary():
     published = [v for e in load_manifest().experiments for v in e.published]
     assert all(v["confidence"].startswith("secondary") for v in published if v["method"] == "atm")
     assert all("inferred" in v["confidence"] for v in published if v["method"] != "atm")
+
+
+def test_agreement_has_the_intervals_of_the_jackknife():
+    """Pairs share their seeds. The committed summary has the intervals of the jackknife. The
+    correction widens them: two of four bases are significant, the others stand at 1 - 0.05/2."""
+    table = mask_effects(read_evidence(REPORTS / "full"))
+    line = table[(table.metric == ALIKE.metric) & (table.b == "topk")].iloc[0]
+    summary = read_summary(REPORTS / "full/tables/stability-summary.csv")
+    off = summary[(summary.method == "topk+atm - topk+atm off") & (summary.metric == ALIKE.metric)]
+    assert line["mean"] == pytest.approx(off["mean"].item(), rel=1e-3)
+    half = (off.high - off.low).item() / 2 * 3.495406 / 2.776445  # quantiles of t at 4 degrees
+    assert (line.high - line.low) / 2 == pytest.approx(half, rel=1e-3)

@@ -497,7 +497,7 @@ def mask_caption(
     seeds = "–".join(f"{n:g}" for n in sorted({effects.n.min(), effects.n.max()}))
     return (
         "Base with the mask minus base, at equal L0, each as tuning chose it: mean ± half of the "
-        "95% interval (paired t over seeds, corrected by Holm over the bases), and in brackets how "
+        "95% interval (paired t over seeds, Holm over the bases); in brackets how "
         f"many of {seeds} seeds agree in sign. **less** and **more**: the interval excludes 0. No "
         "word: no difference shown; the data would have shown one of at least the number after ±. "
         f"Mean over L0 {' and '.join(ranges)}, as far as both reach. Alike between seeds: mean "
@@ -599,7 +599,9 @@ def split_sentences(
 def layer_sentence(
     folder: str | Path,  # a reports folder
 ) -> str:
-    "What replacing the stream at the word does at the layer that the SAEs read; empty if unknown."
+    """What replacing the stream at the word does at the layer that the SAEs read; empty if unknown.
+
+    The letter gap is the logit of the right letter less the mean of the others."""
     path = Path(folder) / "figures" / "noise.csv"
     parameters = _parameters(Path(folder), "noise")
     if not path.is_file() or "layer" not in parameters:
@@ -609,12 +611,12 @@ def layer_sentence(
     if gaps.empty:
         return ""
     lost = 1 - gaps.replaced.iloc[0] / gaps.intact.iloc[0]
-    reads = "no longer reads" if lost < 0.05 else "still reads"
-    so = " So its absorption has no causal meaning there." if lost < 0.05 else ""
+    reads, so = "still reads", ""
+    if lost < 0.05:
+        reads, so = "no longer reads", ", so its absorption has no causal meaning"
     return (
-        f"**The layer**: replacing the stream at the word after block {layer} changes the gap "
-        f"between the right letter and the others by {abs(round(lost * 100)):d}%, so the "
-        f"model {reads} the word there.{so}"
+        f"**The layer**: replacing the stream at the word after block {layer} changes the letter "
+        f"gap by {abs(round(lost * 100)):d}%: the model {reads} the word there{so}."
     )
 
 
