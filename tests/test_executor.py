@@ -477,7 +477,9 @@ def is_running(pid):
 def test_no_worker_outlives_its_parent(number, tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     command = [sys.executable, str(tmp_path / "parent.py")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    (tmp_path / "t").mkdir()
+    with subprocess.Popen(command, env=os.environ | dict(TMPDIR=tmp_path / "t"), **pipes) as parent:
         try:
             workers = [int(parent.stdout.readline()) for _ in range(2)]
             assert all(map(is_running, workers))
@@ -488,7 +490,7 @@ def test_no_worker_outlives_its_parent(number, tmp_path):
     end = time.monotonic() + 10
     while any(map(is_running, workers)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not any(map(is_running, workers))
+    assert not any(map(is_running, workers)) and not [*(tmp_path / "t").glob("atm-sae-*")]
 
 
 # ---- from the command line

@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import threading
 import time
 import traceback
@@ -128,21 +129,22 @@ def run_in_turn(
 
 
 # %% ../../nbs/train/executors.ipynb #cell-11
-def _end_with(parent: int) -> None:
-    "End this process once its parent is another one than `parent`."
+def _end_with(parent: int, folder: str) -> None:
+    "End this process, and remove a folder, once its parent is another one than `parent`."
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _start_worker(parent: int, environment: dict[str, str]) -> None:
+def _start_worker(parent: int, environment: dict[str, str], folder: str) -> None:
     "First thing in a new worker: the environment of its parent, and its end."
     os.environ.update({k: v for k, v in environment.items() if not k.endswith("_THREADS")})
-    _end_with(parent)
+    _end_with(parent, folder)
 
 
 def _numbered_attempt(
@@ -177,7 +179,7 @@ def run_in_processes(
         pre_dispatch="all",
         inner_max_num_threads=1,
         initializer=_start_worker,
-        initargs=(os.getpid(), dict(os.environ)),
+        initargs=(os.getpid(), dict(os.environ), begun.name),
     )
     job = delayed(_numbered_attempt)
     outcomes = pool(job(function, item, i, Path(begun.name)) for i, item in enumerate(items))
