@@ -379,13 +379,13 @@ def _spec_types(spec: object) -> Iterator[str]:
 class Artefact:
     "A result in the cache, named by everything that it depends on."
 
-    kind: str  # 'activations', 'runs', 'tasks' or 'probing': also its folder below the cache
+    kind: str  # 'activations', 'runs', 'tasks', 'probing', 'pretrained': its folder below the cache
     spec: Any  # what is wanted: a dataclass, or a dict with dataclasses in it
     makers: tuple[str, ...]  # places of the functions that make it, such as 'train.loop.train'
     inputs: Mapping[str, str] = field(default_factory=dict)  # {name: hash of its content}
     sources: Mapping[str, str] = field(
         default_factory=dict
-    )  # {'model', 'text': where it comes from}
+    )  # {'model', 'text', 'sae': where it comes from}
     device: str = "cpu"
     dtype: str = "float32"
     choose: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see `code_closure`

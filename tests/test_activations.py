@@ -441,6 +441,17 @@ def test_the_content_does_not_depend_on_where_model_and_text_lie(home, spec, lm,
     assert get_activations(elsewhere, texts=TEXTS).meta["sha256"] == first.meta["sha256"]
 
 
+def test_the_site_is_read_and_named(lm, spec, cache):
+    "Each site has a cache of its own, with what is read there."
+    tokens = module.token_rows(spec, lm, TEXTS).take(module.row_count(spec))
+    kept = tokens > 2
+    for site in ("mlp_out", "attn_out"):
+        found = get_activations(replace(spec, site=site), texts=TEXTS, lm=lm)
+        expected = read_site(lm, tokens, spec.layer, site)[kept]
+        assert torch.allclose(found.rows(slice(0, len(found))), expected, atol=1e-5)
+        assert found.meta["site"] == site and len(found) == len(expected)
+
+
 def test_reading_is_recorded(home, spec, tmp_path, monkeypatch):
     monkeypatch.setenv("ATM_SAE_OPENED", str(tmp_path / "opened"))
     for _ in range(2):

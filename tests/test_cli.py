@@ -367,6 +367,8 @@ def test_train_on_a_model(model, tmp_path):
         model,
         "--layer",
         1,
+        "--site",
+        "mlp_out",
         "--set",
         "n_tokens=3000",
         "--d-sae",
@@ -379,12 +381,14 @@ def test_train_on_a_model(model, tmp_path):
         64,
     ]
     (row,) = json.loads(done(*args, "--out", tmp_path / "mine", "--json"))
-    data = ActivationSpec(model=model, layer=1, n_tokens=3000)
+    assert SAE.load(row["sae"]).metadata["hook_name"] == "blocks.1.hook_mlp_out"
+    data = ActivationSpec(model=model, layer=1, n_tokens=3000, site="mlp_out")
     assert row["metrics"] == reconstruction_metrics(
         SAE.load(row["sae"]), held_out(get_activations(data), 20_000)
     )
     (again,) = json.loads(done("evaluate", row["sae"], "--metrics", "core", "--json", "-q"))
-    assert again["model"] == str(Path(model).resolve()) and again["layer"] == 1
+    place = (again["model"], again["layer"], again["site"])
+    assert place == (str(Path(model).resolve()), 1, "mlp_out")
     core = again["core"]
     assert {k: core[k] for k in row["metrics"]} == row["metrics"]
     # of an untrained model the score may have any size: it is held against the losses it is made of

@@ -10,6 +10,7 @@ from notebooks import execute_forked
 from atm_sae.data.lm import hook_point, model_width
 from atm_sae.sae.formats import export_sae
 from atm_sae.train.runs import pretrained_runs
+from atm_sae.report.manifest import opened_changes, opened_groups
 from atm_sae.report.tables import difference_table, pretty, read_summary, score_runs, summary_table
 from atm_sae.sae.sae import SAE, SAEConfig
 from atm_sae.train.loop import History
@@ -122,3 +123,17 @@ def test_in_the_notebook(tmp_path, shared_cache, monkeypatch):
     drawn = (tmp_path / "out/figures/reconstruction.csv").read_text()
     assert "pretrained theirs" in drawn and "pretrained gemma-scope" in drawn
     assert "| pretrained theirs | – |" in (tmp_path / "out/tables/reconstruction.md").read_text()
+
+
+def test_a_report_knows_the_files_of_a_pretrained_sae(tmp_path, monkeypatch):
+    "Other weights below the same name make the report stale; nothing else does."
+    monkeypatch.setenv("ATM_SAE_OPENED", str(tmp_path / "opened"))
+    sae = folder(tmp_path / "one")
+    pretrained_runs([sae], "nano-gemma2", 2, 6)
+    groups = opened_groups(tmp_path / "opened")
+    assert [group["kind"] for group in groups] == ["pretrained"] and opened_changes(groups) == []
+    (Path(sae) / "README.md").write_text("a description")
+    assert opened_changes(groups) == []
+    weights = Path(sae) / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert opened_changes(groups) == ["pretrained (sae)"]

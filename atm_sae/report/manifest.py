@@ -642,15 +642,18 @@ def opened_groups(
 
 
 def _input_checksum(name: str, source: str | None) -> str | None:
-    "The checksum of a model or a text today; None if it is not there, and for any other input."
+    "The checksum of a model, a text or an SAE today; None if it is not there, or another input."
     from atm_sae.data.lm import model_checksum
     from atm_sae.data.text import docs_checksum, documents_checksum
+    from atm_sae.sae.formats import sae_checksum
 
     with contextlib.suppress(OSError, ValueError):
         if name == "model" and source:
             return model_checksum(source)
         if name == "text":
             return documents_checksum(source) if source else docs_checksum()
+        if name == "sae" and source:
+            return sae_checksum(source)
     return None
 
 

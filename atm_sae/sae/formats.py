@@ -15,6 +15,7 @@ __all__ = [
     "Format",
     "export_sae",
     "from_pretrained",
+    "sae_checksum",
     "model_card",
     "push_to_hub",
 ]
@@ -37,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..artefacts import atomic_folder, read_object, write_json
+from ..artefacts import atomic_folder, file_sha256, read_object, stable_hash, write_json
 from ..core import causes
 from ..data.lm import SITES, Site, hook_point
 from ..data.text import no_network
@@ -669,14 +670,14 @@ def _sae_folders(repo: str, revision: str | None) -> list[str]:
     return sorted({f.rpartition("/")[0] for f in files if f.rpartition("/")[2] in markers})
 
 
-def _from_hub(source: str, subfolder: str | None, revision: str | None) -> SAE:
-    "The SAE in OWNER/NAME, or in a folder of it that is written behind it or given apart."
+def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
+    "The folder of the SAE in OWNER/NAME, or in a folder that is written behind it or given apart."
     parts = source.strip("/").split("/")
     repo = "/".join(parts[:2])
     inside = "/".join(filter(None, [*parts[2:], (subfolder or "").strip("/")]))
     folder = _download(repo, inside, revision)
     if any((folder / row.marker).is_file() for row in FORMATS.values()):
-        return _read_folder(folder)
+        return folder
     places = _sae_folders(repo, revision)
     more = ""
     if places:
@@ -688,6 +689,23 @@ def _from_hub(source: str, subfolder: str | None, revision: str | None) -> SAE:
 
 
 # %% ../../nbs/sae/formats.ipynb #cell-47
+def _find_folder(source: str | Path, subfolder: str | None, revision: str | None) -> Path:
+    "The folder of an SAE on this machine, fetched from the Hub if need be."
+    path, text = Path(source).expanduser(), str(source)
+    if path.exists():
+        if revision:
+            raise ValueError(
+                f"{source} is a local folder, and revision={revision!r} names one on the Hub: "
+                "leave it out"
+            )
+        return _folder_of(path / subfolder if subfolder else path)
+    if text.startswith((".", "/", "~")) or "\\" in text or "/" not in text:
+        raise FileNotFoundError(
+            f"no folder {path}: give the folder of an SAE, or OWNER/NAME of a repository on the Hub"
+        )
+    return _from_hub(text, subfolder, revision)
+
+
 def from_pretrained(
     source: str | Path,  # folder or file of an SAE, or OWNER/NAME[/SUBFOLDER] on the Hub
     subfolder: str | None = None,  # folder inside `source`
@@ -696,19 +714,16 @@ def from_pretrained(
     """Load an SAE of this library, SAELens, Gemma Scope or dictionary_learning.
 
     Raises OSError or ValueError with what is wrong and what to do."""
-    path, text = Path(source).expanduser(), str(source)
-    if path.exists():
-        if revision:
-            raise ValueError(
-                f"{source} is a local folder, and revision={revision!r} names one on the Hub: "
-                "leave it out"
-            )
-        return _read_folder(_folder_of(path / subfolder if subfolder else path))
-    if text.startswith((".", "/", "~")) or "\\" in text or "/" not in text:
-        raise FileNotFoundError(
-            f"no folder {path}: give the folder of an SAE, or OWNER/NAME of a repository on the Hub"
-        )
-    return _from_hub(text, subfolder, revision)
+    return _read_folder(_find_folder(source, subfolder, revision))
+
+
+def sae_checksum(
+    source: str | Path,  # as for `from_pretrained`
+) -> str:
+    "SHA-256 over the files of an SAE: what changes when the SAE changes."
+    folder = _find_folder(source, None, None)
+    files = [name for name in _FILES if (folder / name).is_file()]
+    return stable_hash({name: file_sha256(folder / name) for name in files}, n=64)
 
 
 # %% ../../nbs/sae/formats.ipynb #cell-51

@@ -26,6 +26,7 @@ __all__ = [
     "run_grid",
     "Pretrained",
     "short_names",
+    "pretrained_artefact",
     "pretrained_runs",
 ]
 
@@ -67,7 +68,7 @@ from ..data.planted import WorldConfig
 from ..methods import ARCHITECTURES, get_method, method_parts, twin_method
 from ..ranks import ALONE, Ranks
 from ..sae.atm import ATMConfig, make_masker
-from ..sae.formats import from_pretrained
+from ..sae.formats import from_pretrained, sae_checksum
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 from .executors import LostWorker, Outcome, find_executor, run_jobs
 from .loop import History, TrainConfig, train, unflatten
@@ -570,6 +571,17 @@ def short_names(
     return []
 
 
+def pretrained_artefact(source: str | Path) -> Artefact:
+    "A pretrained SAE as an artefact, so that a report knows which files it was made from."
+    return Artefact(
+        "pretrained",
+        {},
+        ("sae.formats.from_pretrained",),
+        inputs=dict(sae=sae_checksum(source)),
+        sources=dict(sae=str(source)),
+    )
+
+
 def pretrained_runs(
     sources: Sequence[str | Path],  # as for `from_pretrained`: folders, REPO or REPO/SUBFOLDER
     model: str,  # name or folder of the model that is read
@@ -589,6 +601,7 @@ def pretrained_runs(
             )
         if found := other_place(sae.metadata, wanted):
             raise ValueError(f"{source} was trained on {found}, and these tables are of {wanted}")
+        pretrained_artefact(source).opened()
         spec = Pretrained(f"pretrained {name}")
         runs.append(Run(spec, sae.requires_grad_(False), History(), None))
     return runs
