@@ -332,7 +332,14 @@ def _run_row(spec: "RunSpec", run: "Run", folder: Path | None) -> dict[str, Any]
     assert run.folder is not None  # a pretrained SAE alone has none
     sae = _copy_run(run.folder, folder) if folder else run.folder / "sae"
     about = dict(method=spec.method, l0=spec.l0, seed=spec.seed, key=spec.key, sae=str(sae))
-    return about | dict(metrics=_reconstruction(run.sae, spec.data))
+    history = run.history
+    outliers = dict(n=history.n_outliers, of=_tokens(run), max_norm=history.max_norm)
+    return about | dict(outliers=outliers, metrics=_reconstruction(run.sae, spec.data))
+
+
+def _tokens(run: "Run") -> int:
+    "Activations that a run was trained on; 0 if it was not trained."
+    return int(run.history.table.tokens.max()) if run.history.rows else 0
 
 
 def _show_runs(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -345,6 +352,13 @@ def _show_runs(rows: Sequence[Mapping[str, Any]]) -> None:
         shown |= {name: value for name, value in more.items() if value is not None}
         lines.append(dict(method=row["method"], seed=row["seed"]) | shown | dict(SAE=row["sae"]))
     print(_table(lines))
+    for row in rows:
+        left_out = row["outliers"]
+        if left_out["n"]:
+            print(
+                f"{row['method']}, seed {row['seed']}: left out {left_out['n']:,} of "
+                f"{left_out['of']:,} activations as outliers, norm above {left_out['max_norm']:.4g}"
+            )
 
 
 def _read_activations(data: Data, progress: bool) -> None:
@@ -576,7 +590,8 @@ def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dic
     scores = dict(full=result.full, fraction=result.fraction, n_split=result.n_split)
     noise = {f"{name}_noise": value for name, value in result.noise.items()}
     letters, words = result.letters.first_letter.nunique(), len(result.words)
-    return scores | noise | dict(n_letters=letters, n_words=words, eval_seeds=o.eval_seeds)
+    counts = dict(n_letters=letters, n_words=words, n_outliers=result.config["n_outliers"])
+    return scores | noise | counts | dict(eval_seeds=o.eval_seeds)
 
 
 def _probing(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str, Any]:
@@ -588,7 +603,7 @@ def _probing(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[s
     if o.saebench:
         place: dict[str, Any] = dict(model=data.model, layer=data.layer, site=data.site)
         probing_json(result, s.sae, **place, **o.about(s))
-    return result.summary | dict(n_tasks=len(result.tasks))
+    return result.summary | dict(n_tasks=len(result.tasks), n_outliers=result.n_outliers)
 
 
 _METRICS = dict(core=_core, absorption=_absorption, probing=_probing)
@@ -616,7 +631,7 @@ def _planted(
         )
     found = _reconstruction(s.sae, data)
     absorption = dict(full=found["absorption"], miss_rate=found["miss_rate"])
-    core = ("explained_variance", "fvu", "l0", "dead_share", "mcc", "f1")
+    core = ("explained_variance", "fvu", "l0", "dead_share", "mcc", "f1", "n_outliers")
     return dict(
         core={k: found[k] for k in core},
         absorption=absorption | dict(n_parents=data.n_parents),
@@ -682,6 +697,11 @@ def _show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
     named = [dict(SAE=row["sae"], method=row["method"]) for row in rows]
     numbers = [{head: f[head] for head in heads} for f in found]
     print(_table([n | f for n, f in zip(named, numbers, strict=True)]))
+    for row in rows:
+        parts = {name: row[name].get("n_outliers") for name in _METRICS if name in row}
+        left_out = [f"{number:,} ({name})" for name, number in parts.items() if number]
+        if left_out:
+            print(f"{row['sae']}: activations left out as outliers: {', '.join(left_out)}")
 
 
 # %% ../nbs/cli.ipynb #cell-35

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "OUTLIER_RATIO",
     "project_root",
     "data_dir",
     "cache_dir",
@@ -12,7 +13,12 @@ __all__ = [
     "pick_device",
     "to_plain",
     "causes",
+    "check_rows",
     "check_activations",
+    "as_weights",
+    "norm_limit",
+    "is_outlier",
+    "replace_outliers",
     "one_thread",
     "read_lines",
     "read_text",
@@ -25,6 +31,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -155,29 +162,41 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 # %% ../nbs/core/core.ipynb #cell-35
-def check_activations(
-    x: Tensor,  # activations, (batch, d_in)
-    d_in: int | None = None,  # expected width; None accepts any
+def check_rows(
+    x: Tensor,  # (batch, width)
+    width: int | None = None,  # expected width; None accepts any
     name: str = "activations",  # how the message calls `x`
 ) -> Tensor:
-    "`x` itself, if it is a finite float tensor (batch, d_in); else a ValueError."
+    """`x` itself, if it is a float tensor (batch, width).
+
+    TypeError for anything but a tensor of floats, ValueError for another shape."""
     if not isinstance(x, torch.Tensor):
-        raise ValueError(
+        raise TypeError(
             f"{name}: expected a torch.Tensor, got {type(x).__name__}: use torch.as_tensor"
         )
-    shape = f"(batch, {'d_in' if d_in is None else d_in})"
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point numbers, got {x.dtype}: use x.float()")
+    shape = f"(batch, {'d_in' if width is None else width})"
     if x.ndim != 2:
         raise ValueError(
             f"{name}: expected shape {shape}, got {tuple(x.shape)}: "
             "flatten batch and position first"
         )
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: expected floating-point numbers, got {x.dtype}: use x.float()")
-    if d_in is not None and x.shape[1] != d_in:
+    if width is not None and x.shape[1] != width:
         raise ValueError(
             f"{name}: expected shape {shape}, got {tuple(x.shape)}: "
             "is this the right layer or model?"
         )
+    return x
+
+
+def check_activations(
+    x: Tensor,  # activations, (batch, d_in)
+    d_in: int | None = None,  # expected width; None accepts any
+    name: str = "activations",  # how the message calls `x`
+) -> Tensor:
+    "`x` itself, if `check_rows` accepts it and it is finite; else a TypeError or ValueError."
+    check_rows(x, d_in, name)
     if not torch.isfinite(x.sum()):
         _check_finite(x, name)
     return x
@@ -198,6 +217,66 @@ def _check_finite(x: Tensor, name: str) -> None:
 
 
 # %% ../nbs/core/core.ipynb #cell-42
+def as_weights(
+    x: Tensor,  # (batch, width), floats of any precision
+    weights: Tensor,  # those that x is multiplied with
+    width: int | None = None,  # expected width; None accepts any
+    name: str = "activations",  # how the message calls `x`
+) -> Tensor:
+    "`x` in the data type of `weights`. Errors of `check_rows`; ValueError for another device."
+    check_rows(x, width, name)
+    if x.device != weights.device:
+        raise ValueError(
+            f"{name}: on device {x.device}, but the weights are on {weights.device}: "
+            f"use x.to({str(weights.device)!r})"
+        )
+    return x.to(weights.dtype)
+
+
+# %% ../nbs/core/core.ipynb #cell-45
+OUTLIER_RATIO = 10.0  # an outlier's norm exceeds this many times the median norm
+
+
+def _norms(x: Tensor) -> Tensor:
+    "Norms (n,) of the rows, in single precision at least."
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def norm_limit(
+    x: Tensor,  # (n, d_in) activations
+    ratio: float | None = OUTLIER_RATIO,  # None: there are no outliers
+) -> float:
+    "`ratio` times the median norm of the rows that are not zero; infinite if all are zero."
+    if ratio is None:
+        return math.inf
+    norms = _norms(x)
+    norms = norms[norms > 0].sort().values
+    if not len(norms):
+        return math.inf
+    return ratio * float((norms[(len(norms) - 1) // 2] + norms[len(norms) // 2]) / 2)
+
+
+def is_outlier(
+    x: Tensor,  # (n, d_in) activations
+    limit: float,  # of `norm_limit`
+) -> Tensor:  # bool (n,)
+    "True for rows whose norm exceeds the limit; a norm that is not finite is another error."
+    norms = _norms(x)
+    return (norms > limit) & norms.isfinite()
+
+
+# %% ../nbs/core/core.ipynb #cell-49
+def replace_outliers(
+    x: Tensor,  # (n, d_in) activations
+    outlier: Tensor,  # bool (n,)
+) -> Tensor:  # (n, d_in)
+    "The ordinary rows in their order, then the first of them again in place of the outliers."
+    order = outlier.to(torch.uint8).argsort(stable=True)
+    ordinary = (~outlier).sum().clamp(min=1)
+    return x[order[torch.arange(len(x), device=x.device) % ordinary]]
+
+
+# %% ../nbs/core/core.ipynb #cell-52
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     "Inside, PyTorch has one thread, so that results do not depend on the number of cores."

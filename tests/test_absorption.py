@@ -313,6 +313,60 @@ def test_partial_absorption_is_seen_by_the_fraction_alone(task):
     assert result.full == 0 and len(partly) and np.allclose(partly.fraction, 0.6, atol=0.05)
 
 
+def loud_words(every):
+    "The alphabet with every so-manieth word 400 times as loud, and which words these are."
+    x, words, _ = alphabet()
+    loud = torch.arange(len(x)) % every == 0
+    return torch.where(loud[:, None], 400 * x, x), words, loud
+
+
+def test_outliers_are_left_out_of_probes_and_scores(task):
+    x, words, loud = loud_words(37)
+    spoilt = task_from_activations(x, words, model="alphabet", layer=0)
+    assert (spoilt.f1 > 0.9).all()
+    rest = task_from_activations(x[~loud], words[~loud.numpy()].reset_index(drop=True))
+    assert torch.nn.functional.cosine_similarity(spoilt.W, rest.W).min() > 0.95
+    sae = alphabet_sae(5)
+    result = evaluate_absorption(sae, [spoilt, replace(spoilt, seed=1)])
+    clean = evaluate_absorption(sae, spoilt.only(~loud))
+    assert result.config["n_outliers"] == 2 * int(loud.sum()) and result.config["n_words"] == 520
+    assert clean.config["n_outliers"] == 0 and result.full == clean.full
+    assert result.words[result.words.eval_seed == 0].equals(clean.words)
+    assert not set(result.words.text) & set(words.text[loud.numpy()])
+    best = best_single_latent_f1(sae, spoilt)
+    assert best.equals(best_single_latent_f1(sae, spoilt.only(~loud)))
+
+
+def test_the_limit_of_the_sae_comes_first(task):
+    sae = alphabet_sae(5)
+    sae.max_norm = 1.0  # every word has the norm 1.41
+    with pytest.raises(ValueError, match="all 520 activations are outliers"):
+        evaluate_absorption(sae, task)
+    sae.max_norm = np.inf
+    x, words, _ = loud_words(37)
+    spoilt = task_from_activations(x, words)
+    assert evaluate_absorption(sae, spoilt).config["n_outliers"] == 0
+
+
+def test_some_words_of_a_task(lm_task):
+    chosen = torch.arange(len(lm_task.words)) % 3 == 1
+    part = lm_task.only(chosen)
+    assert part.words.text.tolist() == lm_task.words.text[chosen.numpy()].tolist()
+    assert torch.equal(part.x, lm_task.x[chosen]) and torch.equal(part.W, lm_task.W)
+    assert torch.equal(part.tokens, lm_task.tokens[chosen]) and part.position == lm_task.position
+    assert torch.equal(part.letter, lm_task.letter[chosen])
+    assert torch.equal(part.hits, lm_task.hits[:, chosen])
+
+
+def test_activations_of_another_kind():
+    x, words, _ = alphabet()
+    half = task_from_activations(x.bfloat16(), words)
+    assert half.x.dtype == torch.float32 and torch.equal(half.W, task_from_activations(x, words).W)
+    for wrong, got in ((x.numpy(), "ndarray"), (x.long(), "torch.int64")):
+        with pytest.raises(TypeError, match=f"activations at the words: .*got {got}"):
+            task_from_activations(wrong, words)
+
+
 def test_table_columns_and_means(task):
     result = evaluate_absorption(alphabet_sae(5), task)
     for column in (

@@ -45,6 +45,8 @@ def test_absorption_of_children_agrees_with_the_metrics():
     silent = sae.encode(x)[:, table.parent_latent[0]] <= 1e-8
     with_first = (a[:, 1] > 0).numpy()
     assert np.isclose(table.absorption[0], silent.numpy()[with_first].mean())
+    loud = read_children(snapshots, world, torch.cat([x, 1e4 * x[:9]]), torch.cat([a, a[:9]]))
+    assert loud.equals(table)  # outliers are left out
     excess = planted_metrics(sae, world, n=100)["excess_cosine"]
     assert np.isclose(table.excess_cosine.mean(), excess, atol=1e-5)
 

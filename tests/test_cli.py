@@ -37,8 +37,9 @@ from atm_sae.sae.formats import from_pretrained, model_card
 from atm_sae.evals.probing import evaluate_probing, probing_tasks
 from atm_sae.sae.sae import SAE, SAEConfig
 from atm_sae.evals.saebench import read_saebench
-from atm_sae.data.planted import PlantedWorld, WorldConfig
+from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
 from atm_sae.methods import METHODS
+from atm_sae.train import runs
 from atm_sae.train.runs import get_run, recipe, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,6 +358,33 @@ def test_a_grid_over_processes():
         done("train", "topk", *SMALL, "--seed", 0, "--seed", 1, "--workers", 2, "--json", "-q")
     )
     assert [r["key"] for r in rows] == [spec(seed=s).key for s in (0, 1)]
+
+
+def test_outliers_are_said(monkeypatch, tmp_path):
+    "The loudest row of every batch is 150 times as loud."
+
+    class Loud(WorldBatches):
+        def __next__(self):
+            x = super().__next__()
+            x[x.norm(dim=1).argmax()] *= 150
+            return x
+
+    monkeypatch.setattr(runs, "data_batches", lambda _, n, seed: Loud(PlantedWorld(WORLD), n, seed))
+    out = done("train", "topk", *SMALL, "--out", tmp_path / "mine", "-q")
+    said = "topk, seed 0: left out 40 of 1,280 activations as outliers, norm above "
+    assert out.splitlines()[2].startswith(said) and len(out.splitlines()) == 3
+    (row,) = json.loads(done("train", "topk", *SMALL, "--json", "-q"))
+    sae = SAE.load(tmp_path / "mine")
+    assert row["outliers"] == dict(n=40, of=1280, max_norm=pytest.approx(sae.max_norm))
+    sample = PlantedWorld.sample
+    monkeypatch.setattr(PlantedWorld, "sample", lambda *a: (lambda x, c: (9 * x, c))(*sample(*a)))
+    (row,) = json.loads(done("evaluate", tmp_path / "mine", "--json", "-q"))
+    n = row["core"]["n_outliers"]
+    assert 0 < n < 20_000
+    out = done("evaluate", tmp_path / "mine", "-q")
+    assert out.splitlines()[-1].endswith(f"mine: activations left out as outliers: {n:,} (core)")
+    monkeypatch.setattr(PlantedWorld, "sample", sample)
+    assert "left out" not in done("evaluate", tmp_path / "mine", "-q")
 
 
 def test_train_on_a_model(model, tmp_path):

@@ -1,6 +1,7 @@
 "Control dictionaries, and a score beside the truth."
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,3 +83,16 @@ def test_split_limits_solve_the_two_inequalities():
         always, never = split_limits(jump)
         assert math.isclose(1 / (2 * always - 1), jump)
         assert math.isclose(2 * never / ((never + 1) * (never + 2)), jump)
+
+
+def test_outliers_are_left_out_of_controls_and_truth(world, task):
+    loud = torch.arange(len(task.x)) % 25 == 0
+    spoilt = replace(task, x=torch.where(loud[:, None], 1000 * task.x, task.x))
+    exact = absorbing_sae(world, 0)
+    assert score_and_truth(exact, spoilt) == score_and_truth(exact, spoilt.only(~loud))
+    part = spoilt.only(~loud)
+    found, clean = (
+        dict(control_dictionaries(world, t, 0.5, d_random=64, dense_l0=8)) for t in (spoilt, part)
+    )
+    for name in ("random, L0 2", "random, L0 8"):
+        assert torch.equal(found[name].threshold, clean[name].threshold)

@@ -12,15 +12,19 @@ import torch
 
 from atm_sae import core
 from atm_sae.core import (
+    as_weights,
     cache_dir,
     check_activations,
     data_dir,
     generator,
+    is_outlier,
+    norm_limit,
     one_thread,
     pick_device,
     project_root,
     read_lines,
     read_text,
+    replace_outliers,
     seed_everything,
     to_plain,
 )
@@ -165,17 +169,21 @@ def test_good_activations_come_back_themselves():
 
 
 @pytest.mark.parametrize(
-    "x, words",
+    "x, error, words",
     [
-        (np.zeros((2, 3)), "torch.Tensor, got ndarray"),
-        (torch.zeros(3), r"expected shape \(batch, 3\), got \(3,\)"),
-        (torch.zeros(2, 4), r"expected shape \(batch, 3\), got \(2, 4\)"),
-        (torch.zeros(2, 3, dtype=torch.int64), "got torch.int64"),
+        (np.zeros((2, 3)), TypeError, "torch.Tensor, got ndarray"),
+        ([[0.0] * 3] * 2, TypeError, "torch.Tensor, got list"),
+        (torch.zeros(2, 3, dtype=torch.int64), TypeError, "got torch.int64"),
+        (torch.zeros(2, 3, dtype=torch.bool), TypeError, "got torch.bool"),
+        (torch.zeros(3), ValueError, r"expected shape \(batch, 3\), got \(3,\)"),
+        (torch.zeros(2, 4), ValueError, r"expected shape \(batch, 3\), got \(2, 4\)"),
     ],
 )
-def test_wrong_activations(x, words):
-    with pytest.raises(ValueError, match=f"^layer 2: .*{words}"):
+def test_wrong_activations(x, error, words):
+    with pytest.raises(error, match=f"^layer 2: .*{words}"):
         check_activations(x, 3, "layer 2")
+    with pytest.raises(error, match=f"^layer 2: .*{words}"):
+        as_weights(x, torch.zeros(3, 5), 3, "layer 2")
 
 
 def test_nan_message_counts():
@@ -231,3 +239,61 @@ def test_a_byte_far_into_a_file_is_named_with_its_own_line(tmp_path):
 def test_an_empty_file_is_an_empty_text(tmp_path):
     (tmp_path / "a.txt").touch()
     assert read_text(tmp_path / "a.txt") == ""
+
+
+# ---- activations of any precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_as_weights_converts_and_does_not_move(dtype):
+    x = torch.ones(2, 3, dtype=dtype)
+    for other in (torch.float32, torch.bfloat16):
+        assert as_weights(x, torch.zeros(3, 5, dtype=other)).dtype == other
+    with pytest.raises(ValueError, match="on device cpu, but the weights are on meta"):
+        as_weights(x, torch.zeros(3, 5, device="meta"))
+
+
+# ---- outliers
+
+
+def column(*values):
+    "Rows of one entry each."
+    return torch.tensor(values, dtype=torch.float)[:, None]
+
+
+@pytest.mark.parametrize(
+    "x, limit",
+    [
+        (column(1, 2, 3), 20),
+        (column(-1, 2, 3, 4), 25),  # the mean of the middle two
+        (column(0, 0, 0, 0, 1, 2, 3), 20),  # zero rows do not count
+        (column(1, 2, 3, 500, 700), 30),
+        (column(5, math.nan), 50),
+        (column(0, 0), math.inf),
+        (torch.zeros(0, 4), math.inf),
+    ],
+)
+def test_norm_limit(x, limit):
+    assert norm_limit(x) == limit and norm_limit(x, None) == math.inf
+    assert norm_limit(x, 2) == limit / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_norms_of_half_precision_do_not_overflow(dtype):
+    x = torch.full((3, 64), 30_000, dtype=dtype)  # the norm, 240,000, is beyond float16
+    assert norm_limit(x) == pytest.approx(2_400_000, rel=0.01)
+    assert not is_outlier(x, norm_limit(x)).any() and is_outlier(x, 1000).all()
+
+
+def test_is_outlier():
+    x = column(1, 30, 31, math.inf, math.nan)
+    assert is_outlier(x, 30).tolist() == [False, False, True, False, False]
+    assert not is_outlier(x, math.inf).any()
+
+
+def test_replace_outliers():
+    x = column(90, 1, 2, 80, 3, 70, 60, 50)
+    assert replace_outliers(x, x[:, 0] > 9).flatten().tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
+    kept = torch.randn(7, 3)
+    assert torch.equal(replace_outliers(kept, torch.zeros(7, dtype=torch.bool)), kept)
+    assert replace_outliers(x, x[:, 0] > 0).shape == x.shape  # nothing can take their place

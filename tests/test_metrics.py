@@ -19,6 +19,8 @@ from atm_sae.evals.metrics import (
     planted_table,
     reconstruction_metrics,
     miss_rates,
+    ordinary_rows,
+    outlier_limit,
     spliced_metrics,
 )
 from atm_sae.data.planted import PlantedWorld, WorldConfig
@@ -112,12 +114,53 @@ def test_frequency():
         (torch.zeros(0, 2), "empty"),
         (torch.zeros(2), "expected shape"),
         (T([[1.0, torch.nan]]), "1 NaN"),
-        (torch.zeros(2, 2, dtype=torch.long), "floating-point"),
     ],
 )
 def test_bad_activations(x, text):
     with pytest.raises(ValueError, match=text):
         reconstruction_metrics(HALVES, x)
+
+
+@pytest.mark.parametrize("measure", [reconstruction_metrics, activation_frequency])
+def test_types_of_activations(measure):
+    x = T([[2.0, 0], [0, 4], [1, 1]])
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        found, want = measure(HALVES, x.to(dtype)), measure(HALVES, x)
+        assert torch.equal(found, want) if torch.is_tensor(want) else found == want
+    for wrong, got in ((x.long(), "torch.int64"), (x.numpy(), "ndarray"), ([[2.0, 0]], "list")):
+        with pytest.raises(TypeError, match=f"got {got}"):
+            measure(HALVES, wrong)
+
+
+# outliers -------------------------------------------------------------------
+
+
+class Limited(Toy):
+    "A dictionary that knows its limit."
+
+    max_norm = 4.5
+
+
+def test_outliers_are_left_out_and_counted():
+    x = T([[2.0, 0], [0, 4], [1, 1], [3, 1]])
+    loud = T([[300.0, 0], [0, -400]])
+    both = torch.cat([x[:2], loud, x[2:]])
+    clean = reconstruction_metrics(HALVES, x)
+    assert clean["n_outliers"] == 0 and clean["n_tokens"] == 4
+    assert reconstruction_metrics(HALVES, both) == clean | dict(n_outliers=2)
+    assert torch.equal(activation_frequency(HALVES, both), activation_frequency(HALVES, x))
+
+
+def test_the_limit_of_the_sae_comes_first():
+    limited, free = (Limited(HALVES.W_enc, HALVES.W_dec) for _ in range(2))
+    free.max_norm = math.inf
+    x = T([[2.0, 0], [0, 4], [3, 4], [300, 0]])
+    assert outlier_limit(limited, x) == 4.5 and outlier_limit(free, x) == math.inf
+    assert reconstruction_metrics(limited, x)["n_outliers"] == 2
+    assert reconstruction_metrics(free, x)["n_outliers"] == 0
+    assert ordinary_rows(limited, x).tolist() == [True, True, False, False]
+    with pytest.raises(ValueError, match="all 2 activations are outliers.*limit of 4.5"):
+        reconstruction_metrics(limited, 10 * x[:2])
 
 
 # spliced --------------------------------------------------------------------
@@ -195,6 +238,26 @@ def test_the_site_of_the_sae_is_spliced(lm, tokens):
     assert found["ce_sae"] == pytest.approx(float(losses[counts].mean()), rel=1e-5)
     with pytest.raises(ValueError, match="trained on blocks.1.hook_mlp_out, and blocks.1.hook_res"):
         spliced_metrics(sae, lm, 1, tokens)
+
+
+def test_outliers_keep_their_stream(lm, tokens):
+    "A limit between the norms: what exceeds it is neither replaced nor counted."
+    ordinary, seen = tokens > 2, []
+    with torch.no_grad(), splice(lm, 1, lambda r: seen.append(r) or r):
+        lm.model(input_ids=tokens)
+    norms = seen[0].norm(dim=-1)
+    limited = nothing(32)
+    limited.max_norm = float(norms[ordinary].median())
+    kept = ordinary & (norms <= limited.max_norm)
+    m = spliced_metrics(limited, lm, 1, tokens, batch_size=3)
+    counts = kept[:, :-1] & ordinary[:, 1:]
+    assert m["n_outliers"] == int((ordinary & ~kept).sum()) > 10
+    assert m["n_tokens"] == int(counts.sum())
+    with splice(lm, 1, lambda r: torch.where(kept[..., None], 0, r)):
+        zeroed = float(next_token_losses(lm, tokens)[counts].mean())
+    assert m["ce_sae"] == pytest.approx(zeroed, rel=1e-5) == m["ce_zero"]
+    assert m["ce_orig"] == pytest.approx(float(next_token_losses(lm, tokens)[counts].mean()))
+    assert spliced_metrics(nothing(32), lm, 1, tokens)["n_outliers"] == 0
 
 
 def test_kl_by_hand(lm, tokens):
@@ -295,7 +358,22 @@ def test_honest_dictionary(world):
         "dead_share",
         "l0",
         "fvu",
+        "n_outliers",
     }
+
+
+def test_planted_metrics_leave_out_what_the_sae_calls_an_outlier(world):
+    "The loudest tenth of the samples is beyond the limit; parents are on in the others."
+    x, a = world.sample(3000, generator(0, "planted-metrics"))
+    limited = honest(world)
+    limited.max_norm = float(x.norm(dim=1).quantile(0.9))
+    ordinary = x.norm(dim=1) <= limited.max_norm
+    m = planted_metrics(limited, world, n=3000)
+    assert m["n_outliers"] == int((~ordinary).sum()) == 300
+    assert m["l0"] == pytest.approx(float((a[ordinary] > 0).sum(1).float().mean()), rel=1e-6)
+    limited.W_enc[:, 0] = 0  # the first parent's latent is zero
+    table = planted_table(limited, world, n=3000)
+    assert table.absorption[0] == table.miss_rate[0] == 1
 
 
 def test_absorption_is_counted_exactly(world):

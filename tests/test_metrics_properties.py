@@ -168,6 +168,7 @@ def literal(sae, x):
         explained_variance=1 - sum(e2) / n / variance,
         cosine=sum(dot(a, b) / sqrt(dot(a, a) * dot(b, b)) for a, b in zip(X, X_hat)) / n,
         n_tokens=n,
+        n_outliers=0,
         l0=sum(v != 0 for z in Z for v in z) / n,
         l1=sum(abs(v) for z in Z for v in z) / n,
         dead_share=sum(all(z[j] == 0 for z in Z) for j in range(len(Z[0]))) / len(Z[0]),

@@ -167,6 +167,7 @@ def test_export(tmp_path, architecture, format):
             export_sae(sae, tmp_path / "out", format)
         return
     again = from_pretrained(export_sae(sae, tmp_path / "out", format))
+    assert again.is_trained == (format != "saelens")  # ours says that it is fresh
     torch.testing.assert_close(again(x), sae(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(12))
     assert all(torch.equal(t, before[n]) for n, t in sae.state_dict().items())

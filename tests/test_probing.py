@@ -1,6 +1,8 @@
 """Sparse probing: tasks, pooling, selection and probes by hand; the evaluation, its cache, its
 messages."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -283,6 +285,27 @@ def test_one_latent_that_knows():
         score_probing(Toy(blind, torch.eye(6)), hand_made(x, labels)).summary["sae_test_accuracy"]
         < 0.8
     )
+
+
+def test_outliers_are_left_out_of_latents_and_channels():
+    "Loud tokens, whose entries say the contrary, are in every text; one text holds nothing else."
+    labels = [bool(i % 2) for i in range(40)]
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
+    x[:, 2] = T(labels).float() * 4
+    plain = hand_made(x, labels)
+    loud = 1e4 * torch.ones(40, 6)
+    loud[:, 2] *= 1 - T(labels).float()
+    both = torch.stack([loud, x, x], 1).flatten(0, 1)  # three tokens a text
+    spoilt = replace(plain, x=both, lengths=torch.full((40,), 3))
+    sae = Toy(torch.eye(6), torch.eye(6))
+    result, clean = score_probing(sae, spoilt), score_probing(sae, plain)
+    assert result.n_outliers == 40 and clean.n_outliers == 0
+    assert result.summary == pytest.approx(clean.summary)
+    assert torch.allclose(probe_activations(sae, spoilt), probe_activations(sae, plain))
+    sae.max_norm = 1e6
+    assert score_probing(sae, spoilt).n_outliers == 0
+    last = replace(plain, x=torch.cat([x[:-1], loud[-1:]]))
+    assert not probe_activations(Toy(torch.eye(6), torch.eye(6)), last)[-1].any()
 
 
 def test_summary_is_the_mean_over_groups(data):

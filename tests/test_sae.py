@@ -1,6 +1,7 @@
 "Architectures, losses and gradients by hand; saving, loading, folding; messages."
 
 import json
+import math
 import re
 from dataclasses import fields
 
@@ -63,6 +64,8 @@ def identity(architecture="standard", **more):
         (dict(target_l0=12.0), "target_l0"),
         (dict(architecture="matryoshka"), "matryoshka needs k"),
         (dict(penalty="l2"), "penalty must be 'l1' or 'tanh', not 'l2'"),
+        (dict(outlier_ratio=1), "outlier_ratio must be above 1, or None for no rule, not 1"),
+        (dict(outlier_ratio=math.nan), "outlier_ratio must be above 1"),
         *(
             (
                 dict(architecture="matryoshka", k=1, prefixes=bad),
@@ -624,6 +627,70 @@ def test_encode_refuses(x, text):
         SAE(config("standard")).encode(x)
 
 
+def doors(sae):
+    "What takes activations, by name."
+    return dict(
+        encode=sae.encode,
+        forward=sae,
+        pre_activations=sae.pre_activations,
+        loss=lambda x: sae.loss(x).total,
+        fast_loss=lambda x: sae.loss(x, fast=True).total,
+        init_b_dec=lambda x: [sae.init_b_dec(x), sae.b_dec.detach().clone()][1],
+        decode=lambda x: sae.decode(x.repeat(1, 2)) if torch.is_tensor(x) else sae.decode(x),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_activations_of_any_precision(architecture, dtype):
+    sae, x = trained(architecture), torch.randn(40, 6, generator=gen()).to(dtype)
+    for name, door in doors(sae).items():
+        found = door(x)
+        assert found.dtype == torch.float32 and torch.equal(found, door(x.float())), name
+    sae.to(torch.float64)
+    assert sae(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", doors(SAE(SAEConfig(6, 12))))
+def test_activations_of_another_kind(name):
+    door, x = doors(SAE(config("standard")))[name], torch.ones(3, 6)
+    for wrong, got in ((x.numpy(), "ndarray"), (x.tolist(), "list"), (x.long(), "torch.int64")):
+        with pytest.raises(TypeError, match=f"got {got}"):
+            door(wrong)
+    with pytest.raises(ValueError, match=r"on device meta.*use x.to\('cpu'\)"):
+        door(x.to("meta"))
+    with pytest.raises(ValueError, match=r"expected shape \(batch, (6|12)\)"):
+        door(torch.ones(3, 5))
+
+
+# ---- trained or not, and the limit of the norm
+
+
+def test_folding_makes_an_sae_of_raw_activations(tmp_path):
+    sae = SAE(config("jumprelu"), dict(max_norm=6.0))
+    assert not sae.is_trained and not SAE.load(sae.save(tmp_path / "fresh")).is_trained
+    sae.fold_input_scale(2.0)
+    assert sae.is_trained and sae.max_norm == 3
+    again = SAE.load(sae.save(tmp_path / "trained"))
+    assert again.is_trained and again.max_norm == 3 and again.config == sae.config
+    assert calibrate_l0(random_sae(config("topk")), torch.randn(50, 6), 2).is_trained
+
+
+def test_max_norm():
+    assert SAE(config("topk")).max_norm is None
+    assert SAE(config("topk", outlier_ratio=None), dict(max_norm=3.0)).max_norm == math.inf
+
+
+def test_a_decoder_row_of_zeros_stays(tmp_path):
+    sae = trained("standard")
+    sae.W_dec.data[3] = 0
+    x = torch.randn(8, 6, generator=gen())
+    before = sae(x)
+    assert torch.allclose(sae.fold_decoder_norm()(x), before, atol=1e-5)
+    sae.constrain()
+    assert sae.W_dec.isfinite().all() and not sae.W_dec[3].any()
+
+
 # ---- gate
 
 
@@ -667,3 +734,11 @@ def test_calibrate_l0():
         calibrate_l0(sae, x, 12)
     with pytest.raises(ValueError, match="0.004 on 100 samples asks for 0 active latents.*more sa"):
         calibrate_l0(sae, x[:100], 0.004)
+
+
+def test_calibration_leaves_outliers_out():
+    x = torch.randn(1000, 6, generator=gen())
+    loud = torch.cat([x, torch.full((100, 6), 1e4)])
+    sae, other = (calibrate_l0(random_sae(config("topk")), rows, 2.5) for rows in (x, loud))
+    assert torch.equal(sae.threshold, other.threshold)
+    assert other.max_norm == pytest.approx(10 * float(x.norm(dim=1).median()), rel=0.1)

@@ -99,6 +99,14 @@ def test_reading_on_measures_what_each_latent_contributes():
     assert torch.allclose(read, torch.tensor([1.8, 0.2]))
 
 
+def test_reading_on_leaves_outliers_out():
+    sae = SimpleNamespace(encode=torch.relu, decode=lambda z: z, W_dec=torch.eye(2), max_norm=9.0)
+    masker = make_masker(ATMConfig(combine="contribution", r=0.0), 2, steps=10)
+    x = torch.tensor([[3.0, 1.0], [0.0, 100.0]])
+    read = read_without_learning(sae, masker, iter([x, x]), 2, generator(0, "test"))
+    assert torch.allclose(read, torch.tensor([1.8, 0.2]))
+
+
 def test_frozen_movement_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
     spec = recipe("atm", WorldConfig(), 64, 32, l0=4, steps=10, batch_size=32)

@@ -517,7 +517,7 @@ def test_nan_in_the_first_batch():
         drawn = 2
 
     spec = small("topk")
-    with pytest.raises(ValueError, match="the first batch: 1 NaN"):
+    with pytest.raises(ValueError, match="the batch of step 1: 1 NaN"):
         make(spec, data=batches(spec, First))
 
 
@@ -532,9 +532,237 @@ def test_all_zero_batch():
 
 def test_wrong_width():
     with pytest.raises(
-        ValueError, match=r"the first batch: expected shape \(batch, 9\), got \(32, 8\)"
+        ValueError, match="the batches have width 8, but the SAE has d_in = 9: make an SAE"
     ):
         train(SAE(SAEConfig(9, 16)), batches(small("topk")), small("topk").train, progress=False)
+
+
+def as_batches(change):
+    "A class of batches that passes each batch, and its number from 1, through `change`."
+
+    class Changed(WorldBatches):
+        drawn = 0
+
+        def __next__(self):
+            self.drawn += 1
+            return change(super().__next__(), self.drawn)
+
+    return Changed
+
+
+def test_batches_of_another_width_or_kind_name_their_step():
+    def wrong_at_3(wrong):
+        return as_batches(lambda x, i: wrong(x) if i == 3 else x)
+
+    spec = small("topk")
+    for wrong, error, text in (
+        (lambda x: x[:, :5], ValueError, r"expected shape \(batch, 8\), got \(32, 5\)"),
+        (lambda x: x.long(), TypeError, "got torch.int64"),
+        (lambda x: x.numpy(), TypeError, "got ndarray"),
+        (lambda x: x.tolist(), TypeError, "got list"),
+    ):
+        with pytest.raises(error, match=f"the batch of step 3: .*{text}"):
+            make(spec, data=batches(spec, wrong_at_3(wrong)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_batches_of_any_precision(dtype):
+    spec = small("atm")
+    half = as_batches(lambda x, _: x.to(dtype))
+    single = as_batches(lambda x, _: x.to(dtype).float())
+    (a, history), (b, _) = (make(spec, data=batches(spec, cls)) for cls in (half, single))
+    assert weights(a) == weights(b) and history.table.l0.iloc[-1] > 0
+
+
+def test_a_frozen_decoder():
+    spec = small("topk")
+    with pytest.raises(ValueError, match=r"W_dec is frozen.*requires_grad_\(True\)"):
+        train(SAE(spec.sae).requires_grad_(False), batches(spec), spec.train, progress=False)
+
+
+# ---- outliers
+
+
+@torch.no_grad()
+def unexplained(sae, x):
+    return float((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def loud_rows(x, i):
+    "The longest row of every fourth batch is 150 times as long."
+    if i % 4 == 2:
+        x[x.norm(dim=1).argmax()] *= 150
+    return x
+
+
+LOUD = as_batches(loud_rows)
+
+
+@pytest.mark.parametrize("method", ["standard", "topk", "batchtopk", "matryoshka", "jumprelu"])
+def test_outliers_do_not_change_what_is_learnt(method):
+    spec = small(method, steps=100)
+    x = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))[0]
+    clean, _ = make(spec)
+    loud, history = make(spec, data=batches(spec, LOUD))
+    assert history.n_outliers == 25
+    assert unexplained(loud, x) < 1.1 * unexplained(clean, x)
+
+
+def test_outliers_are_counted_and_the_limit_is_stored(tmp_path):
+    first = as_batches(lambda x, i: torch.cat([150 * x[:2], x[2:]]) if i == 1 else loud_rows(x, i))
+    spec = small("topk")
+    sae, history = make(spec, data=batches(spec, first))
+    x = next(batches(spec))
+    norms = x[x.norm(dim=1) > 0].norm(dim=1)
+    assert history.max_norm == pytest.approx(10 * float(norms.median()), rel=0.2)
+    assert history.scale == pytest.approx(float(x[2:].square().sum(1).mean()) ** -0.5)
+    counts = history.table.set_index("step").outliers
+    assert counts[5] == 3 and counts[40] == history.n_outliers == 12
+    assert counts.is_monotonic_increasing and counts.dtype == int
+    assert SAE.load(sae.save(tmp_path / "sae")).max_norm == pytest.approx(history.max_norm)
+
+
+def test_without_outliers_the_rule_changes_nothing():
+    spec = small("atm")
+    without, history = make(replace(spec, sae=replace(spec.sae, outlier_ratio=None)))
+    ruled, ruled_history = make(spec)
+    assert weights(ruled) == weights(without) and ruled_history.table.equals(history.table)
+    assert history.max_norm == without.max_norm == np.inf and "max_norm" not in without.metadata
+
+
+def test_no_rule_leaves_outliers_in():
+    spec = small("topk", outlier_ratio=None)
+    _, history = make(spec, data=batches(spec, LOUD))
+    assert history.n_outliers == 0 and history.table.reconstruction.max() > 10
+
+
+def test_resume_with_outliers(tmp_path):
+    spec = small("atm")
+    straight, whole = make(spec, data=batches(spec, LOUD))
+
+    def stops(x, i):
+        if i == 28:
+            raise OSError("stopped")
+        return loud_rows(x, i)
+
+    with pytest.raises(OSError):
+        make(spec, tmp_path, batches(spec, as_batches(stops)))
+    data = batches(spec, LOUD)
+    data.drawn = 20  # the checkpoint is that of step 20
+    resumed, rest = make(spec, tmp_path, data)
+    assert weights(resumed) == weights(straight) and rest.table.equals(whole.table)
+    assert rest.n_outliers == 10 and rest.max_norm == whole.max_norm
+    assert resumed.max_norm == straight.max_norm
+
+
+def test_a_batch_of_nothing_but_outliers():
+    spec = small("topk")
+    with pytest.raises(ValueError, match="step 7: every activation of the batch is an outlier"):
+        make(spec, data=batches(spec, as_batches(lambda x, i: x + 1e4 if i == 7 else x)))
+
+
+def test_an_infinite_activation_is_no_outlier():
+    def spoil(x, i):
+        if i == 3:
+            x[1, 2] = torch.inf
+        return x
+
+    spec = small("topk")
+    with pytest.raises(FloatingPointError, match="step 3: the batch holds NaN or infinite"):
+        make(spec, data=batches(spec, as_batches(spoil)))
+
+
+def test_the_run_cache_keeps_limit_and_count(monkeypatch):
+    monkeypatch.setattr(runs, "data_batches", lambda *_: batches(small("topk"), LOUD))
+    made, control = get_run(small("topk")), get_run(small("random"))
+    again = get_run(small("topk"))
+    assert again.history.max_norm == made.history.max_norm < np.inf
+    assert again.sae.max_norm == pytest.approx(again.history.max_norm)
+    assert again.history.n_outliers == 10
+    assert control.sae.max_norm < 100 and control.sae.is_trained
+    assert control.history.max_norm == np.inf and control.history.n_outliers == 0
+
+
+# ---- fine-tuning
+
+
+def times(factor):
+    return as_batches(lambda x, _: factor * x)
+
+
+def one_step(sae, spec, cls, **more):
+    "A step that moves nothing."
+    config = TrainConfig(1, spec.train.batch_size, lr=1e-12)
+    return train(sae, batches(spec, cls), config, progress=False, **more)
+
+
+@pytest.mark.parametrize("method", ["standard", "topk", "batchtopk", "matryoshka", "jumprelu"])
+def test_a_trained_sae_is_trained_further(method, tmp_path):
+    "The outputs are the same before the first step, whatever was folded and whatever the data."
+    spec = small(method, steps=100)
+    sae, _ = make(spec, data=batches(spec, times(10)))
+    assert sae.is_trained
+    x = 10 * PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))[0]
+    before = unexplained(sae, x)
+    follows = method in ("batchtopk", "matryoshka")  # 1% of the way to the batch's own threshold
+    for factor in (10, 1):
+        again = SAE.load(sae.save(tmp_path / f"{factor}"))
+        one_step(again, spec, times(factor))
+        if follows:
+            assert torch.allclose(again.threshold, sae.threshold, rtol=0.011)
+            again.threshold.copy_(sae.threshold)
+        assert unexplained(again, x) == pytest.approx(before, abs=1e-4)
+    one_step(sae.fold_decoder_norm(), spec, times(10))
+    assert unexplained(sae, x) == pytest.approx(before, abs=1e-3 if follows else 1e-4)
+
+
+@pytest.mark.parametrize("method", ["standard", "jumprelu"])
+def test_decoder_rows_of_other_lengths_are_folded_first(method):
+    spec = small(method)
+    sae, _ = make(spec)
+    sae.W_dec.data *= torch.linspace(0.5, 2, 16)[:, None]
+    x = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))[0]
+    before = unexplained(sae, x)
+    one_step(sae, spec, WorldBatches)
+    assert unexplained(sae, x) == pytest.approx(before, abs=1e-4)
+    topk, _ = make(small("topk"))
+    topk.W_dec.data[0] *= 2
+    with pytest.raises(ValueError, match="topk compares latents with each other"):
+        one_step(topk, spec, WorldBatches)
+
+
+def test_thresholds_that_were_never_set_survive():
+    sae = SAE(small("batchtopk").sae).fold_input_scale(1.0)
+    one_step(sae, small("batchtopk"), WorldBatches)
+    assert sae.is_trained and sae.threshold > 0  # the first batch set it at once
+
+
+def test_training_further_improves():
+    spec = small("topk", steps=60)
+    sae, first = make(spec)
+    more = train(sae, batches(spec), spec.train, progress=False)
+    assert more.table.fvu.iloc[0] < 0.7 * first.table.fvu.iloc[0]
+    assert more.table.fvu.iloc[-1] < first.table.fvu.iloc[-1]
+
+
+def test_a_stopped_fine_tuning(tmp_path):
+    "The SAE takes raw activations again; from the same start it resumes, from another it does not."
+    spec = small("topk")
+    start = make(spec)[0].save(tmp_path / "start")
+    x = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))[0]
+
+    def further(sae, data, folder=tmp_path / "checkpoint"):
+        return train(sae, data, spec.train, folder=folder, progress=False)
+
+    straight, stopped, resumed = (SAE.load(start) for _ in range(3))
+    further(straight, batches(spec), None)
+    with pytest.raises(OSError):
+        further(stopped, batches(spec, Fails))
+    assert unexplained(stopped, x) == pytest.approx(unexplained(straight, x), rel=0.3)
+    with pytest.raises(ValueError, match="checkpoint of another configuration"):
+        further(stopped, batches(spec))
+    further(resumed, batches(spec))
+    assert weights(resumed) == weights(straight)
 
 
 # ---- runs

@@ -41,7 +41,7 @@ from ..core import one_thread, to_plain
 from ..data.letters import answer_tokens
 from ..data.lm import LM, Site, check_causal, hook_point, other_place, splice
 from .first_letter import LETTERS, FirstLetterTask
-from .metrics import Dictionary, Encoder
+from .metrics import Dictionary, Encoder, ordinary_rows
 from .probes import f1_score, fit_l1_probes, fit_logistic
 
 
@@ -298,6 +298,12 @@ def encode_words(
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-45
+def _ordinary_words(sae: Dictionary, task: FirstLetterTask) -> FirstLetterTask:
+    "The task without the words whose activation is an outlier for this SAE."
+    ordinary = ordinary_rows(sae, task.x)
+    return task if ordinary.all() else task.only(ordinary)
+
+
 def _check_fits(sae: Dictionary, task: FirstLetterTask) -> None:
     "ValueError if the SAE reads another width, model or hook than the task."
     if sae.W_dec.shape[1] != task.d_in:
@@ -557,13 +563,16 @@ def evaluate_absorption(
     lm: LM | None = None,  # the tasks' LM: adds the third score, the rate of Chanin et al.
     batch_size: int = 1024,  # words encoded at a time
 ) -> AbsorptionResult:
-    """Score an SAE on the first-letter task.
+    """Score an SAE on the first-letter task, without the words whose activation is an outlier.
 
+    The result's `config["n_outliers"]` counts these, over all tasks.
     ValueError if it does not fit the task, or too few letters have a good probe."""
     tasks = [tasks] if isinstance(tasks, FirstLetterTask) else list(tasks)
     _check_tasks(tasks)
     for task in tasks:
         _check_fits(sae, task)
+    n_words = [len(task.words) for task in tasks]
+    tasks = [_ordinary_words(sae, task) for task in tasks]
     parts = [_score_task(sae, task, config, lm, batch_size) for task in tasks]
     letters, words = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     first = tasks[0]
@@ -573,7 +582,8 @@ def evaluate_absorption(
         site=first.site,
         seeds=[task.seed for task in tasks],
         position=first.position,
-        n_words=len(first.words),
+        n_words=n_words[0],
+        n_outliers=sum(n_words) - sum(len(task.words) for task in tasks),
         l2=first.l2,
         n_icl=first.n_icl,
         max_words=first.max_words,
@@ -593,6 +603,7 @@ def best_single_latent_f1(
     task: FirstLetterTask,
 ) -> pd.DataFrame:  # columns letter, latent, f1
     "How well one active latent detects each letter; chosen on training, scored on test words."
+    task = _ordinary_words(sae, task)
     z, _ = encode_words(sae, task.x)
     z.data = np.abs(z.data) > _ZERO
     active, test = z.astype(np.float32), task.test.numpy()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..data.batches import data_batches
 from ..data.planted import PlantedWorld
-from .metrics import match_latents
+from .metrics import match_latents, ordinary_rows
 from ..sae.atm import make_masker
 from ..sae.sae import SAE
 from ..train.loop import History, train
@@ -100,7 +100,9 @@ def read_children(
     x: Tensor,  # (n, d_in) samples
     coefficients: Tensor,  # (n, n_features) of these samples
 ) -> pd.DataFrame:
-    "One row for each child and snapshot."
+    "One row for each child and snapshot; samples that are outliers are left out."
+    ordinary = ordinary_rows(snapshots[-1].sae, x)
+    x, coefficients = x[ordinary], coefficients[ordinary]
     latent, directions, on = matched_latents(snapshots, world), world.directions, coefficients > 0
     child = (world.parent >= 0).nonzero()[:, 0]
     parent = world.parent[child]

@@ -133,5 +133,6 @@ def absorbing_sae(
     sae = SAE(SAEConfig(len(D.T), len(D))).requires_grad_(False)
     sae.W_enc.data, sae.W_dec.data = W_enc.float(), W_dec.float()
     sae.b_enc.data.fill_(-1e-3)  # removes rounding errors
+    sae.is_trained = True  # training would start from it
     _check_others_are_zero(sae, world)
     return sae

@@ -28,6 +28,7 @@ from ..data.planted import PlantedWorld
 from .absorption import evaluate_absorption
 from .constructed import absorbing_sae
 from .first_letter import FirstLetterTask
+from .metrics import ordinary_rows
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 
 
@@ -91,6 +92,7 @@ def score_and_truth(
 ) -> dict[str, float]:
     "L0, scores, error of the full score, counted truth, and how words were missed."
     result, z = evaluate_absorption(sae, task), sae.encode(task.x)
+    ordinary = ordinary_rows(sae, task.x)
     words, rows = result.words, pd.Index(task.words.text).get_indexer(result.words.text)
     z_own = np.full(len(rows), np.nan)
     if own:
@@ -105,7 +107,7 @@ def score_and_truth(
     )
     shares = pd.DataFrame(kinds).astype(float).groupby(words.letter).mean().mean()
     return dict(
-        l0=float((z > 0).sum(1).float().mean()),
+        l0=float((z[ordinary] > 0).sum(1).float().mean()),
         full=result.full,
         error=result.full - shares.exact,
         fraction=result.fraction,

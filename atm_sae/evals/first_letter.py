@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..artefacts import Artefact, atomic_folder, file_sha256, read_object, write_json
-from ..core import check_activations, generator, one_thread
+from ..core import check_activations, generator, is_outlier, norm_limit, one_thread
 from ..data.letters import word_vocabulary
 from ..data.text import bos_eos
 from ..data.lm import LM, check_causal, load_lm, read_site
@@ -167,6 +167,12 @@ class FirstLetterTask:
         "Unit vectors (26, d_in) of the probes, without their biases."
         return F.normalize(self.W, dim=1)
 
+    def only(self, chosen: Tensor) -> "FirstLetterTask":
+        "The task with the chosen words alone, bool (n,); the probes stay."
+        tokens, at = (v if v is None else v[chosen] for v in (self.tokens, self.at))
+        words = self.words[chosen.numpy()].reset_index(drop=True)
+        return replace(self, words=words, x=self.x[chosen], tokens=tokens, at=at)
+
     @property
     def position(self) -> int | None:
         "Position of the word, counted from the end of the prompt; None without prompts."
@@ -208,13 +214,17 @@ def task_from_activations(
     max_words: int | None = None,  # limit on the number of words
     site: str = "resid_post",  # which vectors of the layer's block
 ) -> FirstLetterTask:
-    "Split the words, fit the probes, score them on the test words. ValueError if x is not finite."
-    x = check_activations(x.float(), None, "activations at the words")
+    """Split the words, fit the probes, score them on the test words; outliers are left out of both.
+
+    ValueError if x is not finite."""
+    x = check_activations(x, None, "activations at the words").float()
     letter = torch.tensor([LETTERS.index(name) for name in words.letter])
     test = stratified_split(letter, seed)
-    W, b = fit_letter_probes(x[~test], letter[~test], l2)
-    hit = x[test] @ W.T + b > 0
-    f1 = f1_score(hit.T, F.one_hot(letter[test], 26).T.bool()).float()
+    ordinary = ~is_outlier(x, norm_limit(x))
+    fitted, scored = ~test & ordinary, test & ordinary
+    W, b = fit_letter_probes(x[fitted], letter[fitted], l2)
+    hit = x[scored] @ W.T + b > 0
+    f1 = f1_score(hit.T, F.one_hot(letter[scored], 26).T.bool()).float()
     words = words.assign(test=test.numpy()).reset_index(drop=True)
     about = (model, layer, seed, tokens, at, l2, n_icl, max_words, site)
     return FirstLetterTask(words, x, W, b, f1, *about)

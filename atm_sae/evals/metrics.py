@@ -7,6 +7,8 @@ __all__ = [
     "Dictionary",
     "Encoder",
     "Autoencoder",
+    "outlier_limit",
+    "ordinary_rows",
     "reconstruction_metrics",
     "activation_frequency",
     "spliced_metrics",
@@ -33,7 +35,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import check_activations, generator
+from ..core import check_activations, check_rows, generator, is_outlier, norm_limit
 from ..data.lm import LM, check_hook, splice
 from ..data.planted import PlantedWorld
 from ..data.text import special_ids
@@ -60,6 +62,31 @@ class Autoencoder(Encoder, Protocol):
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-10
+def outlier_limit(
+    sae: Dictionary,  # its `max_norm` counts, if it has one
+    x: Tensor,  # (n, d_in) activations, whose median norm counts otherwise
+) -> float:
+    "Norm above which an activation is an outlier for this SAE; inf if there is no rule."
+    known = getattr(sae, "max_norm", None)
+    return norm_limit(x) if known is None else known
+
+
+def ordinary_rows(
+    sae: Dictionary,
+    x: Tensor,  # (n, d_in) activations
+) -> Tensor:  # bool (n,)
+    "Which activations are no outliers for this SAE. ValueError if all are outliers."
+    limit = outlier_limit(sae, x)
+    ordinary = ~is_outlier(x, limit)
+    if len(x) and not ordinary.any():
+        raise ValueError(
+            f"all {len(x)} activations are outliers: their norms exceed the SAE's limit of "
+            f"{limit:.4g}: are they of the model and layer that it was trained on?"
+        )
+    return ordinary
+
+
+# %% ../../nbs/evals/metrics.ipynb #cell-13
 def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
     "Sums over one batch of all that the averages are made of."
     x, z, x_hat = x.double(), z.double(), x_hat.double()
@@ -77,24 +104,25 @@ def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
     )
 
 
-def _width(sae: Dictionary, x: Tensor) -> Tensor:
-    "x itself; ValueError unless it is (n, d_in) for this SAE, and finite."
+def _measured(sae: Dictionary, x: Tensor) -> Tensor:
+    "The ordinary rows of x; ValueError unless it is (n, d_in) for this SAE, and finite."
     d_in = sae.W_dec.shape[1]
-    if x.ndim == 2 and x.shape[1] != d_in:
+    if check_rows(x).shape[1] != d_in:
         raise ValueError(
             f"activations have width {x.shape[1]}, the SAE reads width {d_in}: "
             "was it trained on another model or layer?"
         )
     if not len(x):
         raise ValueError("activations are empty: there is nothing to average over")
-    return check_activations(x, d_in)
+    ordinary = ordinary_rows(sae, check_activations(x))
+    return x if ordinary.all() else x[ordinary]
 
 
 @torch.no_grad()
 def _sums(sae: Autoencoder, x: Tensor, batch_size: int) -> dict[str, Any]:
     "`_batch_sums` over all rows of x."
     total: dict[str, Any] = {}
-    for part in _width(sae, x).split(batch_size):
+    for part in x.split(batch_size):
         part = part.to(sae.W_dec)
         z = sae.encode(part)
         for k, v in _batch_sums(part, z, sae.decode(z)).items():
@@ -102,15 +130,16 @@ def _sums(sae: Autoencoder, x: Tensor, batch_size: int) -> dict[str, Any]:
     return total
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-12
+# %% ../../nbs/evals/metrics.ipynb #cell-15
 def reconstruction_metrics(
     sae: Autoencoder,  # anything with encode, decode, W_dec
     x: Tensor,  # (n, d_in) held-out activations, special tokens left out
     batch_size: int = 4096,  # rows at a time
     saebench_tokens: int = 2048,  # tokens in a batch of SAEBench, by which its MSE is divided
 ) -> dict[str, float]:
-    "Averages over tokens of reconstruction and sparsity."
-    s = _sums(sae, x, batch_size)
+    "Averages over tokens of reconstruction and sparsity; outliers are left out and counted."
+    measured = _measured(sae, x)
+    s = _sums(sae, measured, batch_size)
     n, variance = s["n"], s["x2"] / s["n"] - (s["x"] / s["n"]).square().sum()
     if not variance > 1e-12 * s["x2"] / n:
         raise ValueError(
@@ -128,38 +157,39 @@ def reconstruction_metrics(
         dead_share=float((s["active"] == 0).double().mean()),
         shrinkage=float(s["x_hat2"] / s["dot"]) if s["dot"] else float("nan"),
         n_tokens=n,
+        n_outliers=len(x) - n,
     )
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-18
+# %% ../../nbs/evals/metrics.ipynb #cell-23
 @torch.no_grad()
 def activation_frequency(
     sae: Encoder,  # anything with encode, W_dec
     x: Tensor,  # (n, d_in) activations
     batch_size: int = 4096,  # rows at a time
 ) -> Tensor:  # (d_sae,)
-    "The share of tokens on which each latent is active."
-    parts = _width(sae, x).split(batch_size)
-    active = [(sae.encode(part.to(sae.W_dec)) != 0).sum(0) for part in parts]
+    "The share of tokens on which each latent is active; outliers are left out."
+    x = _measured(sae, x)
+    active = [(sae.encode(part.to(sae.W_dec)) != 0).sum(0) for part in x.split(batch_size)]
     return torch.stack(active).sum(0).cpu() / len(x)
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-23
+# %% ../../nbs/evals/metrics.ipynb #cell-28
 def _ordinary(lm: LM, tokens: Tensor) -> Tensor:
     "bool, shape of tokens: True where the token is not special."
     special = torch.tensor(special_ids(lm.tokenizer), device=tokens.device)
     return ~torch.isin(tokens, special)
 
 
-def _replace(sae: Autoencoder | None, ordinary: Tensor) -> Callable[[Tensor], Tensor]:
-    "A function for `splice`: x_hat at ordinary tokens (zero if sae is None), x elsewhere."
+def _replace(sae: Autoencoder | None, replaced: Tensor) -> Callable[[Tensor], Tensor]:
+    "A function for `splice`: x_hat at replaced tokens (zero if sae is None), x elsewhere."
 
     def fn(resid: Tensor) -> Tensor:
-        new, x = resid.clone(), resid[ordinary]
+        new, x = resid.clone(), resid[replaced]
         if sae is None:
-            new[ordinary] = torch.zeros_like(x)
+            new[replaced] = torch.zeros_like(x)
         else:
-            new[ordinary] = sae.decode(sae.encode(x.to(sae.W_dec))).to(x)
+            new[replaced] = sae.decode(sae.encode(x.to(sae.W_dec))).to(x)
         return new
 
     return fn
@@ -171,6 +201,21 @@ def _log_probabilities(lm: LM, rows: Tensor) -> Tensor:
     return logits[:, :-1].float().log_softmax(-1)
 
 
+def _original(
+    sae: Autoencoder, lm: LM, layer: int, rows: Tensor, ordinary: Tensor, site: str
+) -> tuple[Tensor, Tensor]:
+    "Log-probabilities of the untouched model; ordinary tokens whose activation is no outlier."
+    replaced = torch.zeros_like(ordinary)
+
+    def find(resid: Tensor) -> Tensor:
+        x = resid[ordinary]
+        replaced[ordinary] = ~is_outlier(x, outlier_limit(sae, x))
+        return resid
+
+    with splice(lm, layer, find, site):
+        return _log_probabilities(lm, rows), replaced
+
+
 def _ce_and_kl(logp: Tensor, targets: Tensor, original: Tensor) -> Tensor:
     "Cross-entropy of the targets and KL divergence from the original distribution, by position."
     ce = -logp.gather(-1, targets[..., None])[..., 0]
@@ -180,19 +225,22 @@ def _ce_and_kl(logp: Tensor, targets: Tensor, original: Tensor) -> Tensor:
 @torch.no_grad()
 def _spliced_sums(
     sae: Autoencoder, lm: LM, layer: int, tokens: Tensor, batch_size: int, site: str
-) -> tuple[Tensor, int]:
-    "Sums (3, 2) of CE and KL for the original model, the SAE and zeros; number of positions."
-    total, n = torch.zeros(3, 2, dtype=torch.float64, device=lm.device), 0
+) -> tuple[Tensor, int, int]:
+    "Sums (3, 2) of CE and KL for model, SAE and zeros; number of positions, and of outliers."
+    total = torch.zeros(3, 2, dtype=torch.float64, device=lm.device)
+    n, n_outliers = 0, 0
     for rows in tokens.to(lm.device).split(batch_size):
         ordinary, targets = _ordinary(lm, rows), rows[:, 1:]
-        counts, original = ordinary[:, :-1] & ordinary[:, 1:], _log_probabilities(lm, rows)
+        original, replaced = _original(sae, lm, layer, rows, ordinary, site)
+        counts = replaced[:, :-1] & ordinary[:, 1:]
         found = [_ce_and_kl(original, targets, original)]
         for which in (sae, None):
-            with splice(lm, layer, _replace(which, ordinary), site):
+            with splice(lm, layer, _replace(which, replaced), site):
                 found.append(_ce_and_kl(_log_probabilities(lm, rows), targets, original))
         total += torch.stack(found)[:, :, counts].double().sum(-1)
         n += int(counts.sum())
-    return total, n
+        n_outliers += int((ordinary & ~replaced).sum())
+    return total, n, n_outliers
 
 
 def spliced_metrics(
@@ -209,7 +257,7 @@ def spliced_metrics(
             f"the SAE reads width {sae.W_dec.shape[1]}, {lm.name} has width {lm.d_model}"
         )
     check_hook(sae, layer, site)
-    total, n = _spliced_sums(sae, lm, layer, tokens, batch_size, site)
+    total, n, n_outliers = _spliced_sums(sae, lm, layer, tokens, batch_size, site)
     if not n:
         raise ValueError(
             "the tokens hold no two ordinary tokens in a row: there is no loss to measure"
@@ -224,10 +272,11 @@ def spliced_metrics(
         kl_sae=kl,
         kl_zero=kl_zero,
         n_tokens=n,
+        n_outliers=n_outliers,
     )
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-27
+# %% ../../nbs/evals/metrics.ipynb #cell-32
 def match_latents(cosines: Tensor) -> tuple[Tensor, float]:
     "The latent of each feature (-1: none) and the mean |cosine|; cosines (n_latents, n_features)."
     i, j = linear_sum_assignment(-np.asarray(cosines))
@@ -236,7 +285,7 @@ def match_latents(cosines: Tensor) -> tuple[Tensor, float]:
     return latent, float(np.abs(np.asarray(cosines)[i, j]).mean())
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-31
+# %% ../../nbs/evals/metrics.ipynb #cell-36
 def detection_counts(
     active: Tensor,  # (n, d_sae) bool: active latents
     on: Tensor,  # (n, n_features) bool: features that are on
@@ -268,7 +317,7 @@ def best_detectors(
     return pd.DataFrame({k: v.numpy() for k, v in table.items()})
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-35
+# %% ../../nbs/evals/metrics.ipynb #cell-40
 def miss_rates(
     active: Tensor,  # (n,) bool: the parent's latent is active
     parent: Tensor,  # (n,) bool: the parent is on
@@ -279,7 +328,7 @@ def miss_rates(
     return float(with_child.float().mean()), float(alone.float().mean())
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-39
+# %% ../../nbs/evals/metrics.ipynb #cell-44
 def _feature_kinds(world: PlantedWorld) -> np.ndarray:
     "'parent', 'child' or 'free' for each feature."
     return np.where(world.is_parent, "parent", np.where(world.parent >= 0, "child", "free"))
@@ -319,18 +368,20 @@ def _planted_rows(world: PlantedWorld, active: Tensor, on: Tensor, cosines: Tens
 def _planted_sample(
     sae: Autoencoder, world: PlantedWorld, n: int, seed: int, batch_size: int = 4096
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Fresh samples of the world: x, which features are on, active latents, decoder cosines."
+    "Fresh samples x; of its ordinary rows: which features are on, active latents; cosines."
     if sae.W_dec.shape[1] != world.d_in:
         raise ValueError(
             f"the SAE reads width {sae.W_dec.shape[1]}, the world has width {world.d_in}"
         )
     x, a = world.sample(n, generator(seed, "planted-metrics"))
-    parts = [(sae.encode(part.to(sae.W_dec)) > 1e-8).cpu() for part in x.split(batch_size)]
+    ordinary = ordinary_rows(sae, x)
+    parts = x[ordinary].split(batch_size)
+    active = torch.cat([(sae.encode(part.to(sae.W_dec)) > 1e-8).cpu() for part in parts])
     cosines = F.normalize(sae.W_dec.detach().cpu().float(), dim=1) @ world.directions.T
-    return x, a > 0, torch.cat(parts), cosines
+    return x, a[ordinary] > 0, active, cosines
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-40
+# %% ../../nbs/evals/metrics.ipynb #cell-45
 def planted_table(
     sae: Autoencoder,  # anything with encode, decode, W_dec
     world: PlantedWorld,  # the PlantedWorld that it was trained on
@@ -360,11 +411,11 @@ def planted_metrics(
         **{k: float(found[k].mean()) for k in ("precision", "recall", "f1")},
         f1_parents=float(found.f1[parents].mean()),
         mcc=match_latents(cosines)[1],
-        **{k: usual[k] for k in ("dead_share", "l0", "fvu")},
+        **{k: usual[k] for k in ("dead_share", "l0", "fvu", "n_outliers")},
     )
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-48
+# %% ../../nbs/evals/metrics.ipynb #cell-53
 @torch.no_grad()
 def dictionary_agreement(
     sae_a: Dictionary,  # anything with W_dec
@@ -387,7 +438,7 @@ def dictionary_agreement(
     return dict(mean_best_cosine=float(best), mcc=match_latents(cosines)[1], n_a=len(A), n_b=len(B))
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-52
+# %% ../../nbs/evals/metrics.ipynb #cell-57
 def late_movement(
     values: ArrayLike,  # recorded over training, in order: threshold, mask rate, ...
     share: float = 0.1,  # the part at the end that is looked at

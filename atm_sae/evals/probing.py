@@ -52,7 +52,7 @@ from atm_sae.data.text import (
     python_docs_by_package,
     special_ids,
 )
-from .metrics import Encoder
+from .metrics import Encoder, ordinary_rows
 from .probes import fit_logistic
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def mean_pool(
     encode: Callable[[Tensor], Tensor] | None = None,  # of a batch of rows; None: rows as they are
     batch_size: int = 4096,  # tokens at a time
 ) -> Tensor:  # (n_texts, d')
-    "Mean over each text's tokens of encode(rows)."
+    "Mean over each text's tokens of encode(rows); zero for a text without tokens."
     text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     total = None
     for part, number in zip(rows.split(batch_size), text.split(batch_size)):
@@ -314,21 +314,28 @@ def mean_pool(
         sums.index_add_(0, (number - first).to(z.device), z.float())
         total[first : first + len(sums)] += sums.cpu()
     assert total is not None  # there is at least one batch
-    return total.div_(lengths[:, None])
+    return total.div_(lengths.clamp(min=1)[:, None])
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-43
-@torch.no_grad()
-def probe_activations(
-    sae: Encoder,  # anything with encode, W_dec
-    data: ProbingData,
-) -> Tensor:  # (n_texts, d_sae)
-    "Mean-pooled latents of each text, in units of length of the unit decoder rows."
+def _without_outliers(sae: Encoder, data: ProbingData) -> ProbingData:
+    "The data without the tokens whose activation is an outlier; ValueError for another width."
     if sae.W_dec.shape[1] != data.x.shape[1]:
         raise ValueError(
             f"the SAE reads activations of width {sae.W_dec.shape[1]}, the probing data have width "
             f"{data.x.shape[1]} ({data.name}): was it trained on another model?"
         )
+    ordinary = ordinary_rows(sae, data.x)
+    if ordinary.all():
+        return data
+    text = torch.repeat_interleave(torch.arange(len(data.lengths)), data.lengths)
+    lengths = torch.bincount(text[ordinary], minlength=len(data.lengths))
+    return replace(data, x=data.x[ordinary], lengths=lengths)
+
+
+@torch.no_grad()
+def _pooled(sae: Encoder, data: ProbingData) -> Tensor:
+    "(n_texts, d_sae) mean-pooled latents, in units of length of the unit decoder rows."
     norm = sae.W_dec.detach().norm(dim=1)
     return mean_pool(
         data.x,
@@ -336,6 +343,16 @@ def probe_activations(
         lambda x: sae.encode(x.to(sae.W_dec)) * norm,
         batch_size=max(1, min(4096, 2**24 // len(norm))),
     )
+
+
+def probe_activations(
+    sae: Encoder,  # anything with encode, W_dec
+    data: ProbingData,
+) -> Tensor:  # (n_texts, d_sae)
+    """Mean-pooled latents of each text, in units of length of the unit decoder rows.
+
+    Tokens whose activation is an outlier are left out. ValueError for data of another width."""
+    return _pooled(sae, _without_outliers(sae, data))
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-45
@@ -434,10 +451,14 @@ def _only(data: ProbingData, tasks: list[ProbingTask]) -> ProbingData:
     return ProbingData(tasks, torch.cat([rows[i] for i in at]), data.lengths[at], texts, data.name)
 
 
-def _group_rows(sae: Encoder, data: ProbingData, ks: Sequence[int]) -> list[dict[str, Any]]:
-    "Accuracies of each task; all texts of data are pooled once."
-    features = dict(sae=probe_activations(sae, data), llm=mean_pool(data.x, data.lengths))
-    return [_task_row(task, features, data.texts, ks) for task in data.tasks]
+def _group_rows(
+    sae: Encoder, data: ProbingData, ks: Sequence[int]
+) -> tuple[list[dict[str, Any]], int]:
+    "Accuracies of each task, all texts of data pooled once; how many tokens are outliers."
+    kept = _without_outliers(sae, data)
+    features = dict(sae=_pooled(sae, kept), llm=mean_pool(kept.x, kept.lengths))
+    rows = [_task_row(task, features, data.texts, ks) for task in data.tasks]
+    return rows, len(data.x) - len(kept.x)
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-58
@@ -447,13 +468,16 @@ class ProbingResult:
 
     tasks: pd.DataFrame = field(repr=False)  # one row a task
     summary: dict[str, float]  # means within each group, then over groups
+    n_outliers: int = 0  # tokens left out, for the SAE and for the raw channels
 
     @classmethod
-    def of(cls, rows: list[dict]) -> Self:
-        "The result of some tasks' rows."
-        table = pd.DataFrame(rows)
+    def of(cls, groups: Iterable[tuple[list[dict[str, Any]], int]]) -> Self:
+        "The result of groups of tasks: their rows, and the number of outliers."
+        parts = list(groups)
+        table = pd.DataFrame([row for rows, _ in parts for row in rows])
         means = table.groupby("group")[[c for c in table if c.endswith("accuracy")]].mean().mean()
-        return cls(table, {k: float(v) for k, v in means.items()})
+        n_outliers = sum(n for _, n in parts)
+        return cls(table, {k: float(v) for k, v in means.items()}, n_outliers)
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-61
@@ -465,8 +489,7 @@ def score_probing(
 ) -> ProbingResult:
     "Accuracies of probes on an SAE's latents (sae_...) and on raw residual channels (llm_...)."
     groups = _groups(data.tasks)
-    rows = [row for group in groups for row in _group_rows(sae, _only(data, group), ks)]
-    return ProbingResult.of(rows)
+    return ProbingResult.of(_group_rows(sae, _only(data, group), ks) for group in groups)
 
 
 @one_thread()
@@ -483,4 +506,4 @@ def evaluate_probing(
     groups = _groups(probing_tasks() if tasks is None else tasks)
     check_hook(sae, layer, site)
     data = (get_probing(lm, layer, group, site=site) for group in groups)
-    return ProbingResult.of([row for part in data for row in _group_rows(sae, part, ks)])
+    return ProbingResult.of(_group_rows(sae, part, ks) for part in data)

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..core import generator
+from ..core import generator, replace_outliers
 from ..data.batches import Batches, data_batches
 from atm_sae.evals.metrics import (
     Autoencoder,
@@ -37,6 +37,7 @@ from atm_sae.evals.metrics import (
     dictionary_agreement,
     importance_movement,
     late_movement,
+    ordinary_rows,
 )
 from ..methods import method_parts
 from atm_sae.sae.atm import (
@@ -153,6 +154,7 @@ def read_without_learning(
     "The masker's importances after `steps` batches, which the SAE encodes but does not learn from."
     for _ in range(steps):
         x = next(batches)
+        x = replace_outliers(x, ~ordinary_rows(sae, x))
         z = sae.encode(x)
         keep = masker.sample(draw, len(x))
         h = z * masker.factor(keep)

@@ -106,13 +106,14 @@ def planted_scores(
     run: Run,  # trained in a planted world
     n: int,  # fresh samples
 ) -> dict[str, float]:
-    """`planted_metrics` in the run's own world, on samples that depend on its seed.
+    """`planted_metrics` in the run's own world, on samples that depend on its seed; no counts.
 
     ValueError for a run that was trained elsewhere."""
     spec = run.spec
     if not isinstance(spec, RunSpec) or not isinstance(spec.data, WorldConfig):
         raise ValueError(f"planted_scores: {spec.method!r} was not trained in a planted world")
-    return planted_metrics(run.sae, PlantedWorld(spec.data), n=n, seed=10_000 + spec.seed)
+    found = planted_metrics(run.sae, PlantedWorld(spec.data), n=n, seed=10_000 + spec.seed)
+    return {name: value for name, value in found.items() if name != "n_outliers"}
 
 
 # %% ../../nbs/report/experiment.ipynb #cell-11

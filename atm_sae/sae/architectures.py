@@ -25,6 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..core import OUTLIER_RATIO
 from ..ranks import ALONE, Ranks
 from atm_sae.sae.losses import (
     batch_topk,
@@ -58,6 +59,8 @@ class SAEConfig:
     penalty: str = "l1"  # of a standard SAE: 'l1', or 'tanh', a smooth count
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # nested shares (matryoshka)
     seed: int = 0  # of the first weights
+    # an activation whose norm exceeds this many times the median is left out; None: none is
+    outlier_ratio: float | None = OUTLIER_RATIO
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefixes", tuple(self.prefixes))  # JSON has no tuples
@@ -71,6 +74,10 @@ class SAEConfig:
         if self.target_l0 is not None and not 0 < self.target_l0 < self.d_sae:
             raise ValueError(
                 f"target_l0 must lie between 0 and d_sae = {self.d_sae}, not {self.target_l0}"
+            )
+        if self.outlier_ratio is not None and not self.outlier_ratio > 1:
+            raise ValueError(
+                f"outlier_ratio must be above 1, or None for no rule, not {self.outlier_ratio}"
             )
         ARCHITECTURES[self.architecture](self).check()
 

@@ -116,8 +116,9 @@ def _check(weights: Weights, architecture: str, size: Mapping[str, Any], path: P
 
 @torch.no_grad()
 def _fill(config: SAEConfig, weights: Weights, metadata: Mapping[str, Any]) -> SAE:
-    "An SAE of `config` with these weights."
+    "An SAE of `config` with these weights, which count as trained."
     sae = SAE(config, dict(metadata))
+    sae.is_trained = True
     for name, own in sae.state_dict().items():
         found = weights[name]
         if name == "threshold":  # one for all of a BatchTopK; below 0 a ReLU does the same as 0
@@ -296,8 +297,11 @@ def read_saelens(folder: Path) -> SAE:
             weights["threshold"] = weights["threshold"] / scale
     if not cfg.get("apply_b_dec_to_input", True):
         _subtract_b_dec(weights)
-    config = _config(cfg, architecture, weights, metadata.pop("atm_sae", None))
-    return _fill(config, weights, _place(metadata))
+    own = metadata.pop("atm_sae", None)
+    sae = _fill(_config(cfg, architecture, weights, own), weights, _place(metadata))
+    if isinstance(own, dict):
+        sae.is_trained = own.get("is_trained", True)
+    return sae
 
 
 # %% ../../nbs/sae/formats.ipynb #cell-33

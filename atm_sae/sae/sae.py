@@ -7,6 +7,7 @@ __all__ = ["SAELoss", "SAE", "gate_latents", "random_sae", "calibrate_l0"]
 
 # %% ../../nbs/sae/sae.ipynb #cell-3
 import copy
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,7 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..artefacts import atomic_folder, read_object, write_json
-from ..core import check_activations, generator
+from atm_sae.core import (
+    as_weights,
+    check_activations,
+    generator,
+    is_outlier,
+    norm_limit,
+)
 from ..ranks import ALONE, Ranks
 from .architectures import ARCHITECTURES, SAEConfig
 from .losses import auxk_loss, geometric_median, project_rows_, squared_error
@@ -41,6 +48,9 @@ class SAELoss:
 
 
 # %% ../../nbs/sae/sae.ipynb #cell-8
+_SHORTEST = 1e-12  # a decoder row below this length is zero, and stays as it is
+
+
 class SAE(nn.Module):
     "A sparse autoencoder; see `SAEConfig`. Encoder and decoder start tied, with unit rows."
 
@@ -51,6 +61,7 @@ class SAE(nn.Module):
         self.config = config
         self.architecture = ARCHITECTURES[config.architecture](config)
         self.metadata = dict(metadata or {})  # what it was trained on; see `saelens_config`
+        self.is_trained = False  # its weights fit activations as they are: `train` starts from them
         rows = torch.randn(config.d_sae, config.d_in, generator=generator(config.seed, "sae"))
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_enc = nn.Parameter(rows.clone().T)  # in memory latent by latent, as its gradient
@@ -65,6 +76,7 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         "(batch, d_sae) pre-activations, or those of the latents with these indices."
+        x = as_weights(x, self.W_enc, self.config.d_in, "the SAE's input")
         W: Tensor = self.W_enc
         b: Tensor = self.b_enc
         if latents is not None:
@@ -73,11 +85,13 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         "Latents (batch, d_sae) of activations (batch, d_in), as used after training."
-        check_activations(x, self.config.d_in, "the SAE's input")
+        x = as_weights(x, self.W_enc, self.config.d_in, "the SAE's input")
+        check_activations(x, name="the SAE's input")
         return self.architecture.infer(self.pre_activations(x), self)
 
     def decode(self, z: Tensor) -> Tensor:
         "Reconstructions (batch, d_in) of latents (batch, d_sae)."
+        z = as_weights(z, self.W_dec, self.config.d_sae, "the SAE's latents")
         return torch.addmm(self.b_dec, z, self.W_dec)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,6 +115,7 @@ class SAE(nn.Module):
         ranks: Ranks = ALONE,  # the processes that share the batch; x is this one's part
     ) -> SAELoss:
         "Loss of a batch; after `backward`, `h.grad` is the gradient of the reconstruction alone."
+        x = as_weights(x, self.W_enc, self.config.d_in, "the SAE's input")
         pre = self.pre_activations(x)
         active = self._active_set(pre, ranks) if fast else DenseSet(len(x))
         if isinstance(active, ActiveSet):
@@ -139,6 +154,7 @@ class SAE(nn.Module):
 
     def init_b_dec(self, x: Tensor) -> None:
         "Set `b_dec` to the geometric median of activations (n, d_in)."
+        x = as_weights(x, self.b_dec, self.config.d_in)
         self.b_dec.data.copy_(geometric_median(x))
 
     def project_decoder_gradient(self) -> None:
@@ -149,7 +165,7 @@ class SAE(nn.Module):
 
     def constrain(self) -> None:
         "After an optimiser step: unit rows of `W_dec`, and the architecture's own limits."
-        self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
+        self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True).clamp(min=_SHORTEST)
         self.architecture.constrain(self)
 
     def update_threshold(self, z: Tensor, ranks: Ranks = ALONE, decay: float = 0.99) -> None:
@@ -158,29 +174,39 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> "SAE":
-        "Turn an SAE of `scale * x` into one of `x`, whose `x_hat` is in the units of `x`."
+        """Turn an SAE of `scale * x` into one of `x`, whose `x_hat` is in the units of `x`.
+
+        The SAE then counts as trained: `train` starts from its weights."""
         if not scale > 0:
             raise ValueError(f"the input scale must be positive, not {scale}")
         own = [getattr(self, name) for name in self.architecture.tensors()]
         for tensor in (self.b_enc, self.b_dec, *own):
             tensor.data.div_(scale)
+        if "max_norm" in self.metadata:
+            self.metadata["max_norm"] /= scale
+        self.is_trained = True
         return self
 
     @torch.no_grad()
     def fold_decoder_norm(self) -> "SAE":
         "Give the decoder unit rows and the latents their lengths, with the same `x_hat`."
-        norm = self.W_dec.norm(dim=1)
+        norm = self.W_dec.norm(dim=1).clamp(min=_SHORTEST)
         is_unit = torch.allclose(norm, torch.ones_like(norm), atol=1e-4)
         if self.architecture.compares_latents and not is_unit:
             raise ValueError(
                 f"{self.config.architecture} compares latents with each other: "
-                "rescaling them one by one would change which are active"
+                "giving its decoder rows unit length would change which are active"
             )
         self.architecture.rescale(self, norm)
         self.W_enc.data *= norm
         self.b_enc.data *= norm
         self.W_dec.data /= norm[:, None]
         return self
+
+    @property
+    def max_norm(self) -> float | None:
+        "Norm above which an activation is an outlier; inf: none is, None: not known."
+        return math.inf if self.config.outlier_ratio is None else self.metadata.get("max_norm")
 
     def saelens_config(self) -> dict[str, Any]:
         "The content of `cfg.json`, as SAELens reads it."
@@ -198,7 +224,8 @@ class SAE(nn.Module):
         )
         if architecture == "topk":
             settings["k"] = config.k
-        own = dict(sae_lens_version="6.0.0", atm_sae=asdict(config))
+        about = asdict(config) | dict(is_trained=self.is_trained)
+        own = dict(sae_lens_version="6.0.0", atm_sae=about)
         return settings | dict(metadata=self.metadata | own)
 
     def save(self, folder: str | Path) -> Path:
@@ -217,7 +244,9 @@ class SAE(nn.Module):
 
         Raises FileNotFoundError where a file is missing, and ValueError for weights of another
         shape or that are not finite, and for a folder of another library."""
-        sae = cls(*_read_config(Path(folder)))
+        config, metadata, is_trained = _read_config(Path(folder))
+        sae = cls(config, metadata)
+        sae.is_trained = is_trained
         path = Path(folder) / "sae_weights.safetensors"
         try:
             weights = load_file(path)
@@ -242,8 +271,8 @@ class SAE(nn.Module):
         return sae
 
 
-def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any]]:
-    "SAEConfig and metadata of a saved SAE."
+def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any], bool]:
+    "SAEConfig and metadata of a saved SAE, and whether it is trained."
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -258,7 +287,8 @@ def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any]]:
             f"{folder} was written by another library: read it with atm_sae.from_pretrained"
         )
     known = {field.name for field in fields(SAEConfig)}
-    return SAEConfig(**{name: v for name, v in own.items() if name in known}), metadata
+    config = SAEConfig(**{name: v for name, v in own.items() if name in known})
+    return config, metadata, own.get("is_trained", True)
 
 
 def _pickle_hint(folder: Path) -> str:
@@ -297,11 +327,14 @@ def random_sae(config: SAEConfig) -> SAE:
 @torch.no_grad()
 def calibrate_l0(
     sae: SAE,  # a jumprelu SAE; its thresholds are changed
-    x: Tensor,  # (n, d_in) activations
+    x: Tensor,  # (n, d_in) activations; outliers among them are left out
     l0: float,  # wanted mean number of active latents
 ) -> SAE:
     "Set one threshold for all latents so that `l0` of them are active on average on `x`."
-    pre = sae.pre_activations(check_activations(x, sae.config.d_in)).flatten()
+    check_activations(x, sae.config.d_in)
+    limit = norm_limit(x, sae.config.outlier_ratio)
+    x = x[~is_outlier(x, limit)]
+    pre = sae.pre_activations(x).flatten()
     n = round(l0 * len(x))
     if not 0 < n < len(pre):
         raise ValueError(
@@ -310,4 +343,7 @@ def calibrate_l0(
         )
     low, high = pre.topk(n + 1).values[-2:]
     sae.threshold.data.fill_(((low + high) / 2).clamp(min=0))
+    sae.is_trained = True
+    if math.isfinite(limit):
+        sae.metadata["max_norm"] = limit
     return sae

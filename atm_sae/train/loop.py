@@ -17,6 +17,7 @@ __all__ = [
     "save_checkpoint",
     "load_checkpoint",
     "state_hash",
+    "check_trainable",
     "Trainer",
     "train",
 ]
@@ -24,6 +25,7 @@ __all__ = [
 # %% ../../nbs/train/loop.ipynb #cell-3
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +41,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..artefacts import atomic_write, stable_hash
-from ..core import check_activations, generator
+from atm_sae.core import (
+    check_activations,
+    check_rows,
+    generator,
+    is_outlier,
+    norm_limit,
+    replace_outliers,
+)
 from ..data.batches import Batches
 from ..ranks import ALONE, Ranks
 from ..sae.atm import ATMMasker, contribution, frequency
@@ -174,6 +183,7 @@ COLUMNS = (
     "coefficient",
     "threshold",
     "mask_rate",
+    "outliers",  # activations left out so far
 )
 
 
@@ -185,10 +195,18 @@ class History:
     # {step: {'importance': (d_sae,), 'probability': (d_sae,)}}
     snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     scale: float = 1.0  # factor that makes E|x|^2 = 1
+    max_norm: float = math.inf  # norm above which an activation is an outlier, before the scale
 
     @property
     def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows, columns=COLUMNS).astype(dict(step=int, tokens=int))
+        return pd.DataFrame(self.rows, columns=COLUMNS).astype(
+            dict(step=int, tokens=int, outliers=int)
+        )
+
+    @property
+    def n_outliers(self) -> int:
+        "Activations left out until the last row."
+        return int(self.rows[-1][COLUMNS.index("outliers")]) if self.rows else 0
 
 
 # %% ../../nbs/train/loop.ipynb #cell-19
@@ -262,6 +280,20 @@ def state_hash(state: dict[str, Any]) -> str:
 
 
 # %% ../../nbs/train/loop.ipynb #cell-24
+def check_trainable(sae: SAE, batches: Batches) -> None:
+    "ValueError for a frozen decoder, and for batches of another width."
+    if not sae.W_dec.requires_grad:
+        raise ValueError(
+            "the SAE's W_dec is frozen (requires_grad is False): call sae.requires_grad_(True) to "
+            "train it"
+        )
+    if batches.d_in != sae.config.d_in:
+        raise ValueError(
+            f"the batches have width {batches.d_in}, but the SAE has d_in = {sae.config.d_in}: "
+            "make an SAE of that width, or read the layer that this SAE belongs to"
+        )
+
+
 class Trainer:
     "Trains an SAE step by step; holds everything that the next step depends on."
 
@@ -273,10 +305,14 @@ class Trainer:
         masker: ATMMasker | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        check_trainable(sae, batches)
         device = sae.W_enc.device
         self.sae, self.batches, self.config = sae, batches, config
         self.masker, self.ranks = masker, ranks
         self.steps = 0  # done so far
+        # a checkpoint belongs to the weights that training starts from; fresh ones follow from
+        # the configuration
+        self.start = state_hash(sae.state_dict()) if sae.is_trained else None
         self.history = History()
         groups = [dict(params=[*sae.parameters()], initial_lr=config.lr)]
         self.optimiser = torch.optim.Adam(groups, lr=config.lr, fused=True)
@@ -289,6 +325,9 @@ class Trainer:
         self.dead_after = config.dead_after * config.steps * config.batch_size
         # first step whose batch, and whose loss, was not finite; -1: none
         self.not_finite = torch.full((2,), -1.0, device=device)
+        self.outliers = torch.zeros((), dtype=torch.long, device=device)  # left out so far
+        # first step whose batch held outliers alone; -1: none
+        self.only_outliers = torch.full((), -1.0, device=device)
         share = nested_share(sae.architecture)
         self.nested_share = None if share is None else share.to(device)
 
@@ -302,7 +341,7 @@ class Trainer:
         "One optimiser step, with its statistics."
         x = self.next_batch()
         keep, factor = self.draw_mask(len(x))
-        x = self.ranks.share(x).to(self.sae.W_enc.device) * self.history.scale
+        x = self.ranks.share(x) * self.history.scale
         sparsity = self.sparsity()
         dtype = self.config.dtype(x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -318,16 +357,36 @@ class Trainer:
             self.history.snapshots[self.steps] = self.snapshot()
 
     def next_batch(self) -> Tensor:
-        "(batch, d_in) activations; the first batch also sets the input scale and b_dec."
-        x = next(self.batches)
+        "(batch, d_in) activations, where ordinary ones replace outliers; the first sets the units."
+        name = f"the batch of step {self.steps + 1}"
+        x = check_rows(next(self.batches), self.sae.config.d_in, name).to(self.sae.W_enc)
         if self.steps == 0:
-            check_activations(x, self.sae.config.d_in, "the first batch")
-            square = x.square().sum(1).mean().item()
-            if square == 0:
-                raise ValueError("the first batch of activations is all zero")
-            self.history.scale = square**-0.5
-            self.sae.init_b_dec(x.to(self.sae.W_enc.device) * self.history.scale)
-        return x
+            self.set_units(check_activations(x, name=name))
+        outlier = is_outlier(x, self.history.max_norm)
+        self.outliers = self.outliers + outlier.sum()
+        is_first = (self.only_outliers < 0) & outlier.all()
+        self.only_outliers = torch.where(is_first, self.steps + 1, self.only_outliers)
+        return replace_outliers(x, outlier)
+
+    def set_units(self, x: Tensor) -> None:
+        "Set the limit of the norm, the input scale and b_dec; a trained SAE keeps its weights."
+        sae, limit = self.sae, norm_limit(x, self.sae.config.outlier_ratio)
+        x = x[~is_outlier(x, limit)]
+        square = x.square().sum(1).mean().item()
+        if square == 0:
+            raise ValueError("the first batch of activations is all zero")
+        self.history.max_norm, self.history.scale = limit, square**-0.5
+        if sae.is_trained:
+            sae.fold_decoder_norm().fold_input_scale(1 / self.history.scale)
+        else:
+            sae.init_b_dec(x * self.history.scale)
+        self.store_limit()
+
+    def store_limit(self) -> None:
+        "Write the limit of the norm to the SAE's metadata, in the units of its present input."
+        self.sae.metadata.pop("max_norm", None)
+        if math.isfinite(self.history.max_norm):
+            self.sae.metadata["max_norm"] = self.history.max_norm * self.history.scale
 
     def draw_mask(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
         "The mask, drawn alike on all ranks, and the factor of this rank's latents."
@@ -411,7 +470,8 @@ class Trainer:
             nan if keep is None else 1 - keep.float().mean(),
         ]
         numbers = self.ranks.mean(torch.stack([v.float() for v in values])).tolist()
-        return (self.steps, self.steps * len(x) * self.ranks.size, *numbers)
+        tokens = self.steps * len(x) * self.ranks.size
+        return (self.steps, tokens, *numbers, int(self.outliers))
 
     def snapshot(self) -> dict[str, Tensor]:
         "Importance and mask probability now, (d_sae,) each; empty without a masker."
@@ -423,7 +483,8 @@ class Trainer:
         )
 
     def check(self) -> None:
-        "FloatingPointError if values are not finite, RuntimeError if the ranks' weights differ."
+        """FloatingPointError if values are not finite, ValueError for a batch of outliers alone,
+        RuntimeError if the ranks' weights differ."""
         bad_batch, bad_loss = (int(v) for v in self.ranks.high(self.not_finite).tolist())
         if bad_batch >= 0:
             raise FloatingPointError(
@@ -434,6 +495,12 @@ class Trainer:
             raise FloatingPointError(
                 f"step {bad_loss}: the loss is not finite although the activations are: try an "
                 f"lr below {self.config.lr}"
+            )
+        if self.only_outliers >= 0:
+            raise ValueError(
+                f"step {int(self.only_outliers)}: every activation of the batch is an outlier: its "
+                f"norm exceeds {self.history.max_norm:.4g}, a limit that the first batch set: "
+                "shuffle the data, or raise outlier_ratio"
             )
         self.check_weights()
 
@@ -468,7 +535,8 @@ class Trainer:
         masker = None if self.masker is None else self.masker.settings()
         config = replace(self.config, checkpoint_every=1, precision="auto")
         dtype = str(self.config.dtype(self.sae.W_dec.device))
-        return stable_hash([self.sae.config, config, dtype, type(self.masker).__name__, masker])
+        what = [self.sae.config, config, dtype, type(self.masker).__name__, masker]
+        return stable_hash(what if self.start is None else [*what, self.start])
 
     def state_dict(self) -> dict[str, Any]:
         "Everything that the next step depends on, as a nested dict."
@@ -482,9 +550,12 @@ class Trainer:
             inactive_for=self.inactive_for,
             dead=self.dead,
             not_finite=self.not_finite,
+            outliers=self.outliers,
+            only_outliers=self.only_outliers,
             rows=self.history.rows,
             snapshots={str(step): s for step, s in self.history.snapshots.items()},
             scale=self.history.scale,
+            max_norm=self.history.max_norm,
         )
         if self.masker is not None:
             state["masker"] = self.masker.state_dict()
@@ -504,9 +575,12 @@ class Trainer:
         self.inactive_for = state["inactive_for"].to(device)
         self.dead = state["dead"].to(device)
         self.not_finite = state["not_finite"].to(device)
+        self.outliers = state["outliers"].to(device)
+        self.only_outliers = state["only_outliers"].to(device)
         self.history.rows = [tuple(row) for row in state["rows"]]
         self.history.snapshots = {int(k): v for k, v in state.get("snapshots", {}).items()}
-        self.history.scale = state["scale"]
+        self.history.scale, self.history.max_norm = state["scale"], state["max_norm"]
+        self.store_limit()
         if self.masker is not None:
             self.masker.load_state_dict(state["masker"])
         if self.control is not None:
@@ -519,7 +593,7 @@ class Trainer:
                 key: torch.empty_like(parameter).copy_(value)
                 if value.shape == parameter.shape
                 else value.to(parameter.device)
-                for key, value in moments[name].items()
+                for key, value in moments.get(name, {}).items()  # a frozen weight has none
             }
 
 
@@ -563,7 +637,11 @@ def train(
     # called after each step; until training ends, the SAE takes x times `history.scale`
     watch: Callable[[int, SAE, History], object] | None = None,
 ) -> History:
-    "Train `sae`, which then takes raw activations. Continues if `folder` holds a checkpoint."
+    """Train `sae`, which then takes raw activations. Continues if `folder` holds a checkpoint.
+
+    A trained SAE (`is_trained`) is trained further: it starts with the outputs that it had.
+    Adam's moments, schedules, dead latents and the L1 coefficient of the controller start anew.
+    ValueError for an SAE with a frozen decoder, and for batches of another width."""
     trainer = Trainer(sae, batches, config, masker, ranks)
     path = None if folder is None else Path(folder) / CHECKPOINT
     resumes = path is not None and path.exists()
@@ -574,6 +652,11 @@ def train(
     if path is not None and resumes:
         trainer.load_state_dict(load_checkpoint(path, trainer.name))
     trainer.check_start()
-    _run(trainer, path, progress, watch)
+    try:
+        _run(trainer, path, progress, watch)
+    except BaseException:
+        if trainer.start is not None:  # a trained SAE takes raw activations again
+            sae.fold_input_scale(trainer.history.scale)
+        raise
     sae.fold_input_scale(trainer.history.scale)
     return trainer.history

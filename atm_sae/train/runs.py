@@ -55,7 +55,7 @@ from atm_sae.artefacts import (
     stable_hash,
     write_json,
 )
-from ..core import one_thread, pick_device, to_plain
+from ..core import is_outlier, norm_limit, one_thread, pick_device, to_plain
 from atm_sae.data.activations import (
     ActivationSpec,
     activation_artefact,
@@ -317,6 +317,7 @@ def train_sae(
 def untrained_sae(spec: RunSpec, batches: Batches) -> SAE:
     "The untrained control: centred on four batches, with the threshold that gives its L0 there."
     x = torch.cat([next(batches) for _ in range(4)])
+    x = x[~is_outlier(x, norm_limit(x, spec.sae.outlier_ratio))]
     sae = random_sae(spec.sae)
     sae.init_b_dec(x)
     if spec.sae.target_l0 is None:
@@ -346,12 +347,14 @@ def save_history(history: History, folder: Path) -> None:
 def load_history(folder: Path) -> History:
     "What `save_history` wrote."
     text = pd.read_csv(folder / "history.csv", dtype=str)
-    table = text.astype(float).astype(dict(step=int, tokens=int))
+    table = text.astype(float).astype(dict(step=int, tokens=int, outliers=int))
     snapshots = unflatten(load_file(folder / "snapshots.safetensors"))
+    record = read_json(folder / "run.json")
     return History(
         list(table.itertuples(index=False, name=None)),
         {int(step): s for step, s in snapshots.items()},
-        read_json(folder / "run.json")["scale"],
+        record["scale"],
+        record["max_norm"] or math.inf,
     )
 
 
@@ -367,7 +370,7 @@ def _write_run(
 ) -> None:
     "Write a run's folder, which replaces the one with the checkpoint."
     if isinstance(spec.data, ActivationSpec):
-        sae.metadata = hook_point(spec.data.model, spec.data.layer, spec.data.site)
+        sae.metadata |= hook_point(spec.data.model, spec.data.layer, spec.data.site)
     with atomic_folder(artefact.folder) as part:
         sae.save(part / "sae")
         save_history(history, part)
@@ -376,6 +379,7 @@ def _write_run(
             key=artefact.key,
             spec=to_plain(spec),
             scale=history.scale,
+            max_norm=history.max_norm,  # null: there is no limit
             seconds=round(seconds, 2),
             provenance=provenance([spec.seed]),
         )
@@ -452,7 +456,7 @@ def get_run(
     folder = artefact.folder
     sae = SAE.load(folder / "sae")
     if isinstance(spec.data, ActivationSpec):  # the same model may have had another name
-        sae.metadata = hook_point(spec.data.model, spec.data.layer, spec.data.site)
+        sae.metadata |= hook_point(spec.data.model, spec.data.layer, spec.data.site)
     return Run(spec, sae, load_history(folder), folder)
 
 
