@@ -532,7 +532,7 @@ def test_all_zero_batch():
 
 def test_wrong_width():
     with pytest.raises(
-        ValueError, match="the batches have width 8, but the SAE has d_in = 9: make an SAE"
+        ValueError, match=r"the batch of step 1: expected shape \(batch, 9\), got \(32, 8\)"
     ):
         train(SAE(SAEConfig(9, 16)), batches(small("topk")), small("topk").train, progress=False)
 

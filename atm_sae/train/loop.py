@@ -17,7 +17,6 @@ __all__ = [
     "save_checkpoint",
     "load_checkpoint",
     "state_hash",
-    "check_trainable",
     "Trainer",
     "train",
 ]
@@ -280,20 +279,6 @@ def state_hash(state: dict[str, Any]) -> str:
 
 
 # %% ../../nbs/train/loop.ipynb #cell-24
-def check_trainable(sae: SAE, batches: Batches) -> None:
-    "ValueError for a frozen decoder, and for batches of another width."
-    if not sae.W_dec.requires_grad:
-        raise ValueError(
-            "the SAE's W_dec is frozen (requires_grad is False): call sae.requires_grad_(True) to "
-            "train it"
-        )
-    if batches.d_in != sae.config.d_in:
-        raise ValueError(
-            f"the batches have width {batches.d_in}, but the SAE has d_in = {sae.config.d_in}: "
-            "make an SAE of that width, or read the layer that this SAE belongs to"
-        )
-
-
 class Trainer:
     "Trains an SAE step by step; holds everything that the next step depends on."
 
@@ -305,7 +290,11 @@ class Trainer:
         masker: ATMMasker | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        check_trainable(sae, batches)
+        if not sae.W_dec.requires_grad:
+            raise ValueError(
+                "the SAE's W_dec is frozen (requires_grad is False): call "
+                "sae.requires_grad_(True) to train it"
+            )
         device = sae.W_enc.device
         self.sae, self.batches, self.config = sae, batches, config
         self.masker, self.ranks = masker, ranks
