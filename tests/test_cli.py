@@ -374,17 +374,18 @@ def test_outliers_are_said(monkeypatch, tmp_path):
     said = "topk, seed 0: left out 40 of 1,280 activations as outliers, norm above "
     assert out.splitlines()[2].startswith(said) and len(out.splitlines()) == 3
     (row,) = json.loads(done("train", "topk", *SMALL, "--json", "-q"))
-    sae = SAE.load(tmp_path / "mine")
+    folder = next((tmp_path / "mine").iterdir())
+    sae = SAE.load(folder)
     assert row["outliers"] == dict(n=40, of=1280, max_norm=pytest.approx(sae.max_norm))
     sample = PlantedWorld.sample
     monkeypatch.setattr(PlantedWorld, "sample", lambda *a: (lambda x, c: (9 * x, c))(*sample(*a)))
-    (row,) = json.loads(done("evaluate", tmp_path / "mine", "--json", "-q"))
+    (row,) = json.loads(done("evaluate", folder, "--json", "-q"))
     n = row["core"]["n_outliers"]
     assert 0 < n < 20_000
-    out = done("evaluate", tmp_path / "mine", "-q")
-    assert out.splitlines()[-1].endswith(f"mine: activations left out as outliers: {n:,} (core)")
+    out = done("evaluate", folder, "-q")
+    assert out.splitlines()[-1].endswith(f"seed0: activations left out as outliers: {n:,} (core)")
     monkeypatch.setattr(PlantedWorld, "sample", sample)
-    assert "left out" not in done("evaluate", tmp_path / "mine", "-q")
+    assert "left out" not in done("evaluate", folder, "-q")
 
 
 def test_train_on_a_model(model, tmp_path):
