@@ -211,7 +211,7 @@ def difference_sentence(
     higher: str,  # what to say if it lies above
 ) -> str:
     "Target and reached L0, the two methods, their difference, and the side of zero."
-    words = dict(holds=lower, fails=higher, undecided="the seeds do not decide")
+    words = dict(holds=lower, fails=higher, undecided="no difference shown")
     verdict = claim_verdict(line[["mean", "low", "high"]])
     difference = format_interval(line["mean"], line.low, line.high, line.n)
     return (
