@@ -16,11 +16,14 @@ from forks import Fork, forked_ranks
 from small import make, make_and_die, small, steps_taken
 
 from atm_sae.data.activations import ActivationSpec
+from atm_sae.data.planted import PlantedWorld, WorldBatches
 from atm_sae.data.text import python_docs
 from atm_sae.methods import METHODS
 from atm_sae.ranks import ALONE, Ranks
 from atm_sae.sae.losses import batch_topk
+from atm_sae.sae.sae import SAE
 from atm_sae.train import runs as module
+from atm_sae.train.loop import train
 from atm_sae.train.runs import get_run, is_complete, recipe, run_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -101,6 +104,31 @@ SPECS += [
     for m in ("topk", "batchtopk", "matryoshka", "jumprelu", "atm")
     for l0 in (4, 16)
 ]
+
+
+class Loud(WorldBatches):
+    "The longest row of every batch is 150 times as long."
+
+    def __next__(self):
+        x = super().__next__()
+        x[x.norm(dim=1).argmax()] *= 150
+        return x
+
+
+def train_with_outliers():
+    "Count, limit and weights of a run whose batches hold outliers."
+    spec, ranks = small("topk"), Ranks.join()
+    data = Loud(PlantedWorld(spec.data), spec.train.batch_size, spec.seed)
+    sae = SAE(spec.sae)
+    history = train(sae, data, spec.train, progress=False, ranks=ranks)
+    return history.n_outliers, history.max_norm, sae.W_dec.detach().tolist()
+
+
+def test_two_ranks_leave_out_the_same_outliers():
+    a, b = together(train_with_outliers)
+    n, limit, weights = train_with_outliers()
+    assert a == b and a[:2] == (n, limit) and n == 40
+    assert (torch.tensor(a[2]) - torch.tensor(weights)).abs().max() < BOUND
 
 
 def largest_difference(one, two):
