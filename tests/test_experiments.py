@@ -161,11 +161,13 @@ def test_a_profile_for_gemma_with_the_shipped_model(profile, name, tmp_path, cac
 # ---- the README
 
 
-def test_ten_lines_of_the_readme_train_topk_and_atm():
+def test_ten_lines_of_the_readme_train_a_base_and_atm():
     "They are a cell of nbs/index.ipynb, which test_notebooks runs."
     readme = (ROOT / "README.md").read_text()
     code, printed = re.findall(r"```python\n(.*?)```\s*```\n(.*?)```", readme, re.S)[0]
     assert "planted_metrics" in code and "steps=2000" in code
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    found = dict(re.findall(r"(topk|atm): absorption (\d\.\d+) at L0 \d", printed))
-    assert found.keys() == {"topk", "atm"} and all(0 <= float(v) <= 1 for v in found.values())
+    shape = r"(standard|atm): raw (\d\.\d+), beyond misses (-?\d\.\d+) at L0 \d"
+    found = {name: (float(raw), float(beyond)) for name, raw, beyond in re.findall(shape, printed)}
+    assert found.keys() == {"standard", "atm"}
+    assert all(abs(beyond) <= raw <= 1 for raw, beyond in found.values())
