@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from copy import deepcopy as copy_of
+from tokenizers import Tokenizer, normalizers
 
 from atm_sae.data import lm as module
 from atm_sae.data.lm import (
@@ -27,6 +29,9 @@ from atm_sae.data.lm import (
     splice,
     tiny_lm,
 )
+from atm_sae.evals.metrics import spliced_metrics
+from atm_sae.sae.architectures import SAEConfig
+from atm_sae.sae.sae import SAE
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,45 @@ def test_tiny_is_reproducible_and_frozen(lm):
 
 
 # ---- loading
+
+
+def test_checksum_of_a_model_in_memory_covers_tokenizer_and_configuration(monkeypatch):
+    "Merges, added tokens, roles and settings count; what the last call asked for does not."
+    plain, tokenizer = tiny_lm().checksum, module._tiny_tokenizer()
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=8, split_special_tokens=True)
+    assert tiny_lm().checksum == plain
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+
+    def checksum(change):
+        other = copy_of(tokenizer)
+        changed = change(other)
+        monkeypatch.setattr(module, "_tiny_tokenizer", lambda: changed or other)
+        return tiny_lm().checksum
+
+    def other_merges(tokenizer):
+        merges = state["model"]["merges"]
+        swapped = state["model"] | dict(merges=[merges[1], merges[0], *merges[2:]])
+        text = json.dumps(state | dict(model=swapped))
+        return type(tokenizer)(
+            tokenizer_object=Tokenizer.from_str(text),
+            pad_token="<pad>",
+            eos_token="<eos>",
+            bos_token="<bos>",
+        )
+
+    def strips(tokenizer):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+
+    def other_bos(tokenizer):
+        tokenizer.bos_token = "<eos>"
+
+    assert checksum(lambda tokenizer: None) == plain
+    found = [checksum(change) for change in (other_merges, strips, other_bos)]
+    monkeypatch.undo()
+    model = tiny_lm().model
+    model.config.final_logit_softcapping = 7.0
+    found.append(module._weights_checksum(model, tokenizer))
+    assert len({plain, *found}) == 5
 
 
 def test_round_trip(lm, saved, tokens):
@@ -415,6 +459,39 @@ def test_a_tuple_as_block_output(lm, tokens, monkeypatch):
     assert torch.equal(residual_stream(lm, tokens, 2), x)
 
 
+def test_a_list_as_block_output(lm):
+    "GPT-1 returns lists, and its blocks end in a norm."
+    other = of_family("gpt", lm)
+    rows = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    full = other.model(input_ids=rows, output_hidden_states=True).hidden_states
+    assert torch.equal(residual_stream(other, rows, 0), full[1])
+    loss, seen = next_token_losses(other, rows), []
+    with splice(other, 0, lambda x: x):
+        assert torch.equal(next_token_losses(other, rows), loss)
+    with splice(other, 0, torch.zeros_like):
+        handle = hook_layer(other, 0).register_forward_hook(lambda *a: seen.append(a[2]))
+        assert not torch.allclose(next_token_losses(other, rows), loss)
+        handle.remove()
+    assert type(seen[0]) is list and seen[0][0].abs().max() == 0
+    for site in ("attn_out", "mlp_out"):
+        with pytest.raises(ValueError, match="adds something else"):
+            read_site(other, rows, 0, site)
+
+
+@pytest.mark.parametrize("made, name", [(dict(x=1), "dict"), (None, "NoneType"), ((), "tuple")])
+def test_a_block_output_that_is_no_tensor(lm, tokens, monkeypatch, made, name):
+    monkeypatch.setattr(lm.model.model.layers[1], "forward", lambda *a, **k: made)
+    with pytest.raises(ValueError, match=f"the output of Gemma2DecoderLayer is {name}, where"):
+        residual_stream(lm, tokens, 1)
+
+
+def test_a_block_without_an_input_of_the_usual_name(lm, tokens, monkeypatch):
+    block = hook_layer(lm, 0)
+    monkeypatch.setattr(lm.model.model, "forward", lambda *a, **k: block(stream=tokens))
+    with pytest.raises(ValueError, match="the input of Gemma2DecoderLayer is NoneType"):
+        read_site(lm, tokens, 0, "resid_pre")
+
+
 @pytest.mark.parametrize("layer", [3, -1, 1.0, "1", None])
 def test_no_such_layer(lm, tokens, layer):
     for call in (
@@ -445,12 +522,42 @@ def test_bad_tokens(lm, bad, message):
             call()
 
 
+@pytest.mark.parametrize("family, longest", [("gpt", 16), ("opt", 16), ("mpt", 16), (None, 256)])
+def test_rows_longer_than_the_models_context(family, longest, lm):
+    "The longest rows are read; one more token is refused. OPT's table has two rows more."
+    model = of_family(family, lm) if family else lm
+    rows = torch.full((1, longest + 1), 3)
+    assert residual_stream(model, rows[:, 1:], 0).shape == (1, longest, 32)
+    sae = SAE(SAEConfig(32, 64, "topk", k=4))
+    for call in (
+        lambda: residual_stream(model, rows, 0),
+        lambda: next_token_losses(model, rows),
+        lambda: next_token_logits(model, rows),
+        lambda: spliced_metrics(sae, model, 0, rows),
+    ):
+        with pytest.raises(ValueError, match=f"{longest + 1} tokens.*at most {longest}; choose a"):
+            call()
+
+
+def test_a_model_that_names_no_longest_context(lm):
+    assert residual_stream(of_family("bloom", lm), torch.full((1, 300), 3), 0).shape[1] == 300
+
+
 def of_family(family, lm):
     "A model of another family, with 2 blocks and random weights."
     import transformers as t
 
     size = dict(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     make = {
+        "gpt": lambda: t.OpenAIGPTLMHeadModel(
+            t.OpenAIGPTConfig(vocab_size=1024, n_embd=32, n_layer=2, n_head=2, n_positions=16)
+        ),
+        "opt": lambda: t.OPTForCausalLM(
+            t.OPTConfig(**size, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=16)
+        ),
+        "mpt": lambda: t.MptForCausalLM(
+            t.MptConfig(vocab_size=1024, d_model=32, n_layers=2, n_heads=2, max_seq_len=16)
+        ),
         "granite": lambda: t.GraniteForCausalLM(
             t.GraniteConfig(**size, intermediate_size=64, residual_multiplier=0.5)
         ),
@@ -461,24 +568,8 @@ def of_family(family, lm):
                 vocab_size=1024, n_embd=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=1
             )
         ),
-        "llama": lambda: t.LlamaForCausalLM(
-            t.LlamaConfig(
-                vocab_size=1024,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-            )
-        ),
-        "neox": lambda: t.GPTNeoXForCausalLM(
-            t.GPTNeoXConfig(
-                vocab_size=1024,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-            )
-        ),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, intermediate_size=64)),
+        "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**size, intermediate_size=64)),
     }[family]
     torch.manual_seed(0)
     return LM(make().eval(), lm.tokenizer, family, family, "")

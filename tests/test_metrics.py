@@ -202,6 +202,16 @@ def test_perfect_and_useless_saes(lm, tokens):
     assert full["n_tokens"] == 3 * 14 + 7  # neither the token nor its successor is BOS or PAD
 
 
+def test_scores_of_a_splice_that_changes_no_loss_are_nan(tokens):
+    blind = tiny_lm()
+    blind.model.lm_head.weight = torch.nn.Parameter(torch.zeros(1024, 32))
+    found = spliced_metrics(nothing(32), blind, 1, tokens)
+    assert math.isnan(found["ce_loss_score"]) and math.isnan(found["kl_score"])
+    for name in ("ce_orig", "ce_sae", "ce_zero"):
+        assert found[name] == pytest.approx(math.log(1024))
+    assert found["kl_sae"] == found["kl_zero"] == 0
+
+
 def test_original_loss_is_the_models_own(lm, tokens):
     m = spliced_metrics(both_signs(32), lm, 1, tokens)
     ordinary = tokens > 2

@@ -19,6 +19,7 @@ __all__ = [
     "other_place",
     "check_hook",
     "hook_site",
+    "check_tokens",
     "read_site",
     "residual_stream",
     "compile_blocks",
@@ -31,6 +32,7 @@ __all__ = [
 # %% ../../nbs/data/lm.ipynb #cell-3
 import copy
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -89,14 +91,25 @@ def _tiny_tokenizer() -> "PreTrainedTokenizerFast":
     return train_tokenizer(python_docs()[:600], vocab_size=1024, letters=2000)
 
 
-def _freeze(model: nn.Module) -> nn.Module:
+def _freeze(model: "PreTrainedModel") -> "PreTrainedModel":
     "Evaluation mode, and no gradients for the weights."
     return model.eval().requires_grad_(False)
 
 
-def _weights_checksum(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> str:
-    "SHA-256 over the weights in memory and the vocabulary."
-    sha = hashlib.sha256(stable_hash(tokenizer.get_vocab(), n=64).encode())
+def _tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    "Everything that decides the token ids of a text, as plain data."
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    last_call = ("truncation", "padding")  # set anew by each call
+    state = {name: value for name, value in state.items() if name not in last_call}
+    roles = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return state | dict(roles=roles)
+
+
+def _weights_checksum(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> str:
+    "SHA-256 over the weights in memory, the configuration and the tokenizer."
+    config = model.config.to_dict()
+    config.pop("transformers_version", None)
+    sha = hashlib.sha256(stable_hash([config, _tokenizer_state(tokenizer)], n=64).encode())
     for name, w in sorted(model.state_dict().items()):
         sha.update(name.encode())
         sha.update(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -553,6 +566,17 @@ def hook_site(
     return children[found[0]], False
 
 
+def _first_tensor(module: nn.Module, value: object, what: str) -> Tensor:
+    "The tensor itself, or that with which a tuple or a list begins; ValueError for another class."
+    found = value[0] if isinstance(value, (tuple, list)) and value else value
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(
+        f"the {what} of {type(module).__name__} is {type(found).__name__}, where a tensor was "
+        "expected, or a tuple or list that begins with one: models of this kind cannot be read"
+    )
+
+
 @contextmanager
 def _at_site(
     lm: LM, layer: int, site: str, fn: Callable[[Tensor], Tensor | None], first: bool = False
@@ -563,16 +587,16 @@ def _at_site(
     module, is_input = hook_site(lm, layer, site)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        new = fn(args[0] if args else kwargs["hidden_states"])
+        new = fn(_first_tensor(module, args or (kwargs.get("hidden_states"),), "input"))
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, kwargs | dict(hidden_states=new))
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        new = fn(output[0] if isinstance(output, tuple) else output)
-        if new is None:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        new = fn(_first_tensor(module, output, "output"))
+        if new is None or isinstance(output, Tensor):
+            return new
+        return [new, *output[1:]] if isinstance(output, list) else (new, *output[1:])
 
     if is_input:
         handle = module.register_forward_pre_hook(before, prepend=first, with_kwargs=True)
@@ -624,8 +648,16 @@ def _stop(x: Tensor) -> None:
     raise _Stop
 
 
-def _check_tokens(lm: LM, tokens: Tensor) -> None:
-    "ValueError unless tokens are (n, context) ids that the model knows."
+def _longest_context(lm: LM) -> int | None:
+    "The number of positions that the configuration names; None if it names none."
+    config = lm.model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # the second of MPT
+    found = (getattr(config, name, None) for name in names)
+    return next((n for n in found if isinstance(n, int) and n > 0), None)  # XLNet has -1
+
+
+def check_tokens(lm: LM, tokens: Tensor) -> None:
+    "ValueError unless tokens are (n, context) ids that the model knows, in rows not too long."
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise ValueError(
             f"tokens must be whole numbers of shape (n, context), "
@@ -636,6 +668,12 @@ def _check_tokens(lm: LM, tokens: Tensor) -> None:
         raise ValueError(
             f"tokens hold ids from {int(tokens.min())} to {int(tokens.max())}, and {lm.name} knows "
             f"0 to {size - 1}; were they made with another tokenizer?"
+        )
+    longest, length = _longest_context(lm), tokens.shape[1]
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"the rows hold {length} tokens, and {lm.name} was made for contexts of at most "
+            f"{longest}; choose a shorter context"
         )
 
 
@@ -668,7 +706,7 @@ def read_site(
 ) -> Tensor:  # (n, context, d_in), or (n, d_in) with `at`
     "The activations of a site; nothing behind its block is computed."
     hook_site(lm, layer, site)
-    _check_tokens(lm, tokens)
+    check_tokens(lm, tokens)
     out = []
     for i in range(0, len(tokens), batch_size or max(len(tokens), 1)):
         rows = slice(i, i + (batch_size or len(tokens)))
@@ -729,7 +767,7 @@ def next_token_losses(
     batch_size: int | None = None,  # rows to run at a time; None: all at once
 ) -> Tensor:  # (n, context - 1) in nats
     "Cross-entropy of each token after the first, given those before it."
-    _check_tokens(lm, tokens)
+    check_tokens(lm, tokens)
     out = []
     for rows in tokens.to(lm.device).split(batch_size or max(len(tokens), 1)):
         logits = lm.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
@@ -745,7 +783,7 @@ def next_token_logits(
     tokens: Tensor,  # (n, context) token ids
 ) -> Tensor:  # (n, vocabulary)
     "Logits of the token that follows each row."
-    _check_tokens(lm, tokens)
+    check_tokens(lm, tokens)
     output = lm.model(input_ids=tokens.to(lm.device), use_cache=False, logits_to_keep=1)
     return output.logits[:, -1].float()
 

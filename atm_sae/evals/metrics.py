@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import check_activations, check_rows, generator, is_outlier, norm_limit
-from ..data.lm import LM, check_hook, splice
+from ..data.lm import LM, check_hook, check_tokens, splice
 from ..data.planted import PlantedWorld
 from ..data.text import special_ids
 
@@ -243,6 +243,11 @@ def _spliced_sums(
     return total, n, n_outliers
 
 
+def _recovered(gain: float, most: float) -> float:
+    "The share of the loss of zeros that an SAE recovers; NaN where zeros change no loss."
+    return gain / most if most else float("nan")
+
+
 def spliced_metrics(
     sae: Autoencoder,  # anything with encode, decode, W_dec
     lm: LM,
@@ -251,12 +256,15 @@ def spliced_metrics(
     batch_size: int = 8,  # rows at a time
     site: str = "resid_post",  # the SAE's site, one of SITES of `lm`
 ) -> dict[str, float]:
-    "CE loss score and KL score of an SAE spliced into its model, and the losses they come from."
+    """CE loss score and KL score of an SAE spliced into its model, and the losses they come from.
+
+    A score is NaN where zeros in the place of the activations change no loss."""
     if sae.W_dec.shape[1] != lm.d_model:
         raise ValueError(
             f"the SAE reads width {sae.W_dec.shape[1]}, {lm.name} has width {lm.d_model}"
         )
     check_hook(sae, layer, site)
+    check_tokens(lm, tokens)
     total, n, n_outliers = _spliced_sums(sae, lm, layer, tokens, batch_size, site)
     if not n:
         raise ValueError(
@@ -264,8 +272,8 @@ def spliced_metrics(
         )
     (orig, _), (ce, kl), (zero, kl_zero) = (total / n).tolist()
     return dict(
-        ce_loss_score=(zero - ce) / (zero - orig),
-        kl_score=(kl_zero - kl) / kl_zero,
+        ce_loss_score=_recovered(zero - ce, zero - orig),
+        kl_score=_recovered(kl_zero - kl, kl_zero),
         ce_orig=orig,
         ce_sae=ce,
         ce_zero=zero,
