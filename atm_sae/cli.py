@@ -36,7 +36,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -306,12 +307,14 @@ def _train_all(
     specs: "Sequence[RunSpec]", workers: int, progress: bool, executor: str | None
 ) -> "Sequence[Run]":
     "The runs of the specs: loaded, or trained. One run has a bar of steps, several a bar of runs."
-    from atm_sae.train.runs import get_run, run_grid
+    from atm_sae.train.runs import MissedL0, get_run, run_grid
 
     elsewhere = executor or os.environ.get("ATM_SAE_EXECUTOR")
-    if len(specs) == 1 and not elsewhere:
-        return [get_run(specs[0], progress)]
-    return run_grid(specs, workers, progress, executor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissedL0)  # the command says it of the L0 that it prints
+        if len(specs) == 1 and not elsewhere:
+            return [get_run(specs[0], progress)]
+        return run_grid(specs, workers, progress, executor)
 
 
 # %% ../nbs/cli.ipynb #cell-22
@@ -347,7 +350,9 @@ def _show_runs(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for row in rows:
         found = row["metrics"]
-        shown = {"L0": found["l0"], "explained variance": found["explained_variance"]}
+        target = row["l0"] if row["l0"] is None else f"{row['l0']:g}"
+        shown = {"L0": found["l0"], "target": target}
+        shown["explained variance"] = found["explained_variance"]
         more = {name.replace("_", " "): found.get(name) for name in ("absorption", "dead_share")}
         shown |= {name: value for name, value in more.items() if value is not None}
         lines.append(dict(method=row["method"], seed=row["seed"]) | shown | dict(SAE=row["sae"]))
@@ -359,6 +364,15 @@ def _show_runs(rows: Sequence[Mapping[str, Any]]) -> None:
                 f"{row['method']}, seed {row['seed']}: left out {left_out['n']:,} of "
                 f"{left_out['of']:,} activations as outliers, norm above {left_out['max_norm']:.4g}"
             )
+
+
+def _say_missed(saes: Iterable[tuple[str, str, float | None, float | None]]) -> None:
+    "Name on stderr each SAE, given as (name, method, L0, target), that misses its target L0."
+    from atm_sae.train.runs import missed_l0
+
+    for name, method, reached, target in saes:
+        if reached is not None and (said := missed_l0(name, method, reached, target)):
+            print(f"atm-sae: {said}", file=sys.stderr)
 
 
 def _read_activations(data: Data, progress: bool) -> None:
@@ -449,6 +463,8 @@ def train(
     if first:
         show = _print_json if as_json else _show_runs
         show(rows)
+        reached = [row["metrics"]["l0"] for row in rows]
+        _say_missed((s.name, s.method, l0, s.l0) for s, l0 in zip(specs, reached, strict=True))
 
 
 # %% ../nbs/cli.ipynb #cell-26
@@ -574,7 +590,7 @@ def _core(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str,
         frequency = activation_frequency(s.sae, x)
         place: dict[str, Any] = dict(model=data.model, layer=data.layer, site=data.site)
         core_json(plain, s.sae, spliced, frequency, **place, **o.about(s))
-    return spliced | plain
+    return spliced | plain | dict(target_l0=s.sae.config.l0)
 
 
 def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str, Any]:
@@ -633,7 +649,7 @@ def _planted(
     absorption = dict(full=found["absorption"], miss_rate=found["miss_rate"])
     core = ("explained_variance", "fvu", "l0", "dead_share", "mcc", "f1", "n_outliers")
     return dict(
-        core={k: found[k] for k in core},
+        core={k: found[k] for k in core} | dict(target_l0=s.sae.config.l0),
         absorption=absorption | dict(n_parents=data.n_parents),
     )
 
@@ -680,6 +696,7 @@ class Shown:
 
 SHOWN = (
     Shown("core", "l0", "L0", "l0"),
+    Shown("core", "target_l0", "target"),
     Shown("core", "explained_variance", "explained variance", "explained_variance"),
     Shown("core", "ce_loss_score", "CE loss score", "ce_loss_score"),
     Shown("absorption", "full", "absorption, full", "mean_full_absorption_score"),
@@ -748,6 +765,11 @@ def evaluate(
         rows = [_score(source, s, metrics, options, bar) for source, s in pairs]
     show = _print_json if as_json else _show_scores
     show(rows)
+    cores = [row.get("core", {}) for row in rows]
+    _say_missed(
+        (source, s.method, core.get("l0"), core.get("target_l0"))
+        for source, s, core in zip(sae, subjects, cores, strict=True)
+    )
 
 
 # %% ../nbs/cli.ipynb #cell-37

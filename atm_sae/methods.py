@@ -33,6 +33,7 @@ class Architecture:
     settings: tuple[str, ...]
     sized_by: Literal["k", "target_l0"]
     learning_rate: float
+    to_reach_l0: str
     inference: str
     tensors: tuple[str, ...] = ("W_enc", "W_dec", "b_enc", "b_dec")
     foreign: Mapping[str, str] = field(default_factory=dict)
@@ -46,6 +47,7 @@ ARCHITECTURES = {
         settings=("l1", "target_l0", "penalty"),
         sized_by="target_l0",
         learning_rate=16e-4,
+        to_reach_l0="train for more steps, and leave l1 out: its value then follows the L0",
         inference="standard",
         foreign={"saebench": "standard", "dictionary_learning": "AutoEncoder"},
     ),
@@ -55,6 +57,7 @@ ARCHITECTURES = {
         settings=("k", "aux_coef"),
         sized_by="k",
         learning_rate=8e-4,
+        to_reach_l0="ask for a higher L0: of the k largest pre-activations the positive ones count",
         inference="topk",
         foreign={"saebench": "topk", "dictionary_learning": "AutoEncoderTopK"},
     ),
@@ -64,6 +67,7 @@ ARCHITECTURES = {
         settings=("k", "aux_coef"),
         sized_by="k",
         learning_rate=8e-4,
+        to_reach_l0="train for more steps: the threshold follows the training batches slowly",
         inference="jumprelu",
         tensors=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
         foreign={"saebench": "batch_topk", "dictionary_learning": "BatchTopKSAE"},
@@ -74,6 +78,7 @@ ARCHITECTURES = {
         settings=("k", "aux_coef", "prefixes"),
         sized_by="k",
         learning_rate=8e-4,
+        to_reach_l0="train for more steps: the threshold follows the training batches slowly",
         inference="jumprelu",
         tensors=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
         foreign={
@@ -87,6 +92,7 @@ ARCHITECTURES = {
         settings=("target_l0", "l0_coef", "bandwidth", "init_threshold"),
         sized_by="target_l0",
         learning_rate=8e-4,
+        to_reach_l0="train for more steps, or raise l0_coef",
         inference="jumprelu",
         tensors=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
         foreign={"saebench": "jumprelu", "dictionary_learning": "JumpReluAutoEncoder"},

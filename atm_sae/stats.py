@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "L0_SLACK",
     "Interval",
     "t_interval",
     "mean_interval",
@@ -16,6 +17,7 @@ __all__ = [
     "summarise",
     "read_at",
     "at_l0",
+    "misses_l0",
     "paired_difference",
     "claim_verdict",
     "holm_intervals",
@@ -217,6 +219,21 @@ def at_l0(
 
 
 # %% ../nbs/core/stats.ipynb #cell-25
+L0_SLACK = 0.05  # of the target
+
+
+def misses_l0(
+    reached: float,
+    target: float | None,  # None or NaN: there is none
+    slack: float = L0_SLACK,  # largest difference that counts as reached, as a share of the target
+) -> bool:
+    "True if an L0 differs from its target by more than the slack; False without a target."
+    if target is None or math.isnan(target):
+        return False
+    return not abs(reached / target - 1) <= slack + 1e-9  # 6.6 is a tenth from 6
+
+
+# %% ../nbs/core/stats.ipynb #cell-28
 def paired_difference(
     rows: pd.DataFrame,  # has `method`, the metric and the `pair` columns
     a: str,  # a method
@@ -244,7 +261,7 @@ def paired_difference(
     return t_interval(difference, level)
 
 
-# %% ../nbs/core/stats.ipynb #cell-29
+# %% ../nbs/core/stats.ipynb #cell-32
 def claim_verdict(
     interval: Sequence[float],  # (mean, low, high, ...) of the difference
     expect: str = "lower",  # the claim: the difference is 'lower' or 'higher' than zero
@@ -262,7 +279,7 @@ def claim_verdict(
     return "undecided"
 
 
-# %% ../nbs/core/stats.ipynb #cell-32
+# %% ../nbs/core/stats.ipynb #cell-35
 def _t_test(x: np.ndarray) -> float:
     "Two-sided p of a t-test of the mean against zero."
     from scipy.stats import t as student
@@ -293,7 +310,7 @@ def holm_intervals(
     return [t_interval(x, levels[i]) for i, x in enumerate(found)]
 
 
-# %% ../nbs/core/stats.ipynb #cell-36
+# %% ../nbs/core/stats.ipynb #cell-39
 class VarianceComponents(NamedTuple):
     "Variances of training noise, of evaluation noise that SAEs share, and of each SAE's own."
 
@@ -326,7 +343,7 @@ def variance_components(
     return VarianceComponents(float(training), float(shared), float(own))
 
 
-# %% ../nbs/core/stats.ipynb #cell-40
+# %% ../nbs/core/stats.ipynb #cell-43
 def two_arm_power(
     effect: float,  # true difference of the means, in standard deviations of one run
     n: float,  # SAEs in each arm, two at least

@@ -293,6 +293,30 @@ def test_train_into_the_cache_and_again():
     )
 
 
+def test_a_missed_l0_is_said_beside_its_target():
+    "Without a penalty's coefficient nothing brings JumpReLU to its target."
+    missed = ["train", "jumprelu", *SMALL, "--set", "l0_coef=0", "-q"]
+    for _ in range(2):  # trained, and loaded
+        status, out, err = run(*missed)
+        head, line = (text.split() for text in out.splitlines())
+        assert status == 0 and head[2:4] == ["L0", "target"] and line[3] == "3"
+        assert float(line[2]) > 3.15
+        assert err == (
+            f"atm-sae: jumprelu, L0 3.0, seed 0: reached L0 {line[2]}, more than 5% from its "
+            "target 3: train for more steps, or raise l0_coef\n"
+        )
+    status, out, err = run("evaluate", line[-1], "-q")
+    head, values = (text.split() for text in out.splitlines())
+    assert head[2:4] == ["L0", "target"] and values[2:4] == [line[2], "3.00"]
+    assert err.startswith(f"atm-sae: {line[-1]}: reached L0 {values[2]}, more than 5% from its")
+
+
+def test_an_sae_without_a_target_has_no_column_for_it():
+    SAE(SAEConfig(64, 80)).save("free")
+    status, out, err = run("evaluate", "free", "--model", "planted", "--metrics", "core", "-q")
+    assert status == 0 and "L0" in out and "target" not in out + err
+
+
 def test_quiet_json_and_settings():
     status, out, err = run(
         "train",
@@ -307,7 +331,7 @@ def test_quiet_json_and_settings():
         "--json",
         "--quiet",
     )
-    assert (status, err) == (0, "")
+    assert status == 0 and "atm, L0 3.0, seed 0: reached L0" in err and err.count("\n") == 1
     wanted = recipe(
         "atm",
         WORLD,
@@ -528,6 +552,7 @@ def test_evaluate_planted(planted):
     scored = json.loads(done("evaluate", *(r["sae"] for r in rows), "--json"))
     for row, score in zip(rows, scored):
         assert (score["method"], score["model"], score["layer"]) == (row["method"], "planted", None)
+        assert score["core"].pop("target_l0") == 3
         assert (
             score["core"] == {k: row["metrics"][k] for k in score["core"]}
             and score["core"]["l0"] > 0

@@ -49,6 +49,7 @@ from atm_sae.stats import (
     format_seconds,
     holm_intervals,
     mean_interval,
+    misses_l0,
     paired_difference,
     summarise,
 )
@@ -223,6 +224,33 @@ def test_pretty(summary):
         "TopK",
     ]
     assert table.absorbed[0] == "0.06 [-0.07, 0.19]"
+
+
+def test_a_missed_target_is_marked(rows):
+    "ATM's mean is 8.5, 6.25% from its target; TopK's 8.3 is near enough."
+    l0 = [8.6, 8.4, 8.3, 8.3]
+    off, near = pretty(summary_table(rows.assign(l0=l0), "fvu"))["L0"]
+    assert off == "8.5 [7.2, 9.8], off target" and near == "8.30 [8.30, 8.30]"
+    free = summary_table(rows.assign(l0=l0, sparsity=math.nan), "fvu")
+    assert not pretty(free)["L0"].str.contains("off").any()
+
+
+@pytest.mark.parametrize(
+    "reached, target, slack, missed",
+    [
+        (12.3, 8, 0.05, True),
+        (7.5, 8, 0.05, True),
+        (8.4, 8, 0.05, False),
+        (6.6, 6, 0.1, False),
+        (6.61, 6, 0.1, True),
+        (0.0, 8, 0.05, True),
+        (math.nan, 8, 0.05, True),
+        (12.3, None, 0.05, False),
+        (12.3, math.nan, 0.05, False),
+    ],
+)
+def test_misses_l0(reached, target, slack, missed):
+    assert misses_l0(reached, target, slack) == missed
 
 
 def test_at_l0_is_linear_in_log_and_never_guesses():

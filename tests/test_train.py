@@ -16,6 +16,7 @@ from atm_sae.sae.atm import ATMConfig, ATMMasker, make_masker
 from atm_sae.artefacts import OutputError, read_json
 from atm_sae.sae.architectures import nested_share
 from atm_sae.sae.sae import SAE, SAEConfig
+from atm_sae.data.batches import CacheBatches
 from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
 from atm_sae.methods import METHODS, method_parts
 from atm_sae.ranks import Ranks
@@ -31,10 +32,15 @@ from atm_sae.train.loop import (
     train,
 )
 from atm_sae.train.runs import (
+    MissedL0,
+    Pretrained,
+    Run,
     default_lr,
     get_run,
     grid,
     is_complete,
+    measure_l0,
+    missed_l0,
     recipe,
     run_folder,
     run_grid,
@@ -82,6 +88,72 @@ class Spoilt(WorldBatches):
         if self.drawn == 3:
             x[1, 2] = torch.nan
         return x
+
+
+# ---- the L0 that a run reached
+
+
+@pytest.mark.parametrize("method", ["jumprelu", "batchtopk", "random"])
+def test_the_l0_of_a_run_is_measured_after_training_on_fresh_samples(method, recwarn):
+    spec = small(method)
+    run, data = get_run(spec), batches(spec)
+    for _ in range(40 if spec.trained else 4):
+        next(data)
+    fresh = torch.cat([next(data) for _ in range(4096 // 32)])
+    assert run.l0 == (run.sae.encode(fresh) > 0).sum(1).double().mean().item()
+    assert run.l0 == get_run(spec).l0
+
+
+class Rows:
+    "A stand-in for a cache of width 1: rows are -1, the held-out tenth is 1."
+
+    d_in, meta = 1, {"sha256": "none"}
+
+    def __len__(self):
+        return 100
+
+    def rows(self, index):
+        return torch.where(torch.as_tensor(index) < 90, -1.0, 1.0)[:, None]
+
+
+def test_the_l0_of_a_cached_run_is_that_of_held_out_rows():
+    sae, data = SAE(SAEConfig(1, 4)), CacheBatches(Rows(), 30, seed=0)
+    sae.W_enc.data.fill_(1)
+    assert (sae.encode(next(data)) > 0).sum() == 0
+    assert measure_l0(sae, data) == 4
+
+
+def test_a_run_that_missed_its_target_warns_each_time():
+    spec = small("jumprelu", l0_coef=0.0)  # nothing brings the L0 to its target
+    text = "jumprelu, L0 3.0, seed 0: reached L0 .* 5% from its target 3: .*raise l0_coef"
+    for _ in range(2):
+        with pytest.warns(MissedL0, match=text) as caught:
+            run = get_run(spec)
+        assert str(caught[0].message) == run.missed_l0
+
+
+def test_a_grid_warns_once_of_all_that_missed():
+    specs = [small("jumprelu", l0_coef=0.0, seed=seed) for seed in (0, 1)]
+    with pytest.warns(MissedL0) as caught:
+        runs = run_grid(specs, workers=1, progress=False)
+    assert len(caught) == 1
+    assert str(caught[0].message).splitlines() == [run.missed_l0 for run in runs]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_what_to_do(method):
+    said = missed_l0("mine", method, 12.3, 8)
+    start = "mine: reached L0 12.3, more than 5% from its target 8: "
+    assert said.startswith(start) and len(said) > len(start)
+    assert missed_l0("mine", method, 8.4, 8) == missed_l0("mine", method, 12.3, None) == ""
+
+
+def test_no_target_is_no_miss():
+    free = replace(small("standard"), sae=SAEConfig(8, 16, l1=0.1))
+    for spec in (free, Pretrained("pretrained mine")):
+        assert Run(spec, None, None, None, l0=5.0).missed_l0 == ""
+    assert Run(small("topk"), None, None, None).missed_l0 == ""  # not known
+    assert Run(small("topk"), None, None, None, l0=5.0).missed_l0
 
 
 # ---- pieces

@@ -31,7 +31,7 @@ from ..evals.metrics import planted_metrics
 from ..methods import method_name
 from .manifest import load_manifest
 from .tables import reports_folder
-from ..stats import format_interval
+from ..stats import format_interval, misses_l0
 from ..train.runs import Run, RunSpec, grid, pretrained_runs, run_grid
 
 
@@ -136,7 +136,7 @@ def ranking_sentence(
     lines = summary[(summary.metric == metric) & (summary.sparsity == target)]
     parts = [
         f"{method_name(line.method)} {format_interval(line.mean, line.low, line.high, line.n)}"
-        f" (L0 {line.l0:.3g})"
+        f" (L0 {line.l0:.3g}{', off target' if misses_l0(line.l0, target) else ''})"
         for line in lines.sort_values("mean", ascending=False).itertuples()
     ]
     return f"- at L0 {target:g}: {', '.join(parts)}."

@@ -45,6 +45,7 @@ from atm_sae.stats import (
     claim_verdict,
     format_interval,
     format_number,
+    misses_l0,
     paired_difference,
     require_columns,
     summarise,
@@ -131,12 +132,18 @@ def chose_no_mask(
 
 
 # %% ../../nbs/report/tables.ipynb #cell-16
+def _reached_l0(line: pd.Series) -> str:
+    "The L0 of a summary line as `pretty` shows it."
+    l0 = format_interval(line.l0, line.l0_low, line.l0_high, line.n)
+    return f"{l0}, off target" if misses_l0(line.l0, line.sparsity) else l0
+
+
 def pretty(
     summary: pd.DataFrame,  # a summary table
     index: Iterable[str] = ("method", "sparsity"),  # what names a line
     metrics: Iterable[str] | Mapping[str, str] | None = None,  # or {metric: heading}; None: all
 ) -> pd.DataFrame:
-    "One line for each group, `mean [low, high]` in each cell, and L0."
+    "One line for each group, `mean [low, high]` in each cell; a missed L0 is marked."
     index = list(index)
     metrics = dict.fromkeys(summary.metric) if metrics is None else metrics
     headings = metrics if isinstance(metrics, Mapping) else {}
@@ -146,7 +153,7 @@ def pretty(
         cells = {r.metric: format_interval(r.mean, r.low, r.high, r.n) for r in group.itertuples()}
         lines.append(
             dict(zip(index, key))
-            | {"L0": format_interval(first.l0, first.l0_low, first.l0_high, first.n)}
+            | {"L0": _reached_l0(first)}
             | {headings.get(m) or m: cells.get(m, "–") for m in metrics}
         )
     table = pd.DataFrame(lines)

@@ -81,6 +81,11 @@ class SAEConfig:
             )
         ARCHITECTURES[self.architecture](self).check()
 
+    @property
+    def l0(self) -> float | None:
+        "The wanted mean number of active latents; None if it is free."
+        return self.k or self.target_l0
+
 
 # %% ../../nbs/sae/architectures.ipynb #cell-7
 class Weights(Protocol):

@@ -18,8 +18,12 @@ __all__ = [
     "twin_rates",
     "train_sae",
     "untrained_sae",
+    "measure_l0",
     "save_history",
     "load_history",
+    "MissedL0",
+    "missed_l0",
+    "warn_missed",
     "Run",
     "get_run",
     "receive_run",
@@ -33,6 +37,7 @@ __all__ = [
 # %% ../../nbs/train/runs.ipynb #cell-2
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -62,7 +67,7 @@ from atm_sae.data.activations import (
     get_activations,
     one_maker,
 )
-from ..data.batches import Batches, CacheBatches, data_batches
+from ..data.batches import Batches, CacheBatches, data_batches, held_out
 from ..data.lm import Site, hook_point, model_width, other_place
 from ..data.planted import WorldConfig
 from ..methods import ARCHITECTURES, get_method, method_parts, twin_method
@@ -70,6 +75,7 @@ from ..ranks import ALONE, Ranks
 from ..sae.atm import ATMConfig, make_masker
 from ..sae.formats import from_pretrained, sae_checksum
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
+from ..stats import L0_SLACK, misses_l0
 from .executors import LostWorker, Outcome, find_executor, run_jobs
 from .loop import History, TrainConfig, train, unflatten
 
@@ -93,7 +99,7 @@ class RunSpec:
     @property
     def l0(self) -> float | None:
         "The wanted mean number of active latents."
-        return self.sae.k or self.sae.target_l0
+        return self.sae.l0
 
     @property
     def key(self) -> str:
@@ -295,7 +301,7 @@ def twin_rates(spec: RunSpec, device: str = "auto") -> list[float] | None:
     twin = twin_spec(spec)
     if twin is None:
         return None
-    log = get_run(twin, device=device).history.table
+    log = _load_or_make(twin, device=device).history.table
     return np.interp(range(spec.train.steps), log.step, log.mask_rate).tolist()
 
 
@@ -323,6 +329,25 @@ def untrained_sae(spec: RunSpec, batches: Batches) -> SAE:
     if spec.sae.target_l0 is None:
         raise ValueError("the untrained control needs a target L0")
     return calibrate_l0(sae, x, spec.sae.target_l0)
+
+
+@torch.no_grad()
+def measure_l0(
+    sae: SAE,
+    batches: Batches,  # of its training: the next ones are read, or a cache's held-out rows
+    samples: int = 4096,  # activations, at least, unless a cache holds out fewer
+) -> float:
+    """Mean number of active latents after training, on activations that were not trained on.
+
+    Outliers are left out."""
+    if isinstance(batches, CacheBatches):
+        parts = held_out(batches.cache, samples).split(batches.batch_size)
+    else:
+        parts = tuple(next(batches) for _ in range(-(-samples // batches.batch_size)))
+    limit = math.inf if sae.max_norm is None else sae.max_norm
+    ordinary = [x[~is_outlier(x, limit)] for x in parts]
+    counts = [(sae.encode(x.to(sae.W_dec.device)) != 0).sum(1) for x in ordinary]
+    return torch.cat(counts).double().mean().item()
 
 
 # %% ../../nbs/train/runs.ipynb #cell-20
@@ -366,7 +391,7 @@ def _seal(artefact: Artefact, part: Path) -> None:
 
 
 def _write_run(
-    spec: RunSpec, artefact: Artefact, sae: SAE, history: History, seconds: float
+    spec: RunSpec, artefact: Artefact, sae: SAE, history: History, l0: float, seconds: float
 ) -> None:
     "Write a run's folder, which replaces the one with the checkpoint."
     if isinstance(spec.data, ActivationSpec):
@@ -380,6 +405,7 @@ def _write_run(
             spec=to_plain(spec),
             scale=history.scale,
             max_norm=history.max_norm,  # null: there is no limit
+            l0=l0,
             seconds=round(seconds, 2),
             provenance=provenance([spec.seed]),
         )
@@ -412,12 +438,44 @@ def _make_run(spec: RunSpec, artefact: Artefact, progress: bool, device: str, ra
         sae, history = train_sae(spec, batches, rates, where, artefact.folder, progress, ranks)
     else:
         sae, history = untrained_sae(spec, batches), History()
+    l0 = measure_l0(sae, batches)  # by all ranks: they share the work of a stream
     if ranks.rank == 0:
-        _write_run(spec, artefact, sae, history, time.monotonic() - start)
+        _write_run(spec, artefact, sae, history, l0, time.monotonic() - start)
     ranks.wait()
 
 
-# %% ../../nbs/train/runs.ipynb #cell-21
+# %% ../../nbs/train/runs.ipynb #cell-22
+class MissedL0(UserWarning):
+    "Training runs missed the L0 that they were asked for."
+
+
+def missed_l0(
+    name: str,  # of the SAE, in the message
+    method: str,  # that it was trained with
+    reached: float,  # its mean number of active latents
+    target: float | None,  # the wanted one; None: there is none
+) -> str:
+    "Says by how much an SAE misses its target L0, and what to do; empty if it reaches it."
+    if target is None or math.isnan(reached) or not misses_l0(reached, target):
+        return ""
+    found = get_method(method)
+    advice = "raise batch_size: its threshold is set on four batches"
+    if found.trained:
+        advice = ARCHITECTURES[found.architecture].to_reach_l0
+    return (
+        f"{name}: reached L0 {reached:.3g}, more than {L0_SLACK:.0%} from its target "
+        f"{target:g}: {advice}"
+    )
+
+
+def warn_missed(runs: "Iterable[Run]") -> None:
+    "Warn of the runs that missed their target L0, all in one `MissedL0`; only the first rank does."
+    said = [run.missed_l0 for run in runs if run.missed_l0]
+    if said and Ranks.join().rank == 0:
+        warnings.warn("\n".join(said), MissedL0, stacklevel=3)
+
+
+# %% ../../nbs/train/runs.ipynb #cell-24
 @dataclass(frozen=True)
 class Run:
     "A trained SAE, its specification and its history."
@@ -426,6 +484,14 @@ class Run:
     sae: SAE
     history: History
     folder: Path | None  # None for a pretrained SAE
+    l0: float = math.nan  # reached after training, see `measure_l0`; NaN for a pretrained SAE
+
+    @property
+    def missed_l0(self) -> str:
+        "Says that the run missed its target L0, and what to do; empty if it reached it."
+        if not isinstance(self.spec, RunSpec):
+            return ""
+        return missed_l0(self.spec.name, self.spec.method, self.l0, self.spec.l0)
 
 
 def _exists(artefact: Artefact, ranks: Ranks) -> bool:
@@ -433,12 +499,8 @@ def _exists(artefact: Artefact, ranks: Ranks) -> bool:
     return bool(ranks.low(torch.tensor(int(artefact.exists()))))
 
 
-def get_run(
-    spec: RunSpec,
-    progress: bool = False,  # show a bar while training
-    device: str = "auto",  # where to train, if the run has yet to be made
-) -> Run:
-    "The trained SAE of `spec`: loaded from the run cache, or trained first, with one thread."
+def _load_or_make(spec: RunSpec, progress: bool = False, device: str = "auto") -> Run:
+    "The run of `spec`, see `get_run`, without a warning."
     ranks = Ranks.join()
     artefact = run_artefact(spec, device)
     ranks.agree("the configuration", artefact.key)
@@ -457,13 +519,27 @@ def get_run(
     sae = SAE.load(folder / "sae")
     if isinstance(spec.data, ActivationSpec):  # the same model may have had another name
         sae.metadata |= hook_point(spec.data.model, spec.data.layer, spec.data.site)
-    return Run(spec, sae, load_history(folder), folder)
+    l0 = read_json(folder / "run.json").get("l0", math.nan)
+    return Run(spec, sae, load_history(folder), folder, l0)
 
 
-# %% ../../nbs/train/runs.ipynb #cell-24
+def get_run(
+    spec: RunSpec,
+    progress: bool = False,  # show a bar while training
+    device: str = "auto",  # where to train, if the run has yet to be made
+) -> Run:
+    """The trained SAE of `spec`: loaded from the run cache, or trained first, with one thread.
+
+    Warns with `MissedL0` if it missed its target L0."""
+    run = _load_or_make(spec, progress, device)
+    warn_missed([run])
+    return run
+
+
+# %% ../../nbs/train/runs.ipynb #cell-27
 def _train(spec: RunSpec) -> None:
     "Make a run in this process, or in another one with the same disk."
-    get_run(spec)
+    _load_or_make(spec)
 
 
 def _train_and_send(job: tuple[RunSpec, str]) -> dict[str, bytes]:
@@ -474,7 +550,7 @@ def _train_and_send(job: tuple[RunSpec, str]) -> dict[str, bytes]:
             f"the worker has other code, packages, data or devices (key {spec.key}, here {key}): "
             "install the same atm-sae on all machines"
         )
-    folder = get_run(spec).folder
+    folder = _load_or_make(spec).folder
     assert folder is not None
     return {name: (folder / name).read_bytes() for name in RUN_FILES}
 
@@ -524,7 +600,9 @@ def run_grid(
     progress: bool = True,  # a bar over the runs
     executor: str | None = None,  # see `find_executor`; None: ATM_SAE_EXECUTOR, else processes
 ) -> list[Run]:
-    "The runs of `specs`, in their order, made if need be. RuntimeError names a run that failed."
+    """The runs of `specs`, in their order, made if need be. RuntimeError names a run that failed.
+
+    Warns with `MissedL0` of those that missed their target L0."""
     specs = list(specs)
     find_executor(executor)  # an unknown one is refused before anything runs
     missing = _missing(specs)
@@ -542,7 +620,9 @@ def run_grid(
                     bar.update()
             except LostWorker as e:
                 raise _failure(e.items, e) from e
-    return [get_run(spec) for spec in specs]
+    runs = [_load_or_make(spec) for spec in specs]
+    warn_missed(runs)
+    return runs
 
 
 def _failure(specs: Sequence[RunSpec], error: Exception) -> RuntimeError:
@@ -551,7 +631,7 @@ def _failure(specs: Sequence[RunSpec], error: Exception) -> RuntimeError:
     return RuntimeError(f"{names} failed: {type(error).__name__}: {error}")
 
 
-# %% ../../nbs/train/runs.ipynb #cell-29
+# %% ../../nbs/train/runs.ipynb #cell-32
 @dataclass(frozen=True)
 class Pretrained:
     "In place of a RunSpec: the label of an SAE that was not trained here."

@@ -24,6 +24,7 @@ import pandas as pd
 from scipy.stats import qmc
 
 from ..methods import method_parts
+from ..stats import misses_l0
 
 # %% ../../nbs/train/tuning.ipynb #cell-5
 RANGES = {  # lowest and highest value of a setting
@@ -104,7 +105,7 @@ def choose(
     table.insert(0, "method", table.trial.str.partition(" ")[0])
     distance = (table.l0 / target - 1).abs()
     table["cost"] = table.absorption + table.fvu
-    table["in_reach"] = distance <= slack + 1e-9  # 6.6 is a tenth from 6
+    table["in_reach"] = [not misses_l0(l0, target, slack) for l0 in table.l0]
     # trials out of reach come after all others, the nearest first
     rank = table.cost.where(table.in_reach, 1e3 + distance)
     table["chosen"] = table.index.isin(rank.groupby(table.method).idxmin())
