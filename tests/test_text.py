@@ -435,8 +435,48 @@ def test_bos_and_eos_stand_once_whatever_text_and_tokenizer_add(tok):
         assert token_stream(other, texts).tolist() == [*plain, 1]
         assert pack_tokens(other, texts, 1 + len(plain)).tolist() == [[2, *plain]]
         assert token_rows(other, texts) == [[2, *plain]]
-    assert encode_texts(other, [" A<eos> B"]) == [[plain[0], 1, plain[1]]]  # two documents in one
-    assert encode_texts(other, ["<eos>"]) == [[]]
+    assert encode_texts(other, ["<eos>", "<eos><bos>", "", "<bos>A<bos>"]) == [
+        *([[]] * 3),
+        *encode_texts(other, ["A"]),
+    ]
+
+
+@pytest.mark.parametrize("texts", [[" A<eos> B"], [" A <bos> B"], ["A<pad>"], ["<pad> A"]])
+def test_special_tokens_spelled_in_a_text_are_text(tok, texts):
+    "A document that writes about tokens stays one document, with all of its characters."
+    (ids,) = encode_texts(tok, texts)
+    assert min(ids) > 2 and [tok.decode(ids)] == texts
+    assert (token_stream(tok, texts) == 1).sum() == 1 and token_counts(tok, texts)[:3].sum() == 0
+    assert pack_tokens(tok, texts, 1 + len(ids)).tolist() == [[2, *ids]]
+    assert token_rows(tok, texts) == [[2, *ids]]
+
+
+def test_added_tokens_that_are_not_special_stay_tokens(tok):
+    from tokenizers import AddedToken
+
+    other = copy.deepcopy(tok)
+    other.add_tokens([AddedToken("reserved", special=True), AddedToken("ordinary", special=False)])
+    (ids,) = encode_texts(other, ["ordinary reserved"])
+    assert ids[0] == len(tok) + 1 and len(tok) not in ids
+    rows, at, found = find_words(other, ["A reserved B"], [0], encode_texts(tok, ["A"])[0])
+    assert found.all() and len(tok) not in rows and at.tolist() == [1]
+
+
+def test_a_tokenizer_without_bos_and_eos_encodes(tok):
+    other = copy.deepcopy(tok)
+    other.bos_token = other.eos_token = None
+    assert encode_texts(other, [" A B"]) == encode_texts(tok, [" A B"])
+
+
+def test_a_slow_tokenizer_keeps_its_added_tokens(tmp_path):
+    "It would split these too; a special token inside a text stays one there."
+    from tokenizers import AddedToken
+    from transformers import CanineTokenizer
+
+    slow = CanineTokenizer()
+    slow.add_tokens([AddedToken("ordinary", special=False)])
+    (ids,) = encode_texts(slow, ["ordinary A"])
+    assert ids == [slow.convert_tokens_to_ids("ordinary"), ord(" "), ord("A")]
 
 
 def test_special_tokens_without_a_role_are_special(tok):

@@ -401,24 +401,25 @@ def train_tokenizer(
 
 
 # %% ../../nbs/data/text.ipynb #cell-42
-def _without_ends(ids: list[int], ends: set[int | None]) -> list[int]:
-    "The ids without those of `ends` at their start and end."
-    first, last = 0, len(ids)
-    while first < last and ids[first] in ends:
-        first += 1
-    while first < last and ids[last - 1] in ends:
-        last -= 1
-    return ids[first:last]
+def _without_ends(text: str, ends: Iterable[str]) -> str:
+    "The text without those of `ends` at its start and end."
+    inside = "|".join(map(re.escape, ends))
+    return re.sub(rf"\A(?:{inside})+|(?:{inside})+\Z", "", text) if inside else text
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[list[int]]:
-    "Token ids of each text, without BOS and EOS at its ends."
-    found = list(checked_texts(texts))
+    """Token ids of each text, without BOS and EOS at its ends.
+
+    Special tokens that are spelled inside a text are read as text, so one text is one document; but
+    a tokenizer that is not fast reads them as special tokens."""
+    ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
+    found = [_without_ends(text, ends) for text in checked_texts(texts)]
     if not found:
         return []
-    rows = tokenizer(found, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    return [_without_ends(ids, ends) for ids in rows]
+    more = dict(split_special_tokens=True) if tokenizer.is_fast else {}  # else added tokens go too
+    return tokenizer(found, add_special_tokens=False, return_attention_mask=False, **more)[
+        "input_ids"
+    ]
 
 
 def bos_eos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int]:

@@ -86,7 +86,7 @@ def find_words(
 ) -> tuple[Tensor, Tensor, Tensor]:  # tokens (m, length), BOS first; positions (m,); found (n,)
     "Token rows of the m prompts whose query word was found, and its position in each."
     bos, _ = bos_eos(tokenizer)
-    coded = tokenizer(prompts, add_special_tokens=False)
+    coded = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)
     if not coded.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} does not say where a token lies in the text")
     rows = [[bos, *row] for row in coded["input_ids"]]
