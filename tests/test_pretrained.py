@@ -180,6 +180,32 @@ def test_export(tmp_path, architecture, format):
         )
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_export_of_a_decoder_row_of_zeros(tmp_path, format):
+    "The other rows get unit length."
+    sae, x = make("jumprelu"), torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    sae.W_dec.data[3] = 0
+    again = from_pretrained(export_sae(sae, tmp_path / "out", format))
+    torch.testing.assert_close(again(x), sae(x), atol=1e-5, rtol=1e-5)
+    norm = again.W_dec.norm(dim=1)
+    assert norm[3] == 0 and torch.allclose(norm[norm > 0], torch.ones(11))
+
+
+def test_settings_that_change_nothing_are_read(tmp_path):
+    for i, (source, change) in enumerate(
+        [
+            (STANDARD, cfg_change(reshape_activations=None, hook_head_index=None)),
+            (STANDARD, cfg_change(reshape_activations="none")),
+            (THEIRS, settings_change(buffer=dict(io="out"))),
+            (THEIRS, settings_change(buffer=None)),
+        ]
+    ):
+        (tmp_path / str(i)).mkdir()
+        folder = copy(source, tmp_path / str(i))
+        change(folder)
+        assert from_pretrained(folder).config == from_pretrained(source).config
+
+
 def test_export_of_a_large_b_dec(tmp_path):
     sae = make("jumprelu")
     sae.b_dec.data *= 100
@@ -228,6 +254,14 @@ def trainer_change(**change):
     def do(folder):
         cfg = json.loads((folder / "config.json").read_text())
         cfg["trainer"] |= change
+        (folder / "config.json").write_text(json.dumps(cfg))
+
+    return do
+
+
+def settings_change(**change):
+    def do(folder):
+        cfg = json.loads((folder / "config.json").read_text()) | change
         (folder / "config.json").write_text(json.dumps(cfg))
 
     return do
@@ -292,6 +326,26 @@ DAMAGE = dict(
         STANDARD,
         weights_change(WEIGHTS, lambda w: w.update(W_enc=w["W_enc"].T)),
         r"W_enc is \(12, 6\) where",
+    ),
+    reshaped=(
+        STANDARD,
+        cfg_change(reshape_activations="hook_z"),
+        "reshape_activations is 'hook_z'.*only SAEs of whole vectors",
+    ),
+    one_head=(
+        STANDARD,
+        cfg_change(metadata=dict(hook_name="blocks.3.attn.hook_q", hook_head_index=0)),
+        "hook_head_index is 0.*only SAEs of whole vectors",
+    ),
+    old_head=(
+        FIXTURES / "pretrained/saelens-old-standard",
+        cfg_change(hook_head_index=3),
+        "hook_head_index is 3",
+    ),
+    their_input=(
+        THEIRS,
+        settings_change(buffer=dict(io="in")),
+        "buffer.io is 'in'.*only SAEs of the output",
     ),
     missing=(
         JUMP,

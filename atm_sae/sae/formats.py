@@ -238,6 +238,19 @@ def _input_scale(cfg: Mapping[str, Any], folder: Path) -> float:
     )
 
 
+def _check_whole_input(cfg: Mapping[str, Any], path: Path) -> None:
+    "ValueError for a SAELens SAE of one attention head, or of activations in another shape."
+    settings = {**cfg["metadata"], **{k: v for k, v in cfg.items() if v is not None}}
+    asked = {"reshape_activations": settings.get("reshape_activations") or "none"}
+    asked |= {k: settings.get(k) for k in ("hook_head_index", "hook_head_index_out")}
+    for name, value in asked.items():
+        if value not in (None, "none"):
+            raise ValueError(
+                f"{path}: {name} is {value!r}, so the SAE reads the heads of an attention, and "
+                "only SAEs of whole vectors of a residual stream, an attention or an MLP are read"
+            )
+
+
 def _move_finetuned(cfg: Mapping[str, Any], weights: Weights, path: Path) -> None:
     "Move SAELens' fine-tuned factors, if there are any, into the decoder."
     name = "scaling_factor" if "scaling_factor" in weights else "finetuning_scaling_factor"
@@ -282,6 +295,7 @@ def read_saelens(folder: Path) -> SAE:
         cfg.get("architecture") or "standard", _SAELENS_NAMES, folder / "cfg.json"
     )
     _check_size(cfg, architecture, folder / "cfg.json")
+    _check_whole_input(cfg, folder / "cfg.json")
     weights, scale, metadata = _read_tensors(path), _input_scale(cfg, folder), dict(cfg["metadata"])
     if "topk_threshold" in weights:
         weights["threshold"] = weights.pop("topk_threshold")
@@ -432,7 +446,8 @@ def _their_place(trainer: Mapping[str, Any]) -> dict[str, str]:
 def read_dictionary_learning(folder: Path) -> SAE:
     "An SAE from a folder of dictionary_learning, with its weights as safetensors."
     path = folder / "config.json"
-    trainer = _read_settings(path).get("trainer")
+    settings = _read_settings(path)
+    trainer, buffer = settings.get("trainer"), settings.get("buffer")
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or name is None:
         raise ValueError(
@@ -440,6 +455,12 @@ def read_dictionary_learning(folder: Path) -> SAE:
             f"no SAE in {folder}"
         )
     architecture = _known(name, _CLASSES, path)
+    side = buffer.get("io", "out") if isinstance(buffer, dict) else "out"
+    if side != "out":
+        raise ValueError(
+            f"{path}: buffer.io is {side!r}, so the SAE reads the input of its submodule, and only "
+            "SAEs of the output ('out') are read"
+        )
     cfg = trainer | dict(d_in=trainer.get("activation_dim"), d_sae=trainer.get("dict_size"))
     _check_size(cfg, architecture, path)
     path = folder / "ae.safetensors"
@@ -458,8 +479,7 @@ def read_dictionary_learning(folder: Path) -> SAE:
 def _copy(sae: SAE) -> SAE:
     "A copy on the CPU in fp32, with unit rows where latents can be rescaled."
     copy = deepcopy(sae).cpu().float()
-    can_fold = not sae.architecture.compares_latents and bool((copy.W_dec.norm(dim=1) > 0).all())
-    return copy.fold_decoder_norm() if can_fold else copy
+    return copy if sae.architecture.compares_latents else copy.fold_decoder_norm()
 
 
 def _weights(sae: SAE) -> Weights:
