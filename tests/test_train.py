@@ -25,11 +25,14 @@ from atm_sae.train.loop import (
     COLUMNS,
     L0Control,
     TrainConfig,
+    flatten,
     load_checkpoint,
     lr_factor,
     save_checkpoint,
     sparsity_factor,
+    state_hash,
     train,
+    unflatten,
 )
 from atm_sae.train.runs import (
     MissedL0,
@@ -458,6 +461,46 @@ def test_resume_with_other_settings(settings, tmp_path):
         make(spec, tmp_path, batches(spec, Fails))
     resumed, rest = make(spec, tmp_path)
     assert weights(resumed) == weights(straight) and rest.table.equals(whole.table)
+
+
+class Stateless:
+    "Batches without a position: all are alike."
+
+    drawn = 0
+
+    def __init__(self, spec, last):
+        self.x, self.last = next(batches(spec)), last
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.drawn += 1
+        if self.drawn > self.last:
+            raise OSError("stopped")
+        return self.x.clone()
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def test_resume_with_batches_that_have_no_state(tmp_path):
+    spec = small("atm")
+    straight, whole = make(spec, data=Stateless(spec, 10**6))
+    with pytest.raises(OSError, match="stopped"):
+        make(spec, tmp_path, Stateless(spec, 27))
+    resumed, rest = make(spec, tmp_path, Stateless(spec, spec.train.steps))
+    assert weights(resumed) == weights(straight) and rest.table.equals(whole.table)
+
+
+def test_empty_parts_of_a_state_are_kept():
+    state = dict(a={}, b=dict(c={}, d=3))
+    assert unflatten(flatten(state)[1]) == state and state_hash(state) != state_hash(
+        dict(b=dict(d=3))
+    )
 
 
 def test_resume_after_a_kill():

@@ -210,12 +210,12 @@ class History:
 
 # %% ../../nbs/train/loop.ipynb #cell-19
 def flatten(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    "Nested dict -> ({path: tensor}, {path: plain value}); the tensors are copies on the CPU."
+    "Nested dict -> ({path: tensor}, {path: plain value or {}}); the tensors are copies on the CPU."
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for name, value in state.items():
         path = f"{prefix}{name}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             inner_tensors, inner_plain = flatten(value, f"{path}/")
             tensors |= inner_tensors
             plain |= inner_plain
@@ -567,7 +567,7 @@ class Trainer:
         self.outliers = state["outliers"].to(device)
         self.only_outliers = state["only_outliers"].to(device)
         self.history.rows = [tuple(row) for row in state["rows"]]
-        self.history.snapshots = {int(k): v for k, v in state.get("snapshots", {}).items()}
+        self.history.snapshots = {int(k): v for k, v in state["snapshots"].items()}
         self.history.scale, self.history.max_norm = state["scale"], state["max_norm"]
         self.store_limit()
         if self.masker is not None:
@@ -582,7 +582,7 @@ class Trainer:
                 key: torch.empty_like(parameter).copy_(value)
                 if value.shape == parameter.shape
                 else value.to(parameter.device)
-                for key, value in moments.get(name, {}).items()  # a frozen weight has none
+                for key, value in moments[name].items()  # a frozen weight has none
             }
 
 
