@@ -81,6 +81,12 @@ ROOT = Path(__file__).resolve().parent.parent
         ("objects:", "objects: [", "not valid YAML"),
         ("name: double", "name: Double it", "may hold a-z"),
         ("outputs: [tables/double.md]", "outputs: []", "no outputs"),
+        ("rate: 1", "rate: .nan", "count: default: rate is nan: nan cannot be part of a stable"),
+        ("steps: 3", "rate: -.inf", "count: common: rate is -inf"),
+        ("value: 6", "value: .nan", "published 1: `value` must be a finite number, got nan"),
+        ("total: 0.5", "total: .inf", "tolerance: `total` must be a finite number, got inf"),
+        ("value: 6", "value: 6, at: {w: .nan}", "count: published 1: at is {'w': nan}: nan cannot"),
+        ("value: 6", "value: 6, at: {w: 2026-01-01}", "date has no plain form"),
     ],
 )
 def test_manifest_errors(toy, old, new, message):
@@ -112,6 +118,7 @@ def test_circle(toy):
         (dict(parameters=DECLARED + "k: Odd = 3"), "with a type made of str, int, float"),
         (dict(parameters=DECLARED + "steps: int = 3"), "'steps' is declared twice"),
         (dict(parameters=DECLARED + "k: int = = 3"), "is not Python"),
+        (dict(parameters=DECLARED + "k: list = [1e999]"), "double: 20_double.ipynb: k is [inf]"),
     ],
 )
 def test_notebook_errors(toy, more, message):

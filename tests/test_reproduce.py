@@ -2,6 +2,7 @@
 kernel by a fast stand-in."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -321,6 +322,19 @@ def test_tidy_notebook(tmp_path):
         "tags": ["injected-parameters"]
     }
     assert [o.get("text") for o in nb.cells[0].outputs] == ["/tables, python/lib, <A>"]
+
+
+def test_outputs_of_an_executed_notebook_are_json(tmp_path):
+    "NaN and infinity, which Jupyter does not open, become null."
+    data = {"application/json": {"a": [math.nan, 1.5]}, "text/plain": "nan"}
+    output = nbformat.v4.new_output("display_data", data=data, metadata={"b": math.inf})
+    cell = nbformat.v4.new_code_cell("", outputs=[output])
+    nb, _ = tidy_notebook(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
+    nbformat.write(nb, tmp_path / "n.ipynb")
+    text = (tmp_path / "n.ipynb").read_text()
+    (output,) = json.loads(text, parse_constant=pytest.fail)["cells"][0]["outputs"]
+    assert output["data"] == {"application/json": {"a": [None, 1.5]}, "text/plain": ["nan"]}
+    assert output["metadata"] == {"b": None}
 
 
 # ---- with real kernels

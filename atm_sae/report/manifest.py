@@ -176,7 +176,7 @@ def read_parameters(
 
 
 # %% ../../nbs/report/manifest.ipynb #cell-14
-_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _known(methods: str) -> str:
@@ -367,6 +367,17 @@ def _validated(kind: Any, raw: object, name: str) -> tuple[Any, list[str]]:
 
 
 # %% ../../nbs/report/manifest.ipynb #cell-20
+def _not_hashable(values: Mapping[str, Any], place: str) -> list[str]:
+    "Problems with values that no fingerprint can hold: NaN, infinity, dates."
+    problems = []
+    for name, value in values.items():
+        try:
+            stable_hash(value)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{place}: {name} is {value!r}: {error}")
+    return problems
+
+
 def _check_values(e: Experiment) -> list[str]:
     "Problems between the published values, tolerances, claims and outputs of an experiment."
     problems = [
@@ -377,6 +388,8 @@ def _check_values(e: Experiment) -> list[str]:
     if (e.published or e.claims) and e.summary not in e.outputs:
         read = f"published values and claims are read from {e.summary}"
         problems.append(f"{e.name}: {read}: declare it as an output")
+    for i, p in enumerate(e.published, 1):
+        problems += _not_hashable(p, f"{e.name}: published {i}")
     return problems
 
 
@@ -404,6 +417,8 @@ def _check_given(e: Experiment, profile: str, declared: dict[str, Parameter]) ->
             problems.append(f"{place}: {e.notebook} declares no parameter {name!r}; it has {known}")
         elif not declared[name].accepts(value):
             problems.append(f"{place}: {name} must be {declared[name].type}, got {value!r}")
+        else:
+            problems += _not_hashable({name: value}, place)
     return problems
 
 
@@ -418,6 +433,8 @@ def _check_notebook(e: Experiment, folder: Path, profiles: Iterable[str]) -> lis
         for k in ("profile", "out")
         if k not in declared or declared[k].type != "str"
     ]
+    defaults = {name: p.default for name, p in declared.items()}
+    problems += _not_hashable(defaults, f"{e.name}: {e.notebook}")
     for profile in ("common", *profiles):
         problems += _check_given(e, profile, declared)
     return problems

@@ -38,6 +38,7 @@ from atm_sae.artefacts import (
     file_sha256,
     provenance,
     stable_hash,
+    to_finite,
     write_json,
 )
 from ..core import cache_dir, project_root
@@ -238,12 +239,14 @@ def _hide_paths(text: str, places: Sequence[tuple[str, str]]) -> str:
 
 
 def _tidy_output(output: "NotebookNode", places: Sequence[tuple[str, str]]) -> None:
-    "One cell output with its texts cleaned, in place."
+    "One cell output with its texts cleaned, and null for NaN, in place."
     if "text" in output:
         output["text"] = _hide_paths(output["text"], places)
     for kind, value in output.get("data", {}).items():
-        if kind.startswith("text/") and isinstance(value, str):
-            output["data"][kind] = _hide_paths(value, places)
+        is_text = kind.startswith("text/") and isinstance(value, str)
+        output["data"][kind] = _hide_paths(value, places) if is_text else to_finite(value)
+    if "metadata" in output:
+        output["metadata"] = to_finite(output["metadata"])
 
 
 def _places(scratch: str | Path) -> list[tuple[str, str]]:

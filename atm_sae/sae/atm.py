@@ -270,7 +270,7 @@ class ATMMasker:
         self.weight.copy_(state["weight"])
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-57
+# %% ../../nbs/sae/atm.ipynb #cell-58
 class BlindMasker(ATMMasker):
     "Dropout on latents with given rates; it has the interface and the averages of ATM."
 
@@ -293,7 +293,7 @@ class BlindMasker(ATMMasker):
         return super().settings() | dict(rates=[float(rate) for rate in self.rates])
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-61
+# %% ../../nbs/sae/atm.ipynb #cell-62
 def make_masker(
     config: ATMConfig | None,  # None for no masker
     d_sae: int,  # number of latents
