@@ -70,6 +70,7 @@ def check() -> None:
 def execute(path: Path) -> None:
     "Run the notebook at `path` in a kernel and save it with its outputs, without its own traces."
     import nbformat
+    from atm_sae.report.runner import kernel_manager, socket_folder
     from nbclient import NotebookClient
     from nbdev.clean import clean_nb, process_write
 
@@ -77,7 +78,12 @@ def execute(path: Path) -> None:
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
     place = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place).execute()
+    with socket_folder() as sockets:
+        manager = kernel_manager(sockets)
+        client = NotebookClient(
+            notebook, timeout=900, kernel_manager_class=manager, resources=place
+        )
+        client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.source.strip() and not cell.execution_count:
             sys.exit(f"{path}: not run: {cell.source}")
@@ -164,11 +170,7 @@ def main(command: str = "", *paths: str) -> None:
 
         write_readme()
     elif command == "execute" and paths:
-        os.environ["PYTHONPATH"] = str(ROOT)
-        cache = ROOT / "data" / "cache"
-        cache.mkdir(exist_ok=True)
-        for name in ("IPYTHONDIR", "MPLCONFIGDIR"):
-            os.environ.setdefault(name, str(cache / name.lower()))
+        sys.path.insert(0, str(ROOT))  # the kernel imports atm_sae from where this process does
         for path in paths:
             execute(Path(path).resolve())
             print(path)

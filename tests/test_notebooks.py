@@ -1,11 +1,12 @@
 "Every assertion in every library notebook holds: each is run from top to bottom in a process."
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from forks import forked
-from notebooks import run_cells, run_notebook
+from notebooks import execute, run_cells, run_notebook
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(
@@ -46,3 +47,16 @@ def test_a_cell_that_ends_the_process_is_no_success(tmp_path):
             forked(run, path, *[str(tmp_path)] * (run is run_cells))
     path = saved(tmp_path / "exits.ipynb", "import sys\nsys.exit(0)", "1 / 0")
     assert forked(run_notebook, path).status == 1
+
+
+def test_a_notebook_is_executed_without_a_network(tmp_path):
+    "Its kernel is this Python, and its sockets are files."
+    source = (
+        "import sys\n"
+        "from ipykernel.connect import get_connection_info\n"
+        "print(get_connection_info(unpack=True)['transport'], sys.executable)"
+    )
+    path = Path(saved(tmp_path / "n.ipynb", source))
+    execute(path)
+    (cell,) = json.loads(path.read_text())["cells"]
+    assert "".join(cell["outputs"][0]["text"]).split() == ["ipc", sys.executable]

@@ -434,11 +434,11 @@ def test_sockets_have_short_paths(tmp_path, monkeypatch):
     long = tmp_path / ("ж" * 45)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    with R._socket_folder() as folder:
+    with R.socket_folder() as folder:
         assert folder.parent == Path("/tmp") and folder.is_dir()
     assert not folder.exists()
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/")
-    with R._socket_folder() as folder:
+    with R.socket_folder() as folder:
         assert folder.parent == Path("/tmp")
 
 

@@ -4,6 +4,8 @@
 
 # %% auto #0
 __all__ = [
+    "socket_folder",
+    "kernel_manager",
     "RunError",
     "execute_notebook",
     "tidy_notebook",
@@ -91,7 +93,7 @@ _LONGEST_SOCKET = 100  # bytes of a path; systems allow 103 to 107
 
 
 @contextlib.contextmanager
-def _socket_folder() -> Iterator[Path]:
+def socket_folder() -> Iterator[Path]:
     "A temporary folder whose path is short enough for sockets in it."
     usual = tempfile.gettempdir()
     length = len(os.fsencode(Path(usual, "atm-sae-12345678", _SOCKET)))
@@ -100,7 +102,7 @@ def _socket_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _kernel_manager(folder: Path) -> "type[AsyncKernelManager]":
+def kernel_manager(folder: Path) -> "type[AsyncKernelManager]":
     "A class that starts this Python, whatever kernels are installed, with its sockets in a folder."
     import zmq
     from jupyter_client import AsyncKernelManager
@@ -204,7 +206,7 @@ def execute_notebook(
     source = target.with_name(f"source-{path.name}")
     nbformat.write(notebook, source)
     try:
-        with _socket_folder() as sockets:
+        with socket_folder() as sockets:
             executed = papermill.execute_notebook(
                 source,
                 target,
@@ -213,7 +215,7 @@ def execute_notebook(
                 language="python",
                 cwd=path.parent,
                 progress_bar=_progress(label),
-                kernel_manager_class=_kernel_manager(sockets),
+                kernel_manager_class=kernel_manager(sockets),
                 iopub_timeout=120,
             )
     except papermill.PapermillExecutionError as e:
