@@ -203,8 +203,9 @@ def _fits(value: object, kind: type) -> bool:
         return True
     if isinstance(value, bool):
         return kind is bool
-    accepted: Any = {float: (int, float), tuple: list}.get(kind, kind)
-    return isinstance(value, accepted)
+    if kind is tuple:  # of shares or steps
+        return isinstance(value, list) and all(_fits(v, float) for v in value)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _field_types() -> dict[str, type]:
@@ -489,17 +490,23 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _recorded_data(record: Mapping[str, Any]) -> "Data | None":
-    "The WorldConfig or ActivationSpec of a record; None without one."
+    "The WorldConfig or ActivationSpec of a record; None without one. ValueError for another's."
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.letters import LineConfig
     from atm_sae.data.planted import WorldConfig
 
     if not record:
         return None
-    data = record["spec"]["data"]
-    if "model" not in data:
-        return WorldConfig(**data)
-    return ActivationSpec(**data | dict(lines=LineConfig(**data["lines"])))
+    try:
+        data = record["spec"]["data"]
+        if "model" not in data:
+            return WorldConfig(**data)
+        return ActivationSpec(**data | dict(lines=LineConfig(**data["lines"])))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"run.json is not a record of this library's training ({error}): move it elsewhere, "
+            "and give --model and --layer"
+        ) from error
 
 
 def _site_of(source: str, sae: "SAE", reads: "Reads") -> "Site | None":
@@ -537,7 +544,18 @@ def _data_of(source: str, sae: "SAE", recorded: "Data | None", reads: "Reads") -
         raise ValueError(
             f"{source} does not say which model and layer it reads: give --model and --layer"
         )
-    return _data(name, site, {} if reads.tokens is None else dict(n_tokens=reads.tokens))
+    data = _data(name, site, {} if reads.tokens is None else dict(n_tokens=reads.tokens))
+    return recorded if recorded is not None and _same_place(recorded, data) else data
+
+
+def _same_place(*pair: Data) -> bool:
+    "True if both are activations of the same vectors of the same model."
+    from atm_sae.data.activations import ActivationSpec
+    from atm_sae.data.lm import Site
+
+    specs = [data for data in pair if isinstance(data, ActivationSpec)]
+    read = [(spec.model, Site(spec.layer, spec.site).same_vector) for spec in specs]
+    return len(read) == 2 and read[0] == read[1]
 
 
 @dataclass(frozen=True)
@@ -558,9 +576,24 @@ def _subject(source: str, reads: Reads, subfolder: str | None, revision: str | N
     if place.is_file():
         raise ValueError(f"{place} is a file: give the folder of an SAE, such as {place.parent}")
     sae, record = from_pretrained(source, subfolder, revision), _record(place)
-    method = record.get("spec", {}).get("method") or sae.config.architecture
+    try:
+        recorded = _recorded_data(record)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    method = record["spec"]["method"] if record else sae.config.architecture
     name = record.get("key") or "_".join(filter(None, [Path(source).name, subfolder]))
-    return Subject(sae, method, name, _data_of(source, sae, _recorded_data(record), reads))
+    return Subject(sae, method, name, _data_of(source, sae, recorded, reads))
+
+
+def _check_names(subjects: Sequence[Subject]) -> None:
+    "ValueError if two SAEs have one name, and so one file of SAEBench."
+    names = [s.name for s in subjects]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"--saebench: two of the SAEs are called {twice}, and one file would replace the "
+            "other: evaluate them one by one, each with a folder of its own for --saebench"
+        )
 
 
 # %% ../nbs/cli.ipynb #cell-28
@@ -760,6 +793,8 @@ def evaluate(
     n, options = len(_wanted(metrics)), Options(eval_seeds, saebench)
     reads = Reads(model, layer, site, tokens)
     subjects = [_subject(s, reads, subfolder, revision) for s in sae]
+    if saebench:
+        _check_names(subjects)
     with tqdm(total=n * len(sae), desc="metrics", disable=quiet) as bar:
         pairs = zip(sae, subjects, strict=True)
         rows = [_score(source, s, metrics, options, bar) for source, s in pairs]
@@ -818,7 +853,7 @@ def card_scores(path: Path | None) -> dict[str, float]:
     found = {s.card: parts[s.part].get(s.name) for s in SHOWN if s.card and s.part in parts}
     if row.get("model") == "planted" and "absorption" in parts:
         found = {k: v for k, v in found.items() if "absorption" not in k}
-        found["absorption in the planted world"] = parts["absorption"]["full"]
+        found["absorption in the planted world"] = parts["absorption"].get("full")
     given = found if parts else row
     return {k: v for k, v in given.items() if v is not None and _fits(v, float)}
 

@@ -584,6 +584,44 @@ def test_evaluate_a_cached_run_and_one_without_a_record():
     )
 
 
+def test_options_that_name_what_the_run_read_keep_its_text():
+    "A cache of other text, or of fewer tokens, would hold activations that it was trained on."
+    place = dict(model_name="nano-gemma2", hook_name="blocks.2.hook_resid_post")
+    sae = SAE(SAEConfig(48, 60, "topk", k=5), place)
+    recorded = ActivationSpec(n_tokens=2_000_000, seed=3)
+    for named in [("nano-gemma2", None, None), (None, 2, None), (None, None, "resid_post")]:
+        assert cli._data_of("sae", sae, recorded, cli.Reads(*named, None)) == recorded
+    assert cli._data_of("sae", sae, recorded, cli.Reads(None, 3, "resid_pre", None)) == recorded
+    other = cli._data_of("sae", sae, recorded, cli.Reads("tiny", None, None, None))
+    assert other == ActivationSpec(model="tiny", layer=2)
+
+
+@pytest.mark.parametrize("record", [{"id": 3}, {"spec": 3}, {"spec": {"data": {"width": 3}}}])
+def test_a_run_json_of_another_tool_is_named(tmp_path, record):
+    folder = SAE(SAEConfig(64, 80, "topk", k=4)).save(tmp_path / "sae")
+    (folder / "run.json").write_text(json.dumps(record))
+    said = fails("evaluate", folder, "--model", "planted", "-q")
+    assert f"{folder}: run.json is not a record" in said
+
+
+def test_two_saes_of_one_name_do_not_share_a_file_of_saebench(model, foreign, tmp_path):
+    twin = shutil.copytree(foreign[1], tmp_path / foreign[1].name)
+    args = ("--model", model, "--metrics", "core", "--saebench", tmp_path / "bench", "-q")
+    assert "two of the SAEs are called mine" in fails("evaluate", foreign[1], twin, *args)
+    assert not (tmp_path / "bench").exists()
+
+
+@pytest.mark.parametrize("value", ['[0.5,"all"]', "[true]", "[[1]]"])
+def test_a_list_of_other_things_than_numbers_is_refused(value):
+    said = fails("train", "matryoshka", "--set", f"prefixes={value}", "-q")
+    assert f"--set prefixes={value}: prefixes must be tuple" in said
+
+
+def test_a_card_of_a_planted_sae_without_its_absorption(tmp_path):
+    (tmp_path / "scores.json").write_text('[{"model": "planted", "absorption": {}}]')
+    assert cli.card_scores(tmp_path / "scores.json") == {}
+
+
 @pytest.fixture
 def letters(monkeypatch):
     "First-letter tasks of exact vectors, at two seeds, in the place of the model's."

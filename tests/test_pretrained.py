@@ -463,6 +463,44 @@ def test_damage_is_named(tmp_path, case):
     assert str(folder) in str(e.value) or case == "large_k"
 
 
+SETTINGS = {
+    "saelens": [
+        ("architecture", ["topk"]),
+        ("metadata.model_name", 5),
+        ("metadata.hook_name", ["blocks.1.hook_resid_post"]),
+        ("metadata.max_norm", "large"),
+        ("metadata.max_norm", 0),
+        ("metadata.max_norm", True),
+        ("metadata.atm_sae.d_in", "8"),
+        ("metadata.atm_sae.architecture", ["topk"]),
+        ("metadata.atm_sae.prefixes", None),
+        ("metadata.atm_sae.outlier_ratio", "10"),
+    ],
+    "dictionary-learning": [
+        ("trainer.dict_class", ["AutoEncoderTopK"]),
+        ("trainer.submodule_name", 5),
+        ("trainer.submodule_name", ["resid_post_layer_1"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "format, name, value", [(format, *case) for format in SETTINGS for case in SETTINGS[format]]
+)
+def test_settings_of_a_wrong_type_are_named(tmp_path, format, name, value):
+    place = dict(hook_point("tiny", 1), max_norm=5.0)
+    export_sae(SAE(SAEConfig(8, 16, "topk", k=2), place), tmp_path / "sae", format)
+    path = tmp_path / "sae" / ("cfg.json" if format == "saelens" else "config.json")
+    settings = part = json.loads(path.read_text())
+    *outer, last = name.split(".")
+    for key in outer:
+        part = part[key]
+    part[last] = value
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=str(path)):
+        from_pretrained(tmp_path / "sae")
+
+
 def test_other_wrong_sources(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match="notes.txt is a file that this library does not read"):

@@ -163,7 +163,7 @@ def _pickle_hint(folder: Path) -> str:
 
 def _known(name: Any, known: Mapping[str, str], path: Path) -> str:
     "Our name of an architecture; ValueError for one that cannot be read."
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{path}: unknown architecture {name!r}; these can be loaded: {', '.join(known)}"
         )
@@ -597,11 +597,35 @@ def export_sae(
 
 
 # %% ../../nbs/sae/formats.ipynb #cell-44
+def _check_metadata(metadata: Mapping[str, Any], path: Path) -> None:
+    "ValueError unless names are text and `max_norm` is a number above 0, where they are there."
+    for name in ("model_name", "hook_name"):
+        value = metadata.get(name, "")
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: {name} is {value!r}, where text was expected")
+    limit = metadata.get("max_norm", 1)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+        raise ValueError(f"{path}: max_norm is {limit!r}, where a number above 0 was expected")
+
+
+def _read_marked(row: Format, folder: Path) -> SAE:
+    "The SAE in a folder of this format; ValueError where a setting has a wrong type."
+    path = folder / row.marker
+    try:
+        sae = row.read(folder)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: a setting is missing or has a wrong type ({error}): fetch the SAE again"
+        ) from error
+    _check_metadata(sae.metadata, path)
+    return sae
+
+
 def _read_folder(folder: Path) -> SAE:
     "The SAE in a folder; FileNotFoundError with the names of the files that are there instead."
     for row in FORMATS.values():
         if (folder / row.marker).is_file():
-            return row.read(folder)
+            return _read_marked(row, folder)
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     expected = " or ".join(row.description for row in FORMATS.values())
     raise FileNotFoundError(
