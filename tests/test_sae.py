@@ -566,6 +566,8 @@ def test_a_folder_of_another_library_is_named(tmp_path):
         ("[]", r"cfg\.json holds a list, where an object was expected: save or fetch"),
         ('{"metadata": "none"}', "written by another library"),
         ('{"metadata": {"atm_sae": 3}}', "written by another library"),
+        ('{"metadata": {"atm_sae": {"d_in": "six", "d_sae": 8}}}', "has a wrong type"),
+        ('{"metadata": {"atm_sae": {"d_in": 6}}}', "a setting is missing"),
         ("{", r"cfg\.json is not valid JSON .*: save or fetch"),
     ],
 )
@@ -734,6 +736,8 @@ def test_calibrate_l0():
         calibrate_l0(sae, x, 12)
     with pytest.raises(ValueError, match="0.004 on 100 samples asks for 0 active latents.*more sa"):
         calibrate_l0(sae, x[:100], 0.004)
+    with pytest.raises(ValueError, match="only .* pre-activations of a sample are positive"):
+        calibrate_l0(random_sae(SAEConfig(8, 8)), torch.randn(50, 8), 7)
 
 
 def test_calibration_leaves_outliers_out():

@@ -287,7 +287,13 @@ def _read_config(folder: Path) -> tuple[SAEConfig, dict[str, Any], bool]:
             f"{folder} was written by another library: read it with atm_sae.from_pretrained"
         )
     known = {field.name for field in fields(SAEConfig)}
-    config = SAEConfig(**{name: v for name, v in own.items() if name in known})
+    try:
+        config = SAEConfig(**{name: v for name, v in own.items() if name in known})
+    except TypeError as error:
+        raise ValueError(
+            f"{folder / 'cfg.json'}: a setting is missing or has a wrong type ({error}): save or "
+            "fetch the SAE again"
+        ) from error
     return config, metadata, own.get("is_trained", True)
 
 
@@ -341,8 +347,14 @@ def calibrate_l0(
             f"l0 = {l0} on {len(x)} samples asks for {n} active latents in all, of {len(pre)}: "
             f"choose an l0 between 0 and d_sae = {sae.config.d_sae}, or more samples"
         )
-    low, high = pre.topk(n + 1).values[-2:]
-    sae.threshold.data.fill_(((low + high) / 2).clamp(min=0))
+    last, first_left_out = pre.topk(n + 1).values[-2:]
+    if last <= 0:
+        positive = float((pre > 0).sum()) / len(x)
+        raise ValueError(
+            f"l0 = {l0}, but only {positive:.3g} pre-activations of a sample are positive: "
+            "choose a smaller l0"
+        )
+    sae.threshold.data.fill_(((last + first_left_out) / 2).clamp(min=0))
     sae.is_trained = True
     if math.isfinite(limit):
         sae.metadata["max_norm"] = limit
