@@ -85,7 +85,8 @@ def outputs(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
-def test_kernels_make_an_object_once(tmp_path, cache, capsys):
+def test_kernels_make_an_object_once(tmp_path, shared_cache, monkeypatch, capsys):
+    monkeypatch.setenv("ATM_SAE_CACHE", str(shared_cache))
     assert command(tmp_path) == 0 and "1 ok" in capsys.readouterr().out
     check_outputs([load_manifest().pick("planted")], tmp_path)
     before = outputs(tmp_path)
