@@ -91,7 +91,7 @@ def test_it_loads_with_all_its_pictures(visit):
 def test_formulas_can_be_unfolded(visit):
     page = visit()
     assert not page.locator(".formula").first.is_visible()
-    page.locator("details.read summary").click()
+    page.get_by_text("How to read this page").click()
     boxes = [m.bounding_box() for m in page.locator(".formula").all()]
     assert len(boxes) == 4 and all(b["height"] > 15 and b["width"] > 60 for b in boxes)
     letter, index = page.locator(".formula i").first, page.locator(".formula sub").first
@@ -191,7 +191,7 @@ def test_contrast_of_text(visit, scheme):
 def test_a_phone_needs_no_scrolling_sideways(visit):
     page = visit(390, 844, device_scale_factor=2, is_mobile=True, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.locator("details.read summary").click()
+    page.get_by_text("How to read this page").click()
     for details in page.locator("article details summary").all():
         details.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
