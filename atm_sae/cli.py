@@ -582,7 +582,21 @@ def _subject(source: str, reads: Reads, subfolder: str | None, revision: str | N
         raise ValueError(f"{source}: {error}") from error
     method = record["spec"]["method"] if record else sae.config.architecture
     name = record.get("key") or "_".join(filter(None, [Path(source).name, subfolder]))
-    return Subject(sae, method, name, _data_of(source, sae, recorded, reads))
+    data = _data_of(source, sae, recorded, reads)
+    _say_other_model(source, sae, data)
+    return Subject(sae, method, name, data)
+
+
+def _say_other_model(source: str, sae: "SAE", data: Data) -> None:
+    "Name on stderr an SAE that is measured on another model than its metadata name."
+    trained_on = (sae.metadata or {}).get("model_name")
+    used = Path(getattr(data, "model", "planted")).name
+    if trained_on and Path(trained_on).name != used:
+        print(
+            f"atm-sae: {source} was trained on {trained_on}, and is measured on {used}: "
+            "its scores say something only if the two are the same model",
+            file=sys.stderr,
+        )
 
 
 def _check_names(subjects: Sequence[Subject]) -> None:

@@ -712,6 +712,19 @@ def test_the_site_of_an_sae_is_read(model, monkeypatch):
     assert (row["site"], {k: row["core"][k] for k in core}) == ("mlp_out", core)
 
 
+def test_an_sae_of_another_model_is_named(model):
+    own, other = of_site("blocks.1.hook_resid_post"), "other"
+    sae = SAE.load(own)
+    sae.metadata["model_name"] = "gpt2"
+    sae.save(other)
+    args = ("--model", model, "--tokens", 3000, "--metrics", "core")
+    for folder, said in ((own, False), (other, True)):
+        status, _, err = run("evaluate", folder, *args, "-q")
+        assert (
+            status == 0 and ("other was trained on gpt2, and is measured on tiny" in err) == said
+        )
+
+
 @pytest.mark.parametrize("metric", ["core", "probing", "absorption"])
 def test_a_hook_that_cannot_be_read_is_refused(model, metric):
     folder = of_site("blocks.1.attn.hook_z")
