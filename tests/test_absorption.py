@@ -2,6 +2,7 @@
 evaluation on planted words, caches, messages."""
 
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -736,3 +737,26 @@ def test_too_few_words_and_equal_activations(lm):
         build_task(lm, 1, max_words=5)
     with pytest.raises(ValueError, match="all alike: no probe can read anything"):
         fit_letter_probes(torch.ones(30, 4), torch.arange(30) % 26)
+
+
+def test_a_result_prints_its_scores(task):
+    result = evaluate_absorption(alphabet_sae(5), task)
+    letters = result.letters.first_letter.nunique()
+    assert re.fullmatch(
+        rf"AbsorptionResult\(.*; {letters} letters, 1 evaluation seeds\)", repr(result)
+    )
+
+
+def test_all_words_unless_fewer_are_wanted(lm):
+    everything = fl._vocabulary(lm, 0, None)
+    assert everything.equals(word_vocabulary(lm.tokenizer))
+    assert len(fl._vocabulary(lm, 0, 7)) == 7
+
+
+def test_a_tokenizer_without_word_tokens_has_no_task(lm, monkeypatch):
+    def few(tokenizer, prompts, ends, ids):
+        return tuple(part[:3] for part in find_words(tokenizer, prompts, ends, ids))
+
+    monkeypatch.setattr(fl, "find_words", few)
+    with pytest.raises(ValueError, match="only 3 of 150 words keep their token"):
+        build_task(lm, 1, n_icl=1, max_words=150)

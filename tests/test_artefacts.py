@@ -464,3 +464,23 @@ def test_results_do_not_count_as_changes(monkeypatch, tmp_path):
     assert git_state() == (commit, False)
     (root / "code.py").write_text("x = 1")
     assert git_state() == (commit, True)
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert artefacts.package_version("no-such-package") is None
+    assert artefacts.package_version("torch")
+
+
+@pytest.mark.parametrize("error, alive", [(ProcessLookupError, False), (PermissionError, True)])
+def test_processes_of_other_users_count_as_alive(error, alive, monkeypatch):
+    def kill(pid, number):
+        raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert artefacts._is_alive(7) is alive
+
+
+def test_a_system_that_does_not_say_how_much_memory_was_held(monkeypatch):
+    assert artefacts._peak_memory() > 1
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert artefacts._peak_memory() is None

@@ -720,9 +720,7 @@ def test_an_sae_of_another_model_is_named(model):
     args = ("--model", model, "--tokens", 3000, "--metrics", "core")
     for folder, said in ((own, False), (other, True)):
         status, _, err = run("evaluate", folder, *args, "-q")
-        assert (
-            status == 0 and ("other was trained on gpt2, and is measured on tiny" in err) == said
-        )
+        assert status == 0 and ("other was trained on gpt2, and is measured on tiny" in err) == said
 
 
 @pytest.mark.parametrize("metric", ["core", "probing", "absorption"])
@@ -1113,3 +1111,8 @@ def test_wheel_holds_the_types_marker(tmp_path):
         assert "atm_sae/py.typed" in names and "atm_sae/cli.py" in names
         entry = next(n for n in names if n.endswith("entry_points.txt"))
         assert "atm-sae = atm_sae.cli:main" in wheel.read(entry).decode()
+
+
+def test_values_that_fit_a_setting():
+    assert cli._fits(None, int) and cli._fits([1, 2.5], tuple)
+    assert not cli._fits(True, int) and not cli._fits([1, "a"], tuple)

@@ -216,3 +216,9 @@ def test_every_name_of_the_package_can_be_resolved(path):
     module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     makers = [f"{module}.{name}" for name in top_level(path)]
     assert set(makers) <= code_closure(*makers).definitions.keys()
+
+
+def test_asynchronous_functions_and_items_are_followed():
+    plain = "async def f(x):\n    return x\n"
+    typed = 'async def f(x: int) -> int:\n    "Text."\n    return x\n'
+    assert strip(typed) == strip(plain)

@@ -850,3 +850,7 @@ def test_compiled_blocks_give_the_same_stream():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     with pytest.raises(ValueError, match="no layer 4"):
         compile_blocks(lm, 4)
+
+
+def test_sites_that_were_not_all_read_do_not_add_up():
+    assert not module._adds_up({}, 1e-6)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -349,3 +350,20 @@ def test_a_fingerprint_follows_what_the_notebook_imports(toy):
     assert parts["inputs"] == {"tables/count-summary.csv": None}
     notebook(path, call + "  # a comment")
     assert M.fingerprint(manifest, manifest.pick("double"), "smoke", toy.out) == parts
+
+
+def test_code_that_is_no_python_is_kept_and_cannot_be_followed(tmp_path):
+    cell = nbformat.v4.new_code_cell("%time x = 1\nfor")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.ipynb")
+    code = M.notebook_code(tmp_path / "a.ipynb")
+    assert code == "%time x = 1\nfor"
+    with pytest.raises(M.ManifestError, match="the code of a notebook cannot be followed"):
+        M.notebook_closure(code)
+
+
+def test_other_outputs_and_unknown_inputs(tmp_path):
+    experiment = SimpleNamespace(name="b", outputs=("a.csv",))
+    assert M._output_reason(dict(outputs={}), experiment, tmp_path) == (
+        "other outputs are declared now"
+    )
+    assert M._input_checksum("weather", None) is None

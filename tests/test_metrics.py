@@ -24,6 +24,7 @@ from atm_sae.evals.metrics import (
     spliced_metrics,
 )
 from atm_sae.data.planted import PlantedWorld, WorldConfig
+from atm_sae.sae.sae import SAE, SAEConfig
 
 T = torch.tensor
 
@@ -467,3 +468,9 @@ def test_movement_by_hand():
     assert importance_movement([1, 3], [2, 3]) == 0.25
     with pytest.raises(ValueError, match="at least two"):
         late_movement([1])
+
+
+def test_activations_without_variance_are_named():
+    sae = SAE(SAEConfig(4, 8))
+    with pytest.raises(ValueError, match="the 9 activations are all alike"):
+        reconstruction_metrics(sae, torch.ones(9, 4))

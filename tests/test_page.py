@@ -6,12 +6,14 @@ import re
 import tomllib
 from fnmatch import fnmatch
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from readme import ROOT
 from toy import COUNT, DOUBLE, notebook
 
+from atm_sae.report import page
 from atm_sae.report.manifest import NEVER_RUN, ObjectState, load_manifest, read_record
 from atm_sae.report.page import (
     Cell,
@@ -284,3 +286,7 @@ def test_the_committed_page():
     text, page = check(ROOT / "reports" / "index.html")
     profiles = 1 + (ROOT / "reports" / "full" / "index.md").is_file()
     assert len(page.images) >= 10 * profiles and len(text) < 3_000_000
+
+
+def test_figures_that_are_not_there_are_left_out(tmp_path):
+    assert page._pictures(SimpleNamespace(outputs=("figures/a.png",)), tmp_path) == ()

@@ -878,3 +878,13 @@ def test_every_format_keeps_the_site(tmp_path, format, site):
         place = hook_point("m", 3, site)
     export_sae(SAE(SAEConfig(4, 8), place), tmp_path / "sae", format)
     assert from_pretrained(tmp_path / "sae").metadata == place
+
+
+def test_a_hub_that_cannot_list_files_costs_the_hint_alone(monkeypatch):
+    from atm_sae.sae import formats
+
+    def fail(self, repo, revision):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", fail)
+    assert formats._sae_folders("me/saes", None) == []

@@ -13,6 +13,7 @@ from atm_sae.evals.probes import (
     fit_logistic,
     kkt_error,
     l1_max,
+    l1_slope,
 )
 
 T = torch.tensor
@@ -104,3 +105,17 @@ def test_inputs_that_are_not_numbers_and_penalties_that_are_none():
         fit_l1_probes(x, y)
     with pytest.raises(ValueError, match="fit_logistic: inputs are NaN or infinite"):
         fit_logistic(T(x.toarray()), T(y[:, 0]))
+
+
+def test_slopes_of_the_logistic_loss_by_hand():
+    "At zero the sigmoid is 1/2, and each class weighs half of the samples."
+    x, y = sparse.csr_matrix([[1.0], [3.0]]), np.array([[True], [False]])
+    slope = l1_slope(x, y, np.zeros((1, 1)), np.zeros(1))
+    weights = balanced_weights(T([True, False])).tolist()
+    assert slope.tolist() == [[pytest.approx((3 * weights[1] - weights[0]) / 2)]] and slope > 0
+
+
+def test_a_probe_that_does_not_converge_is_an_error():
+    x, y = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), torch.arange(50) < 25
+    with pytest.raises(RuntimeError, match="did not converge in 100 steps"):
+        fit_logistic(x, y, tol=-1.0)

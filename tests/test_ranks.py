@@ -249,3 +249,7 @@ def test_the_command_under_torchrun_prints_once(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('"explained_variance"') == 1, done.stdout
     assert (tmp_path / "out" / "topk-l0_4-seed0" / "cfg.json").exists()
+
+
+def test_a_rank_says_which_it_is():
+    assert repr(ALONE) == "Ranks(0 of 1)"

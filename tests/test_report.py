@@ -16,6 +16,8 @@ import torch
 
 from atm_sae.methods import METHODS, get_method, method_name, method_style
 from atm_sae.report.figures import (
+    axis_limits,
+    label_ends,
     plot_curves,
     plot_intervals,
     save_figure,
@@ -546,3 +548,19 @@ def test_score_runs_side_by_side_gives_the_same():
         and (two.threads == 1).all()
     )
     assert one.drop(columns=["process", "threads"]).equals(two.drop(columns=["process", "threads"]))
+
+
+def test_no_lines_no_labels_and_no_numbers_no_limits():
+    figure, ax = plt.subplots()
+    label_ends(ax)
+    assert not ax.texts
+    assert axis_limits([math.nan], [math.nan], [math.nan]) == (0.0, 1.0)
+    plt.close(figure)
+
+
+def test_the_error_of_a_score_is_raised():
+    def broken(run):
+        raise KeyError("no such metric")
+
+    with pytest.raises(KeyError, match="no such metric"):
+        score_runs(broken, [SimpleNamespace(spec=None)], "world", workers=1, progress=False)

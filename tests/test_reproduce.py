@@ -11,6 +11,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 import nbformat
 import pytest
 from nbclient.exceptions import DeadKernelError
@@ -566,3 +567,17 @@ def test_an_unknown_executor_is_refused_before_anything_is_written(toy):
         toy.run(executor="slurm")
     code, _, err = toy.cli("--executor", "slurm")
     assert code == 2 and "atm-sae: unknown executor 'slurm'" in err and not toy.out.exists()
+
+
+def test_a_bar_where_somebody_watches(monkeypatch):
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
+    assert R._progress("planted") is False
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
+    bar = R._progress("planted")
+    assert bar["desc"] == "planted" and not bar["leave"]
+
+
+def test_a_missing_ipykernel_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="ipykernel"):
+        R.kernel_manager(tmp_path)

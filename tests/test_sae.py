@@ -746,3 +746,8 @@ def test_calibration_leaves_outliers_out():
     sae, other = (calibrate_l0(random_sae(config("topk")), rows, 2.5) for rows in (x, loud))
     assert torch.equal(sae.threshold, other.threshold)
     assert other.max_norm == pytest.approx(10 * float(x.norm(dim=1).median()), rel=0.1)
+
+
+def test_a_decoder_without_gradient_says_what_to_do():
+    with pytest.raises(RuntimeError, match="the decoder has no gradient: call backward first"):
+        SAE(SAEConfig(4, 8)).project_decoder_gradient()

@@ -465,3 +465,13 @@ def test_killed_at_a_random_step_and_resumed_to_the_bit(
     straight = get_run(spec)
     assert weights(straight.sae) == weights(resumed.sae)
     assert straight.history.table.equals(resumed.history.table)
+
+
+def test_data_of_another_kind_are_named():
+    with pytest.raises(TypeError, match="must be a WorldConfig or an ActivationSpec, not dict"):
+        reader.data_batches({}, 4, 0)
+
+
+def test_a_stream_is_its_own_iterator():
+    stream = object.__new__(reader.StreamBatches)
+    assert iter(stream) is stream

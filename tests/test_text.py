@@ -5,9 +5,11 @@ import copy
 import importlib.util
 import json
 import re
+import sys
 import time
 from functools import cache
 from string import ascii_uppercase
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -682,3 +684,43 @@ def test_mixture_bad_input(tok, docs, bad, message):
 
 def test_a_million_tokens(tok):
     assert mixed_tokens(tok, 1_000_000).shape == (7813, 128)
+
+
+def test_a_data_set_of_the_hub_is_read_at_its_commit(monkeypatch):
+    text._commit.cache_clear()
+    asked = []
+
+    def info(dataset, revision):
+        asked.append((dataset, revision))
+        return SimpleNamespace(sha="c0ffee")
+
+    def stream(dataset, start, revision):
+        return iter([f"{dataset} {start} {revision}"])
+
+    monkeypatch.setattr("huggingface_hub.dataset_info", info)
+    monkeypatch.setattr(text, "stream_dataset", stream)
+    assert text.documents_checksum("me/pile@v2") == "me/pile@c0ffee"
+    assert [*text.open_documents("me/pile@v2", 3)] == ["me/pile 3 c0ffee"]
+    assert asked == [("me/pile", "v2")]
+    text._commit.cache_clear()
+
+
+def test_a_data_set_that_cannot_be_asked_for_is_an_error(monkeypatch):
+    def info(dataset, revision):
+        raise ConnectionError("no route")
+
+    text._commit.cache_clear()
+    monkeypatch.setattr("huggingface_hub.dataset_info", info)
+    with pytest.raises(Exception, match="me/none"):
+        text.documents_checksum("me/none")
+
+
+def test_a_row_holds_two_tokens_at_least(lm):
+    with pytest.raises(ValueError, match="context"):
+        text.PackedRows(lm.tokenizer, lambda n: iter(["a"]), 1)
+
+
+def test_a_python_without_help_topics(monkeypatch):
+    assert text.help_topics()
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert text.help_topics() == []

@@ -1148,3 +1148,19 @@ def test_blind_control_hides_as_many_as_its_twin_at_each_step():
     )
     assert rates[0] == 0 < rates[-1]  # nothing is hidden during the warm-up
     assert blind.history.table.mask_rate.mean() == pytest.approx(log.mask_rate.mean(), abs=0.1)
+
+
+def test_the_untrained_control_needs_a_target(cache):
+    spec = recipe("random", WORLD, d_in=8, d_sae=16, l0=3, steps=5)
+    without = replace(spec, sae=replace(spec.sae, target_l0=None))
+    batches = WorldBatches(PlantedWorld(WORLD), 32, 0)
+    with pytest.raises(ValueError, match="the untrained control needs a target L0"):
+        runs.untrained_sae(without, batches)
+
+
+def test_other_activations_than_those_of_the_key_are_refused():
+    batches = object.__new__(CacheBatches)
+    batches.cache = SimpleNamespace(meta=dict(sha256="new"))
+    runs._check_content(batches, SimpleNamespace(inputs=dict(activations="new")))
+    with pytest.raises(RuntimeError, match="run the same command again"):
+        runs._check_content(batches, SimpleNamespace(inputs=dict(activations="old")))

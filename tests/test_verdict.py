@@ -8,6 +8,7 @@ import pytest
 
 from readme import ROOT
 
+from atm_sae.report import verdict
 from atm_sae.report.manifest import load_manifest, object_states
 from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
 from atm_sae.report.tables import read_summary
@@ -455,3 +456,16 @@ def test_agreement_has_the_intervals_of_the_jackknife():
     assert line["mean"] == pytest.approx(off["mean"].item(), rel=1e-3)
     half = (off.high - off.low).item() / 2 * 3.495406 / 2.776445  # quantiles of t at 4 degrees
     assert (line.high - line.low) / 2 == pytest.approx(half, rel=1e-3)
+
+
+def test_nothing_is_said_of_a_layer_without_a_swap(tmp_path):
+    for name in ("figures/noise.csv", "provenance/noise.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPORTS / name, tmp_path / name)
+    table = pd.read_csv(tmp_path / "figures/noise.csv")
+    table[table.panel != "gap"].to_csv(tmp_path / "figures/noise.csv", index=False)
+    assert layer_sentence(tmp_path) == ""
+
+
+def test_a_difference_that_is_missing_is_a_dash():
+    assert verdict._short_cell(None) == "–"
