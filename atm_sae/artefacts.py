@@ -44,12 +44,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
@@ -375,6 +375,9 @@ def _spec_types(spec: object) -> Iterator[str]:
 
 
 # %% ../nbs/core/artefacts.ipynb #cell-41
+_Made = TypeVar("_Made")
+
+
 @dataclass(frozen=True)
 class Artefact:
     "A result in the cache, named by everything that it depends on."
@@ -441,6 +444,18 @@ class Artefact:
         about |= {"packages": computing_versions(self.closure.packages)}
         write_json(Path(folder) / "artefact.json", about)
         write_json(self._record, {"content": content})
+
+    def ensure(self, make: Callable[[], _Made], save: Callable[[_Made, Path], object]) -> Path:
+        "The folder; where it is missing, made and saved first, by one process at a time."
+        if not self.exists():
+            with self.lock():
+                if not self.exists():  # no other process has made it meanwhile
+                    made = make()
+                    with atomic_folder(self.folder) as part:
+                        save(made, part)
+                        self.seal(part)
+        self.opened()
+        return self.folder
 
     def opened(self) -> None:
         "Note that it was read, in the file that ATM_SAE_OPENED names (if it is set)."

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..artefacts import Artefact, atomic_folder, file_sha256, read_object, write_json
+from ..artefacts import Artefact, file_sha256, read_object, write_json
 from ..core import check_activations, generator, is_outlier, norm_limit, one_thread
 from ..data.letters import word_vocabulary
 from ..data.text import bos_eos
@@ -340,15 +340,11 @@ def get_task(
     "The task from the cache, or built and put there."
     lm = load_lm(model) if isinstance(model, (str, Path)) else model
     artefact = task_artefact(lm, layer, seed, n_icl, max_words, site)
-    if not artefact.exists():
-        with artefact.lock():  # another process may have built it meanwhile
-            if not artefact.exists():
-                task = build_task(lm, layer, seed, n_icl, max_words, site=site)
-                with atomic_folder(artefact.folder) as part:
-                    save_task(task, part)
-                    artefact.seal(part)
-    artefact.opened()
-    return replace(load_task(artefact.folder), model=lm.name)
+
+    def build() -> FirstLetterTask:
+        return build_task(lm, layer, seed, n_icl, max_words, site=site)
+
+    return replace(load_task(artefact.ensure(build, save_task)), model=lm.name)
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-36

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from atm_sae.artefacts import (
     Artefact,
-    atomic_folder,
     file_sha256,
     read_object,
     stable_hash,
@@ -285,15 +284,13 @@ def get_probing(
     "The data from the cache, or built and put there."
     lm = load_lm(lm) if isinstance(lm, (str, Path)) else lm
     artefact = probing_artefact(lm, layer, tasks, context, site)
-    if not artefact.exists():
-        with artefact.lock():  # another process may have built it meanwhile
-            if not artefact.exists():
-                data = build_probing(lm, layer, tasks, context, site=site)
-                with atomic_folder(artefact.folder) as part:
-                    _save(data, part)
-                    artefact.seal(part)
-    artefact.opened()
-    return replace(_load(artefact.folder, tasks), name=f"{lm.name} {Site(layer, site)}")
+
+    def build() -> ProbingData:
+        return build_probing(lm, layer, tasks, context, site=site)
+
+    return replace(
+        _load(artefact.ensure(build, _save), tasks), name=f"{lm.name} {Site(layer, site)}"
+    )
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-39
