@@ -16,6 +16,7 @@ from atm_sae.sae.atm import ATMConfig, ATMMasker, make_masker
 from atm_sae.artefacts import OutputError, read_json
 from atm_sae.sae.architectures import nested_share
 from atm_sae.sae.sae import SAE, SAEConfig
+from atm_sae.data.activations import activation_artefact
 from atm_sae.data.batches import CacheBatches
 from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
 from atm_sae.methods import METHODS, method_parts
@@ -974,6 +975,19 @@ def test_a_run_depends_on_the_code_of_its_own_architecture_and_data():
     assert "sae.architectures.JumpReLU" in jumprelu
     untrained = runs.run_artefact(small("random")).closure.definitions
     assert "train.loop.Trainer" in topk and "train.loop.Trainer" not in untrained
+
+
+def test_the_artefact_of_a_run_makes_that_of_its_activations_once(monkeypatch):
+    made = []
+
+    def counted(data):
+        made.append(activation_artefact(data))
+        return made[-1]
+
+    monkeypatch.setattr(runs, "activation_artefact", counted)
+    data = runs.ActivationSpec(buffer=512)
+    artefact = runs.run_artefact(recipe("topk", data, 8, 16, 3, 5))
+    assert len(made) == 1 and artefact.sources == {"model": "nano-gemma2", "text": ""}
 
 
 def test_a_variants_name_is_only_a_name():

@@ -128,7 +128,7 @@ _MASK = ("sae.atm.make_masker", "sae.atm.contribution")  # of no account without
 
 
 def _data_parts(data: WorldConfig | ActivationSpec) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    "Kind of the data, what of it belongs to the specification, and inputs of the artefact."
+    "Kind of the data, what of it belongs to the specification, inputs and sources."
     if isinstance(data, WorldConfig):
         return "planted", {"data": data}, {}
     if not isinstance(data, ActivationSpec):
@@ -138,10 +138,10 @@ def _data_parts(data: WorldConfig | ActivationSpec) -> tuple[str, dict[str, Any]
     artefact = activation_artefact(data)
     if data.buffer:
         inputs = dict(artefact.inputs) | {"device of the model": artefact.device}
-        parts = {"inputs": inputs}
+        parts = {"inputs": inputs, "sources": artefact.sources}
         return "stream", {"data": artefact.spec}, parts
     content = artefact.content() or get_activations(data).meta["sha256"]
-    return "cache", {}, {"inputs": {"activations": content}}
+    return "cache", {}, {"inputs": {"activations": content}, "sources": artefact.sources}
 
 
 def _settings(spec: RunSpec) -> dict[str, Any]:
@@ -166,8 +166,6 @@ def run_artefact(
     if twin_spec(spec) is not None:
         makers.append("train.runs.twin_rates")
     where = pick_device(device)
-    data = spec.data
-    sources = activation_artefact(data).sources if isinstance(data, ActivationSpec) else {}
     return Artefact(
         kind="runs",
         spec=_settings(spec) | settings,
@@ -178,7 +176,6 @@ def run_artefact(
         choose={"sae.architectures.ARCHITECTURES": (spec.sae.architecture,)},
         cut=() if spec.atm else _MASK,
         spec_types=("SAEConfig", "TrainConfig"),
-        sources=sources,
     )
 
 
