@@ -24,6 +24,7 @@ __all__ = [
     "card_scores",
     "push",
     "reproduce",
+    "fetch",
     "main",
 ]
 
@@ -1016,6 +1017,28 @@ def reproduce(
 
 
 # %% ../nbs/cli.ipynb #cell-44
+@app.command(epilog="Example: atm-sae fetch smollm2")
+def fetch(
+    model: Annotated[str, typer.Argument(help="The model: smollm2.")],
+    as_json: _Json = False,
+) -> None:
+    "Download a language model into the cache, once."
+    from atm_sae.data.lm import FETCHED, fetched_folder, model_checksum
+    from atm_sae.data.smollm2 import FETCH_SIZES, fetch_smollm2
+
+    if model not in FETCHED:
+        known = ", ".join(FETCHED)
+        raise ValueError(f"no model {model!r} can be fetched: choose one of {known}")
+    print(f"{model}: {FETCH_SIZES}, {fetched_folder(model)}", file=sys.stderr)
+    folder, new = fetch_smollm2()
+    if as_json:
+        about = dict(model=model, folder=str(folder), downloaded=new)
+        _print_json(about | dict(checksum=model_checksum(model)))
+    else:
+        print(f"{model} {'is now in' if new else 'is already there:'} {folder}")
+
+
+# %% ../nbs/cli.ipynb #cell-46
 _UsageError: Any = typer.BadParameter.__base__  # of click, which newer typers carry inside
 _EXPECTED = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
 
@@ -1083,6 +1106,6 @@ def main(
     return status
 
 
-# %% ../nbs/cli.ipynb #cell-45
+# %% ../nbs/cli.ipynb #cell-47
 if __name__ == "__main__" and "__file__" in globals():  # python -m atm_sae.cli, not a notebook
     sys.exit(main())

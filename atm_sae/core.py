@@ -7,6 +7,7 @@ __all__ = [
     "OUTLIER_RATIO",
     "project_root",
     "data_dir",
+    "default_cache_dir",
     "cache_dir",
     "seed_everything",
     "generator",
@@ -77,10 +78,8 @@ def data_dir() -> Path:
     return project_root() / "data"
 
 
-def cache_dir() -> Path:
-    "The folder of everything that can be computed again."
-    if chosen := os.environ.get("ATM_SAE_CACHE"):
-        return Path(chosen).expanduser().resolve()
+def default_cache_dir() -> Path:
+    "The cache of a clone, or of the user outside of one, whatever ATM_SAE_CACHE says."
     try:
         return data_dir() / "cache"
     except FileNotFoundError:
@@ -88,6 +87,13 @@ def cache_dir() -> Path:
     if home == "~":
         raise RuntimeError("this user has no home folder: set ATM_SAE_CACHE to a folder")
     return Path(home, ".cache", "atm-sae")
+
+
+def cache_dir() -> Path:
+    "The folder of everything that can be computed again."
+    if chosen := os.environ.get("ATM_SAE_CACHE"):
+        return Path(chosen).expanduser().resolve()
+    return default_cache_dir()
 
 
 # %% ../nbs/core/core.ipynb #cell-17

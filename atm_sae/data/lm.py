@@ -5,9 +5,13 @@
 # %% auto #0
 __all__ = [
     "SHIPPED",
+    "FETCHED",
     "SITES",
     "LM",
     "tiny_lm",
+    "fetched_folder",
+    "seal_fetched",
+    "is_fetched",
     "model_config",
     "model_width",
     "model_checksum",
@@ -44,8 +48,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..artefacts import atomic_folder, file_sha256, stable_hash
-from ..core import causes, data_dir
+from ..artefacts import atomic_folder, file_sha256, read_object, stable_hash, write_json
+from ..core import cache_dir, causes, data_dir, default_cache_dir
 from .text import no_network, python_docs, train_tokenizer
 
 if TYPE_CHECKING:
@@ -150,11 +154,59 @@ def tiny_lm(
 
 # %% ../../nbs/data/lm.ipynb #cell-12
 SHIPPED = ("nano-gemma2",)  # models in data_dir()
+FETCHED = ("smollm2",)  # models that `atm-sae fetch` puts into the cache
+_FETCHED_NOTE = ".fetched.json"  # in the folder of such a model; no loader reads it
+
+
+def fetched_folder(name: str) -> Path:
+    "Where a fetched model lies: in the cache, or, if it is only there, in the default cache."
+    places = [folder / "models" / name for folder in (cache_dir(), default_cache_dir())]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def seal_fetched(
+    folder: Path,  # of a model that is complete
+    **about: str,  # where it comes from
+) -> None:
+    "Note the checksum of a fetched model's files in its folder."
+    write_json(folder / _FETCHED_NOTE, about | dict(checksum=_folder_checksum(folder)))
+
+
+def is_fetched(name: str) -> bool:
+    "True if a model was fetched, and its files are those that were written."
+    folder = fetched_folder(name)
+    if not (folder / _FETCHED_NOTE).is_file():
+        return False
+    return _folder_checksum(folder) == read_object(folder / _FETCHED_NOTE).get("checksum")
+
+
+def _check_fetched(name: str) -> None:
+    "FileNotFoundError if a model was not fetched, ValueError if its files have changed."
+    folder = fetched_folder(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name} is not here ({folder}): run `atm-sae fetch {name}` once, or choose another "
+            "model: a folder, an id on the Hub such as google/gemma-2-2b, or "
+            f"{', '.join(SHIPPED)} (atm-sae train: --data; the experiments: model)"
+        )
+    if not is_fetched(name):
+        raise ValueError(
+            f"{folder} is damaged: its files are not those that were fetched; run "
+            f"`atm-sae fetch {name}` again"
+        )
+
+
+def _model_folder(name: str) -> Path:
+    "The folder that `name` means, if it means one; that of a fetched model is checked."
+    if name in FETCHED:
+        _check_fetched(name)
+        return fetched_folder(name)
+    return data_dir() / name if name in SHIPPED else Path(name).expanduser()
 
 
 def _find_model(name: str) -> Path | None:
     "The folder that `name` means, or None if it can only be an id on the Hub."
-    folder = data_dir() / name if name in SHIPPED else Path(name).expanduser()
+    folder = _model_folder(name)
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} holds no config.json, so it is no model folder")
@@ -169,7 +221,7 @@ def _find_model(name: str) -> Path | None:
     if name in SHIPPED or is_path:
         raise FileNotFoundError(
             f"no model folder {folder}; give a folder, an id on the Hub such as "
-            f"google/gemma-2-2b, or one of {', '.join(SHIPPED)}"
+            f"google/gemma-2-2b, or one of {', '.join([*SHIPPED, *FETCHED])}"
         )
     return None
 
@@ -378,7 +430,7 @@ def model_width(name: Path | str) -> int:
 
 
 def model_checksum(
-    name: Path | str,  # 'nano-gemma2', a folder, or an id on the Hub
+    name: Path | str,  # 'nano-gemma2', 'smollm2', a folder, or an id on the Hub
 ) -> str:  # SHA-256 of the files, or 'id@commit' for the Hub
     "What `load_lm(name).checksum` will be, without loading the weights."
     source, where = _source(str(name))
@@ -387,7 +439,7 @@ def model_checksum(
 
 # %% ../../nbs/data/lm.ipynb #cell-21
 def load_lm(
-    name: Path | str,  # 'nano-gemma2', a folder, or an id on the Hub such as 'google/gemma-2-2b'
+    name: Path | str,  # 'nano-gemma2', 'smollm2', a folder, or an id such as 'google/gemma-2-2b'
     dtype: torch.dtype | str = "float32",  # to compute in: 'float32', 'bfloat16' or 'float16'
     device: torch.device | str = "cpu",  # 'cpu', 'cuda', ...
 ) -> LM:
