@@ -40,7 +40,7 @@ SETUP_SECONDS, SCORE_SECONDS, EXPONENT, MEMORY_MIB = 60, 15, 1.05, 3 * 1024
 SETUP = {
     "model": ["load_lm"],
     "prompts": ["word_vocabulary", "first_letter_prompts", "find_words"],
-    "activations": ["read_site"],
+    "activations": ["read_after_prefix"],
     "probes": ["fit_letter_probes"],
 }
 SCORES = {

@@ -40,6 +40,7 @@ from atm_sae.evals.first_letter import (
     task_from_activations,
 )
 from atm_sae.data.lm import LM, hook_point, tiny_lm
+from atm_sae.core import generator
 from atm_sae.data.letters import word_vocabulary
 
 T = torch.tensor
@@ -253,6 +254,48 @@ def test_prompts():
         == prompts
         != first_letter_prompts(words, 3, seed=1)[0]
     )
+
+
+def shared_lines(prompts):
+    "The answered lines of each prompt, as one text."
+    return [prompt[: prompt.rindex("\n")] for prompt in prompts]
+
+
+def test_groups_share_answered_lines_that_hold_none_of_their_words():
+    names = [f" {a}{b}{c}" for a in "abcdefgh" for b in "xyz" for c in "pqrs"]
+    words = pd.DataFrame({"text": names, "letter": [name[1].upper() for name in names]})
+    prompts, ends = first_letter_prompts(words, n_icl=4, seed=0, group=20)
+    for word, prompt, end in zip(words.text, prompts, ends):
+        assert prompt[: end + 1].endswith("\n" + word) and prompt.count("\n") == 5
+    shared = pd.Series(shared_lines(prompts))
+    assert sorted(shared.value_counts()) == [16, 20, 20, 20, 20]
+    for text, members in words.groupby(shared):
+        assert not any(f"\n{word} has" in text for word in members.text)
+        assert members.letter.nunique() > 4  # a random sample, not neighbours of the vocabulary
+    assert first_letter_prompts(words, 4, 0, 20) == (prompts, ends)
+    assert shared_lines(first_letter_prompts(words, 4, 1, 20)[0]) != list(shared)
+
+
+def test_groups_of_one_word_have_lines_of_their_own():
+    "Drawn as before there were groups: the lines of a word are those of its turn."
+    names = [f"{a}{b}" for a in "abcdef" for b in "xyz"]
+    words = pd.DataFrame({"text": names, "letter": [name[0].upper() for name in names]})
+    prompts, _ = first_letter_prompts(words, n_icl=3, seed=5, group=1)
+    rng = np.random.default_rng(generator(5, "prompts").initial_seed())
+    for i, prompt in enumerate(prompts):
+        drawn = [j + (j >= i) for j in rng.choice(len(words) - 1, 3, replace=False)]
+        found = [line.split()[0] for line in prompt.split("\n")[1:]]
+        assert found == [names[j] for j in [*drawn, i]]
+
+
+def test_few_words_are_smaller_groups():
+    words = pd.DataFrame({"text": [" a", " b", " c", " d"], "letter": list("ABCD")})
+    shared = shared_lines(first_letter_prompts(words, n_icl=3)[0])
+    assert len(set(shared)) == 4
+    shared = shared_lines(first_letter_prompts(words, n_icl=2)[0])
+    assert len(set(shared)) == 2
+    with pytest.raises(ValueError, match="group is 0: a group holds at least 1 word"):
+        first_letter_prompts(words, 2, group=0)
 
 
 def test_words_need_a_tokenizer_that_knows_where_its_tokens_lie(lm):
@@ -539,12 +582,29 @@ def test_same_seed_same_task(lm, lm_task):
     assert not other.words.equals(lm_task.words)
 
 
-def test_activations_are_those_at_the_word(lm, lm_task):
+@pytest.mark.parametrize("group", [1, 7, 32])
+def test_activations_are_those_at_the_word(lm, group):
     from atm_sae.data.lm import residual_stream
 
-    i = 17
-    whole = residual_stream(lm, lm_task.tokens[i : i + 1].long(), 1)[0]
-    assert torch.allclose(whole[lm_task.at[i]], lm_task.x[i], atol=1e-5)
+    task = build_task(lm, 1, n_icl=1, max_words=60, group=group)
+    whole = residual_stream(lm, task.tokens.long(), 1)
+    assert torch.allclose(whole[torch.arange(60), task.at], task.x, rtol=1e-4, atol=1e-5)
+    prefixes = task.tokens[:, : int(task.at[0])].unique(dim=0)
+    assert len(prefixes) <= -(-60 // group) and (group > 1 or len(prefixes) > 30)
+
+
+def test_only_words_with_a_leading_space(lm):
+    task = build_task(lm, 1, n_icl=1, max_words=60, spaced=True)
+    assert len(task.words) == 60 and task.words.text.str.startswith(" ").all() and task.spaced
+    every = build_task(lm, 1, n_icl=1, max_words=60)
+    assert not every.words.text.str.startswith(" ").all() and not every.spaced
+    result = evaluate_absorption(halves_of(32), task, AbsorptionConfig(min_f1=0, min_letters=1))
+    assert (result.config["spaced"], result.config["group"]) == (True, 32)
+
+
+def test_which_words_and_groups_are_part_of_the_name(lm):
+    ways = (dict(), dict(spaced=True), dict(group=1), dict(max_words=60))
+    assert len({fl.task_artefact(lm, 1, **way).key for way in ways}) == 4
 
 
 # effects --------------------------------------------------------------------
@@ -567,11 +627,15 @@ def path(sae, lm_task, rows, alphas):
     return torch.stack([x - (1 - a) * sae.encode(x) @ sae.W_dec for a in alphas], 1)
 
 
+def halves_of(d_in):
+    "A toy that covers half of a stream."
+    half = torch.eye(d_in)[: d_in // 2]
+    return Toy(torch.cat([half, -half]).T, torch.cat([half, -half]))
+
+
 @pytest.fixture(scope="module")
 def halves():
-    "A toy that covers half of tiny_lm's stream."
-    half = torch.eye(32)[:16]
-    return Toy(torch.cat([half, -half]).T, torch.cat([half, -half]))
+    return halves_of(32)
 
 
 def test_gaps_are_those_of_whole_prompts(lm, lm_task, halves):

@@ -1,5 +1,6 @@
 "Loading models, reading the residual stream, splicing."
 
+import functools
 import json
 import math
 import shutil
@@ -23,6 +24,8 @@ from atm_sae.data.lm import (
     next_token_logits,
     next_token_losses,
     other_place,
+    prefix_cache,
+    read_after_prefix,
     read_site,
     residual_stream,
     save_lm,
@@ -587,6 +590,74 @@ def test_other_families(family, lm, tokens):
         assert torch.equal(next_token_losses(other, tokens), loss)
     with splice(other, 0, torch.zeros_like):
         assert not torch.allclose(next_token_losses(other, tokens), loss)
+
+
+# ---- rows that share a prefix
+
+
+def rows_with_prefixes(tokens):
+    "Six rows with two prefixes of 8 tokens, mixed; 12 tokens each."
+    rows = tokens[[0, 1, 0, 0, 1, 0]].clone()
+    rows[:, 8:] = torch.randint(3, 1024, (6, 4), generator=torch.Generator().manual_seed(1))
+    return rows
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama", "neox", "falcon"])
+def test_after_a_prefix_as_in_whole_rows(family, site, lm, tokens):
+    other = lm if family == "gemma2" else of_family(family, lm)
+    rows = rows_with_prefixes(tokens)
+    whole = read_site(other, rows, 1, site)[:, 8:]
+    for batch_size in (64, 5, 2):
+        found = read_after_prefix(other, rows, 8, 1, site, batch_size)
+        assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5)
+    one = read_after_prefix(other, rows[:, :9], 8, 1, site)
+    assert torch.allclose(one, whole[:, :1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["opt", "mpt", "bloom", "granite", "gpt"])
+def test_after_a_prefix_in_other_families(family, lm, tokens):
+    "The first GPT has no keys and values to keep, so its rows are run whole."
+    other, rows = of_family(family, lm), rows_with_prefixes(tokens)
+    whole = residual_stream(other, rows, 1)[:, 8:]
+    assert torch.allclose(read_after_prefix(other, rows, 8, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_each_prefix_is_run_once(lm, tokens, monkeypatch):
+    rows, run = rows_with_prefixes(tokens), []
+    forward = lm.model.forward
+
+    @functools.wraps(forward)
+    def counted(input_ids, **more):
+        run.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(lm.model, "forward", counted)
+    read_after_prefix(lm, rows, 8, 1)
+    assert run == [(2, 8), (6, 4)]
+    run.clear()
+    read_after_prefix(lm, rows, 8, 1, batch_size=5)  # four rows of one prefix, two of the other
+    assert sorted(run) == [(1, 8), (1, 8), (2, 4), (4, 4)]
+    run.clear()
+    read_after_prefix(lm, tokens, 8, 1)  # nothing is shared
+    assert run == [(5, 12)]
+
+
+def test_a_prefix_longer_than_the_sliding_window(lm):
+    "Odd layers of tiny_lm read the 128 tokens before alone."
+    tokens = torch.randint(3, 1024, (3, 150), generator=torch.Generator().manual_seed(2))
+    tokens[:, :140] = tokens[0, :140]
+    whole = residual_stream(lm, tokens, 2)[:, 140:]
+    found = read_after_prefix(lm, tokens, 140, 2)
+    assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_of_prefixes_continues_to_the_logits(lm, tokens):
+    rows = rows_with_prefixes(tokens)
+    past = prefix_cache(lm, rows[:, :8])
+    found = lm.model(input_ids=rows[:, 8:], past_key_values=past, use_cache=True).logits
+    whole = lm.model(input_ids=rows, use_cache=False).logits[:, 8:]
+    assert torch.allclose(found, whole, rtol=1e-4, atol=1e-4)
 
 
 # ---- sites

@@ -28,6 +28,8 @@ __all__ = [
     "residual_stream",
     "compile_blocks",
     "check_causal",
+    "prefix_cache",
+    "read_after_prefix",
     "next_token_losses",
     "next_token_logits",
     "splice",
@@ -36,6 +38,7 @@ __all__ = [
 # %% ../../nbs/data/lm.ipynb #cell-3
 import copy
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +57,7 @@ from .text import no_network, python_docs, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import (
+        DynamicCache,
         PreTrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -730,8 +734,10 @@ def check_tokens(lm: LM, tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def _read_rows(lm: LM, tokens: Tensor, layer: int, site: str) -> Tensor:
-    "Activations of a site, with the forward pass stopped behind it."
+def _read_rows(
+    lm: LM, tokens: Tensor, layer: int, site: str, past: "DynamicCache | None" = None
+) -> Tensor:
+    "Activations of a site, with the forward pass stopped behind it; `past` is of `prefix_cache`."
     kept: list[Tensor] = []
     end = "resid_pre" if site == "resid_pre" else "resid_post"
 
@@ -744,7 +750,8 @@ def _read_rows(lm: LM, tokens: Tensor, layer: int, site: str) -> Tensor:
             hooks.enter_context(_check_sum(lm, layer))
         hooks.enter_context(_at_site(lm, layer, end, _stop))
         with suppress(_Stop):
-            lm.model(input_ids=tokens.to(lm.device), use_cache=False)
+            earlier = {} if past is None else dict(past_key_values=past)
+            lm.model(input_ids=tokens.to(lm.device), use_cache=past is not None, **earlier)
     return kept[0]
 
 
@@ -812,7 +819,74 @@ def check_causal(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-53
+# %% ../../nbs/data/lm.ipynb #cell-51
+def _takes_cache(lm: LM) -> bool:
+    "True if the model reads keys and values of earlier tokens; some have none, or a state instead."
+    takes = "past_key_values" in inspect.signature(lm.model.forward).parameters
+    return takes and not getattr(lm.model, "_is_stateful", False)
+
+
+def prefix_cache(
+    lm: LM,  # an LM that reads keys and values
+    prefixes: Tensor,  # (n, length) token ids
+    layer: int | None = None,  # the last block that is run; None: all blocks
+) -> "DynamicCache":
+    "Keys and values of n rows, of which each distinct row is run once."
+    from transformers import DynamicCache
+
+    distinct, which = prefixes.unique(dim=0, return_inverse=True)
+    past = DynamicCache(config=lm.model.config)
+    with ExitStack() as hooks:
+        if layer is not None:
+            hooks.enter_context(_at_site(lm, layer, "resid_post", _stop))
+        with torch.no_grad(), suppress(_Stop):
+            lm.model(
+                input_ids=distinct.to(lm.device),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+    past.batch_select_indices(which.to(lm.device))
+    return past
+
+
+def _prefix_batches(which: Tensor, batch_size: int) -> Iterator[Tensor]:
+    "Indices of rows, prefix by prefix; a batch ends where a prefix does, unless it has too many."
+    order = which.argsort(stable=True)
+    ends = which.bincount().cumsum(0)
+    start = 0
+    while start < len(order):
+        whole = ends[(ends > start) & (ends <= start + batch_size)]
+        stop = int(whole[-1]) if len(whole) else start + batch_size
+        yield order[start:stop]
+        start = stop
+
+
+def read_after_prefix(
+    lm: LM,  # an LM
+    tokens: Tensor,  # (n, context) token ids
+    start: int,  # length of the prefix: the first position that is read
+    layer: int,  # which block
+    site: str = "resid_post",  # which of its vectors, one of SITES
+    batch_size: int = 64,  # rows to run at a time
+) -> Tensor:  # (n, context - start, d_in)
+    "The activations of `read_site` from `start` on; rows with the same prefix share its run."
+    hook_site(lm, layer, site)
+    check_tokens(lm, tokens)
+    distinct, which = tokens[:, :start].unique(dim=0, return_inverse=True)
+    if start == 0 or len(distinct) == len(tokens) or not _takes_cache(lm):
+        return read_site(lm, tokens, layer, site, batch_size)[:, start:]
+    out = None
+    for rows in _prefix_batches(which, batch_size):
+        past = prefix_cache(lm, tokens[rows, :start], layer)
+        x = _read_rows(lm, tokens[rows, start:], layer, site, past)
+        out = x.new_empty(len(tokens), *x.shape[1:]) if out is None else out
+        out[rows.to(x.device)] = x
+    assert out is not None  # there are rows, since some share a prefix
+    return out
+
+
+# %% ../../nbs/data/lm.ipynb #cell-57
 def next_token_losses(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
@@ -829,7 +903,7 @@ def next_token_losses(
     return torch.cat(out)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-57
+# %% ../../nbs/data/lm.ipynb #cell-61
 def next_token_logits(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
@@ -840,7 +914,7 @@ def next_token_logits(
     return output.logits[:, -1].float()
 
 
-# %% ../../nbs/data/lm.ipynb #cell-61
+# %% ../../nbs/data/lm.ipynb #cell-65
 @contextmanager
 def splice(
     lm: LM,  # an LM

@@ -587,6 +587,8 @@ def evaluate_absorption(
         l2=first.l2,
         n_icl=first.n_icl,
         max_words=first.max_words,
+        spaced=first.spaced,
+        group=first.group,
     )
     return AbsorptionResult(letters, words, to_plain(config) | setting, describe_sae(sae))
 

@@ -7,6 +7,7 @@ __all__ = [
     "LETTERS",
     "PROMPT",
     "ANSWER",
+    "GROUP",
     "first_letter_prompts",
     "find_words",
     "stratified_split",
@@ -39,7 +40,7 @@ from ..artefacts import Artefact, file_sha256, read_object, write_json
 from ..core import check_activations, generator, is_outlier, norm_limit, one_thread
 from ..data.letters import word_vocabulary
 from ..data.text import bos_eos
-from ..data.lm import LM, check_causal, load_lm, read_site
+from ..data.lm import LM, check_causal, load_lm, read_after_prefix
 from .probes import f1_score, fit_logistic
 
 if TYPE_CHECKING:
@@ -49,15 +50,25 @@ if TYPE_CHECKING:
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PROMPT = "\n{word} has the first letter:"  # a line of the prompt
 ANSWER = " {letter}"  # and its end, where it is given
+GROUP = 32  # words whose prompts have the same answered lines
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-7
+def _groups(n: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    "Random groups of the indices 0..n-1, each in ascending order; groups of one in their order."
+    order = np.arange(n) if size == 1 else rng.permutation(n)
+    return [np.sort(order[i : i + size]) for i in range(0, n, size)]
+
+
 def first_letter_prompts(
     words: pd.DataFrame,  # of `word_vocabulary`: columns text and letter
     n_icl: int = 10,  # answered lines before the query
     seed: int = 0,  # which words stand in them
+    group: int = GROUP,  # words that share their answered lines; fewer if there are few words
 ) -> tuple[list[str], list[int]]:  # prompts; index of the last character of each query word
     "One prompt for each word. ValueError if there are no more than `n_icl` words."
+    if group < 1:
+        raise ValueError(f"group is {group}: a group holds at least 1 word")
     if len(words) <= n_icl:
         raise ValueError(
             f"{len(words)} words, but a prompt needs {n_icl} others besides its own: "
@@ -68,12 +79,15 @@ def first_letter_prompts(
         for word, letter in zip(words.text, words.letter)
     ]
     rng = np.random.default_rng(generator(seed, "prompts").initial_seed())
-    prompts, ends = [], []
-    for i, word in enumerate(words.text):
-        others = rng.choice(len(lines) - 1, n_icl, replace=False)
-        before = "".join(lines[j + (j >= i)] for j in others) + "\n"  # skips the query itself
-        prompts.append(before + PROMPT[1:].format(word=word))
-        ends.append(len(before) + len(word) - 1)
+    texts, prompts, ends = words.text.tolist(), [""] * len(words), [0] * len(words)
+    for members in _groups(len(words), min(group, len(words) - n_icl), rng):
+        others = rng.choice(len(lines) - len(members), n_icl, replace=False)
+        for i in members:
+            others += others >= i  # skips the group's own words
+        before = "".join(lines[j] for j in others) + "\n"
+        for i in members:
+            prompts[i] = before + PROMPT[1:].format(word=texts[i])
+            ends[i] = len(before) + len(texts[i]) - 1
     return prompts, ends
 
 
@@ -156,6 +170,8 @@ class FirstLetterTask:
     n_icl: int | None = None  # answered lines in each prompt, if there are prompts
     max_words: int | None = None  # limit on the number of words, if there was one
     site: str = "resid_post"  # which vectors of the layer's block
+    spaced: bool = False  # only words with a leading space
+    group: int | None = None  # words that share their answered lines, if there are prompts
 
     @property
     def d_in(self) -> int:
@@ -213,6 +229,8 @@ def task_from_activations(
     n_icl: int | None = None,  # answered lines in each prompt
     max_words: int | None = None,  # limit on the number of words
     site: str = "resid_post",  # which vectors of the layer's block
+    spaced: bool = False,  # only words with a leading space
+    group: int | None = None,  # words that share their answered lines
 ) -> FirstLetterTask:
     """Split the words, fit the probes, score them on the test words; outliers are left out of both.
 
@@ -226,14 +244,16 @@ def task_from_activations(
     hit = x[scored] @ W.T + b > 0
     f1 = f1_score(hit.T, F.one_hot(letter[scored], 26).T.bool()).float()
     words = words.assign(test=test.numpy()).reset_index(drop=True)
-    about = (model, layer, seed, tokens, at, l2, n_icl, max_words, site)
+    about = (model, layer, seed, tokens, at, l2, n_icl, max_words, site, spaced, group)
     return FirstLetterTask(words, x, W, b, f1, *about)
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-29
-def _vocabulary(lm: LM, seed: int, max_words: int | None) -> pd.DataFrame:
+def _vocabulary(lm: LM, seed: int, max_words: int | None, spaced: bool = False) -> pd.DataFrame:
     "The model's words, or a random part of them."
     words = word_vocabulary(lm.tokenizer)
+    if spaced:
+        words = words[words.text.str.startswith(" ")].reset_index(drop=True)
     if max_words is None or max_words >= len(words):
         return words
     order = torch.randperm(len(words), generator=generator(seed, "words"))
@@ -248,20 +268,23 @@ def build_task(
     max_words: int | None = None,  # a random part of a large vocabulary
     batch_size: int = 64,  # prompts at a time
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    spaced: bool = False,  # only words with a leading space
+    group: int = GROUP,  # words that share their answered lines
 ) -> FirstLetterTask:
     "Read the activations of the vocabulary's words and fit the probes."
     check_causal(lm, layer, site)
-    words = _vocabulary(lm, seed, max_words)
-    prompts, ends = first_letter_prompts(words, n_icl, seed)
+    words = _vocabulary(lm, seed, max_words, spaced)
+    prompts, ends = first_letter_prompts(words, n_icl, seed, group)
     tokens, at, found = find_words(lm.tokenizer, prompts, ends, words.token_id)
     if len(tokens) < len(words) / 2:
         raise ValueError(
             f"{lm.name}: only {len(tokens)} of {len(words)} words keep their token inside the "
             "prompt; a tokenizer without word tokens has no first-letter task"
         )
-    up_to_word = tokens[:, : int(at.max()) + 1].long()
+    start = int(at[0])  # the same in all prompts
+    x = read_after_prefix(lm, tokens[:, : start + 1].long(), start, layer, site, batch_size)
     return task_from_activations(
-        read_site(lm, up_to_word, layer, site, batch_size, at).float().cpu(),
+        x[:, 0].float().cpu(),
         words[found.numpy()],
         seed,
         model=lm.name,
@@ -271,12 +294,14 @@ def build_task(
         n_icl=n_icl,
         max_words=max_words,
         site=site,
+        spaced=spaced,
+        group=group,
     )
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-32
 _TENSORS = ("x", "W", "b", "f1", "tokens", "at")
-_VALUES = ("model", "layer", "site", "seed", "l2", "n_icl", "max_words")
+_VALUES = ("model", "layer", "site", "seed", "l2", "n_icl", "max_words", "spaced", "group")
 
 
 def save_task(task: FirstLetterTask, folder: Path | str) -> None:
@@ -315,11 +340,14 @@ def task_artefact(
     n_icl: int = 10,  # answered lines in each prompt
     max_words: int | None = None,  # a random part of a large vocabulary
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    spaced: bool = False,  # only words with a leading space
+    group: int = GROUP,  # words that share their answered lines
 ) -> Artefact:
     "What names a task in the cache."
+    which = dict(max_words=max_words, spaced=spaced, group=group)
     return Artefact(
         "tasks",
-        dict(layer=layer, site=site, seed=seed, n_icl=n_icl, max_words=max_words),
+        dict(layer=layer, site=site, seed=seed, n_icl=n_icl) | which,
         ("evals.first_letter.build_task", "evals.first_letter.save_task", "data.lm.load_lm"),
         inputs=dict(model=lm.checksum),
         sources=dict(model=lm.name),
@@ -336,13 +364,15 @@ def get_task(
     n_icl: int = 10,  # answered lines in each prompt
     max_words: int | None = None,  # a random part of a large vocabulary
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    spaced: bool = False,  # only words with a leading space
+    group: int = GROUP,  # words that share their answered lines
 ) -> FirstLetterTask:
     "The task from the cache, or built and put there."
     lm = load_lm(model) if isinstance(model, (str, Path)) else model
-    artefact = task_artefact(lm, layer, seed, n_icl, max_words, site)
+    artefact = task_artefact(lm, layer, seed, n_icl, max_words, site, spaced, group)
 
     def build() -> FirstLetterTask:
-        return build_task(lm, layer, seed, n_icl, max_words, site=site)
+        return build_task(lm, layer, seed, n_icl, max_words, site=site, spaced=spaced, group=group)
 
     return replace(load_task(artefact.ensure(build, save_task)), model=lm.name)
 
@@ -355,7 +385,10 @@ def get_tasks(
     n_icl: int = 10,  # answered lines in each prompt
     max_words: int | None = None,  # a random part of a large vocabulary
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    spaced: bool = False,  # only words with a leading space
+    group: int = GROUP,  # words that share their answered lines
 ) -> list[FirstLetterTask]:
     "The same task at several evaluation seeds."
     lm = load_lm(model) if isinstance(model, (str, Path)) else model
-    return [get_task(lm, layer, seed, n_icl, max_words, site) for seed in seeds]
+    which = (n_icl, max_words, site, spaced, group)
+    return [get_task(lm, layer, seed, *which) for seed in seeds]
