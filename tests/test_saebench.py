@@ -59,6 +59,7 @@ CONFIG = dict(
     site="resid_post",
     seeds=[7],
     position=-6,
+    protocol="exact",
 )
 
 
@@ -408,7 +409,7 @@ def test_absorption_settings_and_letters():
         num_split_features=3,
     )
     assert (
-        out["eval_result_unstructured"] == CONFIG
+        out["eval_result_unstructured"] == CONFIG | dict(n_letters=2)
         and out["sae_bench_commit_hash"].startswith("atm-sae ")
         and out["sae_lens_version"] is None
     )

@@ -6,6 +6,7 @@
 __all__ = [
     "SAEBENCH_THRESHOLDS",
     "Indices",
+    "METRIC_NAMES",
     "AbsorptionConfig",
     "full_absorption",
     "absorbed_projection",
@@ -43,6 +44,7 @@ from ..data.lm import LM, Site, check_causal, hook_point, other_place, splice
 from .first_letter import LETTERS, FirstLetterTask
 from .metrics import Dictionary, Encoder, ordinary_rows
 from .probes import f1_score, fit_l1_probes, fit_logistic
+from .released import Released, find_protocol, rank_released, released_task
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-12
@@ -321,14 +323,17 @@ def _check_fits(sae: Dictionary, task: FirstLetterTask) -> None:
         )
 
 
-def _letters_that_count(task: FirstLetterTask, config: AbsorptionConfig) -> list[int]:
+def _letters_that_count(
+    task: FirstLetterTask, config: AbsorptionConfig, released: Released | None
+) -> list[int]:
     "Indices of the letters whose probe is good; ValueError if there are too few."
     counts = [i for i in range(26) if task.f1[i] > config.min_f1 and task.hits[i].any()]
-    if len(counts) < config.min_letters:
+    needed = 1 if released else config.min_letters
+    if len(counts) < needed:
         failed = ", ".join(f"{LETTERS[i]} {task.f1[i]:.2f}" for i in range(26) if i not in counts)
         raise ValueError(
             f"only {len(counts)} letters have a probe with F1 > {config.min_f1} on test words, "
-            f"{config.min_letters} are needed; failed: {failed}. Use a layer where first letters "
+            f"{needed} are needed; failed: {failed}. Use a layer where first letters "
             "are present, more words, or a model that can spell"
         )
     return counts
@@ -341,10 +346,15 @@ def _ranked(
     task: FirstLetterTask,
     counts: list[int],
     config: AbsorptionConfig,
+    released: Released | None,
 ) -> tuple[list[np.ndarray], Tensor]:
     "Ranked latents of each letter in counts, and their values (letters, n, k), padded with zeros."
-    train, letter = ~task.test.numpy(), task.letter.numpy()
-    ranked = rank_latents(z[train], letter[train, None] == counts, config.l1_share, config.max_k)
+    train, n = ~task.test.numpy(), config.max_k
+    letter = task.letter[~task.test]
+    if released:
+        ranked = rank_released(z[train], letter, counts, task.seed, released.ranking, n)
+    else:
+        ranked = rank_latents(z[train], letter[:, None].numpy() == counts, config.l1_share, n)
     for j, i in enumerate(counts):
         if not len(ranked[j]):
             ranked[j] = np.array([int((W_dec @ task.directions[i]).argmax())])
@@ -440,12 +450,17 @@ def _with_ablation(
 
 
 def _score_task(
-    sae: Encoder, task: FirstLetterTask, config: AbsorptionConfig, lm: LM | None, batch_size: int
+    sae: Encoder,
+    task: FirstLetterTask,
+    config: AbsorptionConfig,
+    lm: LM | None,
+    batch_size: int,
+    released: Released | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     "One evaluation: the table of letters and the table of words."
-    counts = _letters_that_count(task, config)
+    counts = _letters_that_count(task, config, released)
     z, W_dec = encode_words(sae, task.x, batch_size)
-    ranked, values = _ranked(z, W_dec, task, counts, config)
+    ranked, values = _ranked(z, W_dec, task, counts, config, released)
     Y, test = task.letter == torch.tensor(counts)[:, None], task.test
     number, f1, detected = main_latents(
         values[:, ~test], Y[:, ~test], values[:, test], Y[:, test], config.jump
@@ -467,6 +482,12 @@ def _score_task(
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-51
+METRIC_NAMES = dict(
+    exact=("mean_full_absorption_score", "mean_absorption_fraction_score", "n_letters"),
+    saebench=("saebench_full_absorption", "saebench_absorption_fraction", "saebench_letters"),
+)
+
+
 @dataclass
 class AbsorptionResult:
     "Absorption scores of one SAE: the tables, and means over letters and evaluation seeds."
@@ -512,6 +533,17 @@ class AbsorptionResult:
     def ablation(self) -> float:
         "Rate by the criterion of Chanin et al.; NaN if it was scored without an LM."
         return self._mean("ablation")
+
+    @property
+    def n_letters(self) -> float:
+        "Number of letters that count, a mean over evaluation seeds."
+        return len(self.letters) / self.letters.eval_seed.nunique()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        "Both scores and the number of letters by the names of tables, which tell protocols apart."
+        names = METRIC_NAMES[self.config["protocol"]]
+        return dict(zip(names, (self.full, self.fraction, self.n_letters)))
 
     @property
     def full_std(self) -> float:
@@ -562,6 +594,7 @@ def evaluate_absorption(
     config: AbsorptionConfig = SAEBENCH_THRESHOLDS,
     lm: LM | None = None,  # the tasks' LM: adds the third score, the rate of Chanin et al.
     batch_size: int = 1024,  # words encoded at a time
+    protocol: str | Released = "exact",  # or "saebench": probes as SAEBench 0.6.0 trains them
 ) -> AbsorptionResult:
     """Score an SAE on the first-letter task, without the words whose activation is an outlier.
 
@@ -571,9 +604,12 @@ def evaluate_absorption(
     _check_tasks(tasks)
     for task in tasks:
         _check_fits(sae, task)
+    released = find_protocol(protocol)
+    if released:
+        tasks = [released_task(task, released.letters) for task in tasks]
     n_words = [len(task.words) for task in tasks]
     tasks = [_ordinary_words(sae, task) for task in tasks]
-    parts = [_score_task(sae, task, config, lm, batch_size) for task in tasks]
+    parts = [_score_task(sae, task, config, lm, batch_size, released) for task in tasks]
     letters, words = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     first = tasks[0]
     setting = dict(
@@ -589,7 +625,10 @@ def evaluate_absorption(
         max_words=first.max_words,
         spaced=first.spaced,
         group=first.group,
+        protocol="saebench" if released else "exact",
     )
+    if released:  # these say how, in place of both penalties
+        setting |= dict(l2=None, l1_share=None, min_letters=1, probes=to_plain(released))
     return AbsorptionResult(letters, words, to_plain(config) | setting, describe_sae(sae))
 
 

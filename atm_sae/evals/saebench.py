@@ -357,6 +357,15 @@ def _third_score(result: AbsorptionResult) -> dict[str, float]:
     return {} if math.isnan(result.ablation) else dict(ablation_absorption_rate=result.ablation)
 
 
+def _ranking_settings(c: dict[str, Any]) -> dict[str, Any]:
+    "How SAEBench's protocol ranks latents, by SAEBench's names; nothing for the other protocol."
+    if c["protocol"] != "saebench":
+        return {}
+    ranking = c["probes"]["ranking"]
+    names = dict(l1_decay="l1_decay", batch_size="batch_size", num_epochs="epochs")
+    return {f"k_sparse_probe_{theirs}": ranking[ours] for theirs, ours in names.items()}
+
+
 def absorption_json(
     result: AbsorptionResult,
     path: Path | str | None = None,  # write it there: a .json file, or a folder of results
@@ -374,7 +383,7 @@ def absorption_json(
         llm_dtype="float32",
         min_GT_probe_f1=c["min_f1"],
         min_feats_for_eval=c["min_letters"],
-    )
+    ) | _ranking_settings(c)
     scores = {f"mean_{k}": getattr(result, v) for k, v in _SCORES.items()}
     scores |= {f"std_dev_{k}": getattr(result, v + "_std") for k, v in _SCORES.items()}
     return saebench_result(
@@ -387,7 +396,7 @@ def absorption_json(
         c["layer"],
         path=path,
         site=c["site"],
-        unstructured=c | _third_score(result),
+        unstructured=c | dict(n_letters=result.n_letters) | _third_score(result),
         **more,
     )
 
