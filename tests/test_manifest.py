@@ -18,7 +18,7 @@ from atm_sae.report.manifest import (
     run_order,
 )
 from atm_sae.methods import method_name
-from toy import DECLARED, DOUBLE, notebook
+from toy import COUNT, DECLARED, DOUBLE, notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,6 +99,34 @@ def test_all_problems_at_once(toy):
     toy.replace("steps: 3", "stepps: 3")
     toy.replace("title: Doubling", "titel: Doubling")
     assert toy.error().startswith("manifest.yaml: 3 problems") and "stepps" in toy.error()
+
+
+@pytest.mark.parametrize("where", ["count", "double"])
+def test_no_claim_is_decided_by_a_toy_model(toy, where):
+    "Neither by the object's own model nor by that of the objects whose tables it reads."
+    model = 'model: str = "nano-gemma2"'
+    notebook(toy.path.parent / "10_count.ipynb", COUNT, parameters=f"{DECLARED}{model}")
+    if where == "double":
+        claim = "claims: [{text: less, difference: atm - topk, metric: total, expect: lower}]"
+        toy.replace(f"    {claim}\n", "")
+        more = f"outputs: [tables/double.md, tables/double-summary.csv]\n    {claim}"
+        toy.replace("outputs: [tables/double.md]", more)
+    words = f"{where}: default: claims would be decided by nano-gemma2, a toy of 1.8 million"
+    assert words in toy.error() and "smoke" not in toy.error()
+    toy.replace("default: {rate: 1}", "default: {rate: 1, model: ./data/nano-gemma2}")
+    assert words in toy.error()
+    toy.replace("./data/nano-gemma2", "smollm2")
+    load_manifest(toy.path)
+    toy.replace("model: smollm2", "model: nano-gemma2")
+    toy.replace("expect: lower}", "expect: lower, world: planted}")
+    load_manifest(toy.path)
+
+
+def test_a_smoke_run_decides_no_claim(toy):
+    toy.run()
+    count = load_manifest(toy.path).pick("count")
+    assert [line["verdict"] for line in M.claim_verdicts(count, "default", toy.out)] == ["holds"]
+    assert M.claim_verdicts(count, "smoke", toy.out) == []
 
 
 def test_circle(toy):
@@ -218,11 +246,11 @@ def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
         for p in e.published
     }
     assert (
-        values["atm", "mean_full_absorption_score", None] == 0.0068
-        and values["topk", "mean_full_absorption_score", 40.0] == 0.140248
+        values["atm", "saebench_full_absorption", None] == 0.0068
+        and values["topk", "saebench_full_absorption", 40.0] == 0.140248
     )
     assert (
-        values["jumprelu", "mean_full_absorption_score", 2665.9] == 0.011419
+        values["jumprelu", "saebench_full_absorption", 2665.9] == 0.011419
         and values["atm", "mse_saebench", None] == 0.5508
     )
     assert all(p.get("source") and p.get("confidence") for e in experiments for p in e.published)

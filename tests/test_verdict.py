@@ -13,6 +13,7 @@ from atm_sae.report.manifest import load_manifest, object_states
 from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
 from atm_sae.report.tables import read_summary
 from atm_sae.report.verdict import (
+    ABLATION_RATE,
     ALIKE,
     BEYOND,
     EFFECT_COLUMNS,
@@ -39,6 +40,7 @@ from atm_sae.report.verdict import (
 )
 
 REPORTS = ROOT / "reports"
+RUNS = ROOT / "tests/data/verdict"  # five seeds of 13 methods, planted world and nano-gemma2
 
 
 def rows(**curves):
@@ -229,20 +231,51 @@ def test_one_seed_shows_nothing():
     assert said == "no difference shown on ReLU + L1 (one seed gives no interval)"
 
 
+@pytest.mark.parametrize(
+    "missing, kept, gone",
+    [
+        ("planted", "Language model", "Planted world"),
+        ("absorption", "Planted world", "Language model"),
+    ],
+)
+def test_one_world_alone_has_a_verdict(runs, missing, kept, gone):
+    "The tables and sentences of the other world stay as they are."
+    before = subjects(runs)
+    (runs / "tables" / f"{missing}-runs.csv").unlink()
+    (runs / "tables" / "stability-runs.csv").unlink()
+    after = subjects(runs)
+    assert after[kept] == before[kept] or after[kept] in before[kept]
+    assert gone not in after and {"Price", "Importance or dropout"} <= after.keys()
+    evidence = read_evidence(runs)
+    columns = [*mask_table(evidence), *rival_table(evidence)]
+    word = "planted:" if missing == "planted" else "model:"
+    assert columns and not any(column.startswith(word) for column in columns)
+    assert "Alike" not in mask_caption(evidence) and "JumpReLU" in mask_table(evidence).base.tolist()
+
+
+def test_the_ablation_rate_stands_beside_the_scores_where_it_was_measured(runs):
+    assert ABLATION_RATE.heading not in mask_table(read_evidence(runs))
+    path = runs / "tables" / "absorption-runs.csv"
+    table = pd.read_csv(path)
+    rate = 0.2 + 0.1 * (table.method == "topk+atm") + 0.01 * table.seed
+    table.assign(**{ABLATION_RATE.metric: rate}).to_csv(path, index=False)
+    cells = mask_table(read_evidence(runs)).set_index("base")[ABLATION_RATE.heading]
+    assert cells["TopK (learning rate × 4.2)"].startswith("**more** 0.10")
+    assert cells["JumpReLU"].startswith("0.00")
+
+
 def test_no_file_no_sentence(tmp_path):
     assert verdict_sentences(tmp_path) == [] and layer_sentence(tmp_path) == ""
     assert read_evidence(tmp_path) is None
 
 
-# the committed verdict
+# tables of runs
 
 
 @pytest.fixture
-def committed(tmp_path):
-    "A copy of the committed tables of the full profile, and how they were made, to be broken."
-    for name in ("tables", "provenance"):
-        shutil.copytree(REPORTS / "full" / name, tmp_path / "full" / name)
-    return tmp_path / "full"
+def runs(tmp_path):
+    "A copy of tables of runs and their parameters, to be changed."
+    return shutil.copytree(RUNS, tmp_path / "runs")
 
 
 def move(folder, name, method, column, by):
@@ -261,8 +294,8 @@ def subjects(folder):
 
 @pytest.fixture(scope="module")
 def before():
-    "The sentences of the committed tables."
-    return subjects(REPORTS / "full")
+    "The sentences of the unchanged tables."
+    return subjects(RUNS)
 
 
 def changed(before, after):
@@ -331,24 +364,24 @@ def changed(before, after):
     ],
 )
 def test_moving_a_column_of_runs_changes_its_sentence_alone(
-    before, committed, name, method, column, by, words, expected
+    before, runs, name, method, column, by, words, expected
 ):
-    move(committed, name, method, column, by)
-    after = subjects(committed)
+    move(runs, name, method, column, by)
+    after = subjects(runs)
     assert changed(before, after) == {expected}
     assert words in after[expected] and words not in before[expected]
 
 
-def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, committed):
-    evidence = rival_table(read_evidence(committed)).set_index("minus")
-    move(committed, "absorption", "batchtopk", "mean_full_absorption_score", -0.5)
-    move(committed, "absorption", "batchtopk+atm", "mean_full_absorption_score", -0.5)
-    after = subjects(committed)
+def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, runs):
+    evidence = rival_table(read_evidence(runs)).set_index("minus")
+    move(runs, "absorption", "batchtopk", "mean_full_absorption_score", -0.5)
+    move(runs, "absorption", "batchtopk+atm", "mean_full_absorption_score", -0.5)
+    after = subjects(runs)
     share = "What ATM owes to its base"
     assert changed(before, after) == {"Language model, against other SAEs", share}
     words = "against BatchTopK the two disagree: more by the full score, less by the fraction score"
     assert after["Language model, against other SAEs"].count(words) == 2
-    table = rival_table(read_evidence(committed)).set_index("minus")
+    table = rival_table(read_evidence(runs)).set_index("minus")
     moved = table.loc["BatchTopK", FULL_SCORE.heading]
     assert moved.startswith("**0.48") and moved != evidence.loc["BatchTopK", FULL_SCORE.heading]
     assert (table.drop("BatchTopK") == evidence.drop("BatchTopK")).all(axis=None)
@@ -356,7 +389,7 @@ def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, committed):
 
 def test_atm_and_its_base_meet_a_rival_at_the_same_l0s():
     "In the planted world ATM ends below 64, so its base is read there neither."
-    evidence = read_evidence(REPORTS / "full")
+    evidence = read_evidence(RUNS)
     planted = evidence.planted[evidence.planted.sparsity <= 32]
     assert {*planted.sparsity} < {*evidence.planted.sparsity}
     alone = compare_pairs(planted, ["absorption"], [("standard", "jumprelu")])["mean"].item()
@@ -364,20 +397,20 @@ def test_atm_and_its_base_meet_a_rival_at_the_same_l0s():
     assert cell.split(" / ")[1].strip("*") == f"{alone:.3f}"
 
 
-def test_settings_that_hide_nothing_are_no_mask(committed):
-    evidence = read_evidence(committed)
+def test_settings_that_hide_nothing_are_no_mask(runs):
+    evidence = read_evidence(runs)
     line = mask_table(evidence).set_index("base").loc["Matryoshka: tuning chose no mask"]
     assert {*line} == {"–"} and "On Matryoshka, tuning chose no mask." in " ".join(
-        verdict_sentences(committed)
+        verdict_sentences(runs)
     )
-    move(committed, "planted", "matryoshka+atm", "mask_rate", 0.2)
-    table = mask_table(read_evidence(committed))
+    move(runs, "planted", "matryoshka+atm", "mask_rate", 0.2)
+    table = mask_table(read_evidence(runs))
     assert not table.base.str.contains("no mask").any() and table.base.str.match("Matryoshka").any()
-    assert "chose no mask" not in " ".join(verdict_sentences(committed))
+    assert "chose no mask" not in " ".join(verdict_sentences(runs))
 
 
-def test_the_mask_table_says_how_sure_it_is_and_what_else_differs(committed):
-    evidence = read_evidence(committed)
+def test_the_mask_table_says_how_sure_it_is_and_what_else_differs(runs):
+    evidence = read_evidence(runs)
     table = mask_table(evidence).set_index("base")
     cells = table.loc["ReLU + L1 (learning rate × 2.6)"]
     assert cells[RAW.heading] == "**less** -0.076 ± 0.025 (5/5)"
@@ -447,11 +480,11 @@ def test_published_values_of_atm_are_called_secondary():
 
 
 def test_agreement_has_the_intervals_of_the_jackknife():
-    """Pairs share their seeds. The committed summary has the intervals of the jackknife. The
+    """Pairs share their seeds. The summary has the intervals of the jackknife. The
     correction widens them: two of four bases are significant, the others stand at 1 - 0.05/2."""
-    table = mask_effects(read_evidence(REPORTS / "full"))
+    table = mask_effects(read_evidence(RUNS))
     line = table[(table.metric == ALIKE.metric) & (table.b == "topk")].iloc[0]
-    summary = read_summary(REPORTS / "full/tables/stability-summary.csv")
+    summary = read_summary(RUNS / "tables/stability-summary.csv")
     off = summary[(summary.method == "topk+atm - topk+atm off") & (summary.metric == ALIKE.metric)]
     assert line["mean"] == pytest.approx(off["mean"].item(), rel=1e-3)
     half = (off.high - off.low).item() / 2 * 3.495406 / 2.776445  # quantiles of t at 4 degrees

@@ -7,6 +7,8 @@ __all__ = [
     "TYPES",
     "Names",
     "OutputPaths",
+    "TOYS",
+    "SMOKE_PROFILE",
     "CUT",
     "NEVER_RUN",
     "MADE_ELSEWHERE",
@@ -471,6 +473,42 @@ def _check_together(
     return problems
 
 
+TOYS = {"nano-gemma2": "a toy of 1.8 million parameters"}  # models from which nothing is claimed
+SMOKE_PROFILE = "smoke"  # shows that the code works: it decides no claim
+
+
+def _model(e: Experiment, profile: str, folder: Path) -> str | None:
+    "The language model that an experiment's notebook gets; None if it names none."
+    try:
+        declared = _declared(folder / e.notebook)
+    except ManifestError:  # reported with the notebook
+        return None
+    default = declared["model"].default if "model" in declared else None
+    return e.resolved(profile).get("model", default)
+
+
+def _check_claims(
+    experiments: Iterable[Experiment], profiles: Iterable[str], folder: Path
+) -> list[str]:
+    "Problems with claims about language models that would be decided by a toy."
+    named = {e.name: e for e in experiments}
+    problems = []
+    for e in named.values():
+        if all(claim.get("world") == "planted" for claim in e.claims):
+            continue
+        makers = [e, *(named[name] for name in e.after if name in named)]
+        for profile in profiles:
+            if profile == SMOKE_PROFILE or (e.profiles and profile not in e.profiles):
+                continue
+            models = {Path(_model(maker, profile, folder) or "").name for maker in makers}
+            for toy in models & TOYS.keys():
+                problems.append(
+                    f"{e.name}: {profile}: claims would be decided by {toy}, {TOYS[toy]}: "
+                    "give another model, or limit the claims with `world: planted`"
+                )
+    return problems
+
+
 # %% ../../nbs/report/manifest.ipynb #cell-23
 def run_order(
     experiments: Iterable[Experiment],  # of one manifest
@@ -555,6 +593,7 @@ def check_manifest(
     problems += _check_together(experiments, names, file["profiles"])
     for e in experiments:
         problems += _check_notebook(e, path.parent, file["profiles"])
+    problems += _check_claims(experiments, file["profiles"], path.parent)
     return tuple(experiments), problems
 
 
@@ -886,11 +925,12 @@ def _claim_line(claim: Claim, row: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def claim_verdicts(
     experiment: Experiment,  # whose claims
-    out: str | Path,  # reports folder
+    profile: str,  # of this run; the smoke profile decides no claim
+    out: str | Path,  # its reports folder
 ) -> list[dict[str, Any]]:
     "One dict for each claim and each line of differences that decides it."
     summary = _summary(experiment, out)
-    if summary is None:
+    if summary is None or profile == SMOKE_PROFILE:
         return []
     lines = []
     for claim in experiment.claims:

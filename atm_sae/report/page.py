@@ -351,7 +351,7 @@ def object_card(
     return replace(
         card,
         published=_rows(card, map(_published_cells, published)),
-        claims=_rows(card, map(_claim_cells, claim_verdicts(experiment, folder))),
+        claims=_rows(card, map(_claim_cells, claim_verdicts(experiment, profile, folder))),
         figures=_pictures(experiment, folder),
         links=_links(experiment, folder),
     )

@@ -10,6 +10,7 @@ __all__ = [
     "EFFECT_COLUMNS",
     "FULL",
     "FRACTION",
+    "ABLATION",
     "PLANTED_METRICS",
     "LETTER_METRICS",
     "MASKED",
@@ -18,13 +19,14 @@ __all__ = [
     "BEYOND",
     "FULL_SCORE",
     "FRACTION_SCORE",
+    "ABLATION_RATE",
     "PLANTED_FVU",
     "MODEL_FVU",
     "ALIKE",
     "ALIKE_FREQUENT",
+    "ABSORBED",
     "MEASURES",
     "SIDES",
-    "TOYS",
     "RIVALS",
     "WORLDS",
     "PUBLISHED_STANDING",
@@ -38,6 +40,7 @@ __all__ = [
     "compare_pairs",
     "planted_rows",
     "letter_rows",
+    "letter_metrics",
     "Evidence",
     "read_evidence",
     "mask_effects",
@@ -66,6 +69,7 @@ import pandas as pd
 
 from ..artefacts import read_json
 from ..methods import ARCHITECTURES, get_method, method_name
+from .manifest import TOYS
 from atm_sae.report.tables import (
     SUMMARY_COLUMNS,
     chose_no_mask,
@@ -292,8 +296,9 @@ def compare_pairs(
 
 # %% ../../nbs/report/verdict.ipynb #cell-25
 FULL, FRACTION = "mean_full_absorption_score", "mean_absorption_fraction_score"
+ABLATION = "mean_ablation_absorption_rate"
 PLANTED_METRICS = ("absorption", "excess_absorption", "fvu")
-LETTER_METRICS = (FULL, FRACTION, "fvu")
+LETTER_METRICS = (FULL, FRACTION, ABLATION, "fvu")
 MASKED = {base: "atm" if base == "standard" else f"{base}+atm" for base in ARCHITECTURES}
 
 
@@ -303,24 +308,50 @@ def _parameters(folder: Path, name: str) -> dict[str, Any]:
     return read_json(path)["parameters"] if path.is_file() else {}
 
 
+_KEYS = ("world", "method", "sparsity", "seed", "l0")
+
+
+def _runs(folder: str | Path, name: str, columns: Iterable[str] = _KEYS) -> pd.DataFrame:
+    "tables/NAME-runs.csv; an empty table if it was not made."
+    path = Path(folder) / "tables" / f"{name}-runs.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[*columns])
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    "{method: settings} of the runs in a reports folder."
+    parameters = _parameters(folder, "planted") or _parameters(folder, "absorption")
+    return parameters.get("tuned", {})
+
+
 def planted_rows(
     folder: str | Path,  # a reports folder
 ) -> pd.DataFrame:
-    "tables/planted-runs.csv."
-    return pd.read_csv(Path(folder) / "tables" / "planted-runs.csv")
+    "tables/planted-runs.csv; an empty table if it was not made."
+    return _runs(folder, "planted", (*_KEYS, *PLANTED_METRICS))
 
 
 def letter_rows(
     folder: str | Path,  # a reports folder
 ) -> pd.DataFrame:
-    "tables/absorption-runs.csv without pretrained SAEs, which have no seed; with FVU."
-    rows = pd.read_csv(Path(folder) / "tables" / "absorption-runs.csv").dropna(subset="seed")
-    return rows.assign(fvu=1 - rows.explained_variance)
+    """tables/absorption-runs.csv without pretrained SAEs, which have no seed; with FVU.
+
+    An empty table if it was not made. The ablation rate is NaN where it was not measured."""
+    rows = _runs(folder, "absorption", (*_KEYS, *LETTER_METRICS, "explained_variance"))
+    rows = rows.dropna(subset="seed")
+    rate = rows[ABLATION] if ABLATION in rows else math.nan
+    return rows.assign(fvu=1 - rows.explained_variance, **{ABLATION: rate})
+
+
+def letter_metrics(
+    rows: pd.DataFrame,  # of `letter_rows`
+) -> list[str]:
+    "Those of `LETTER_METRICS` that were measured."
+    return [metric for metric in LETTER_METRICS if metric in rows and rows[metric].notna().any()]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    "What a verdict is made of."
+    "What a verdict is made of. The tables of what was not run are empty."
 
     planted: pd.DataFrame  # `equal_l0_rows` of the planted world
     letters: pd.DataFrame  # `equal_l0_rows` of the language model
@@ -330,8 +361,8 @@ class Evidence:
 
     @property
     def model(self) -> str:
-        "The language model."
-        return str(self.letters.world.iloc[0])
+        "The language model; empty if there is none."
+        return str(self.letters.world.iloc[0]) if len(self.letters) else ""
 
     def pairs(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         "Those of which both methods were run, and the first hides latents."
@@ -342,26 +373,26 @@ class Evidence:
         "`compare_pairs` in both worlds."
         pairs = self.pairs(pairs)
         planted = compare_pairs(self.planted, PLANTED_METRICS, pairs)
-        return _joined([planted, compare_pairs(self.letters, LETTER_METRICS, pairs)])
+        letters = compare_pairs(self.letters, letter_metrics(self.letters), pairs)
+        return _joined([planted, letters])
 
 
 def read_evidence(
     folder: str | Path,  # a reports folder
     l0s: Iterable[float] | None = None,  # where to read; None: as its verdict was run
 ) -> Evidence | None:
-    "The evidence in a reports folder; None if the rows of either world are missing."
-    tables = Path(folder) / "tables"
-    l0s = l0s or _parameters(Path(folder), "verdict").get("l0s", EQUAL_L0)
-    if not all((tables / f"{name}-runs.csv").is_file() for name in ("planted", "absorption")):
-        return None
+    "The evidence in a reports folder; None if it has the rows of neither world."
+    l0s = list(l0s or _parameters(Path(folder), "verdict").get("l0s", EQUAL_L0))
     planted, letters = planted_rows(folder), letter_rows(folder)
-    stability = tables / "stability-runs.csv"
+    found = [rows for rows in (planted, letters) if len(rows)]
+    if not found:
+        return None
     return Evidence(
         planted=equal_l0_rows(planted, PLANTED_METRICS, l0s),
-        letters=equal_l0_rows(letters, LETTER_METRICS, l0s),
-        agreement=pd.read_csv(stability) if stability.is_file() else pd.DataFrame(),
-        unmasked=chose_no_mask(planted) & chose_no_mask(letters),
-        tuned=_parameters(Path(folder), "planted").get("tuned", {}),
+        letters=equal_l0_rows(letters, letter_metrics(letters), l0s),
+        agreement=_runs(folder, "stability"),
+        unmasked=set.intersection(*map(chose_no_mask, found)),
+        tuned=_tuned(Path(folder)),
     )
 
 
@@ -421,13 +452,15 @@ RAW = Measure("absorption", True, "planted: raw absorption", "by raw absorption"
 BEYOND = Measure("excess_absorption", True, "planted: beyond misses", "by absorption beyond misses")
 FULL_SCORE = Measure(FULL, False, "model: full score", "by the full score")
 FRACTION_SCORE = Measure(FRACTION, False, "model: fraction score", "by the fraction score")
+ABLATION_RATE = Measure(ABLATION, False, "model: ablation rate", "by the ablation rate")
 PLANTED_FVU = Measure("fvu", True, "planted: unexplained", "in the planted world")
 MODEL_FVU = Measure("fvu", False, "model: unexplained", "on the language model")
 ALIKE = Measure("best_cosine", False, "model: alike between seeds", "over all latents")
 ALIKE_FREQUENT = Measure(
     "frequent_cosine", False, "model: alike, most frequent", "over the most frequent"
 )
-MEASURES = (RAW, BEYOND, FULL_SCORE, FRACTION_SCORE, PLANTED_FVU, MODEL_FVU, ALIKE, ALIKE_FREQUENT)
+ABSORBED = (RAW, BEYOND, FULL_SCORE, FRACTION_SCORE, ABLATION_RATE)
+MEASURES = (*ABSORBED, PLANTED_FVU, MODEL_FVU, ALIKE, ALIKE_FREQUENT)
 SIDES = dict(holds="less", fails="more", undecided="none")  # of zero
 
 
@@ -500,8 +533,18 @@ def mask_caption(
         "95% interval (paired t over seeds, Holm over the bases); in brackets how "
         f"many of {seeds} seeds agree in sign. **less** and **more**: the interval excludes 0. No "
         "word: no difference shown; the data would have shown one of at least the number after ±. "
-        f"Mean over L0 {' and '.join(ranges)}, as far as both reach. Alike between seeds: mean "
-        "best cosine of two dictionaries, here minus the same settings with the mask off."
+        f"Mean over L0 {' and '.join(ranges)}, as far as both reach."
+        f"{_alike_note(effects)}"
+    )
+
+
+def _alike_note(effects: pd.DataFrame) -> str:
+    "What agreement between seeds is; empty if it was not measured."
+    if not effects.metric.isin(AGREEMENT).any():
+        return ""
+    return (
+        " Alike between seeds: mean best cosine of two dictionaries, here minus the same settings "
+        "with the mask off."
     )
 
 
@@ -561,7 +604,7 @@ def describe_effects(
     than: bool = False,  # say `than b` and `against b` instead of `on b`
 ) -> str:
     "The pairs, grouped by what all measures show of them; empty if there are none."
-    found = [effect_lines(effects, measure) for measure in measures]
+    found = [effect_lines(effects, measure) for measure in measures] or [{}]
     groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for pair in found[0]:
         if all(pair in lines for lines in found):
@@ -574,7 +617,6 @@ def describe_effects(
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-34
-TOYS = {"nano-gemma2": "a toy of 1.8 million parameters"}
 RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka")
 WORLDS = {"Planted world": (RAW, BEYOND), "Language model": (FULL_SCORE, FRACTION_SCORE)}
 PUBLISHED_STANDING = (
@@ -651,7 +693,10 @@ def _price_sentences(effects: pd.DataFrame) -> list[str]:
         "**Stability**, agreement between seeds (mean best cosine) with the mask minus the same "
         "settings without:": (ALIKE, ALIKE_FREQUENT),
     }
-    said = {head: describe_effects(effects, measures) for head, measures in heads.items()}
+    said = {
+        head: describe_effects(effects, [m for m in measures if effect_lines(effects, m)])
+        for head, measures in heads.items()
+    }
     return [f"{head} {words}." for head, words in said.items() if words]
 
 
@@ -692,8 +737,9 @@ def rival_table(
     """One line for each other SAE: ATM minus it, and ATM's base without the mask minus it.
 
     Bold where the interval, corrected by Holm over the other SAEs, excludes zero."""
-    measures = [measure for pair in WORLDS.values() for measure in pair]
     effects = _rival_effects(evidence)
+    measured = {*pd.concat(effects.values()).metric}
+    measures = [measure for measure in ABSORBED if measure.metric in measured]
     table = []
     for rival in RIVALS:
         cells = {}
