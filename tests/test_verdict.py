@@ -250,7 +250,9 @@ def test_one_world_alone_has_a_verdict(runs, missing, kept, gone):
     columns = [*mask_table(evidence), *rival_table(evidence)]
     word = "planted:" if missing == "planted" else "model:"
     assert columns and not any(column.startswith(word) for column in columns)
-    assert "Alike" not in mask_caption(evidence) and "JumpReLU" in mask_table(evidence).base.tolist()
+    assert (
+        "Alike" not in mask_caption(evidence) and "JumpReLU" in mask_table(evidence).base.tolist()
+    )
 
 
 def test_the_ablation_rate_stands_beside_the_scores_where_it_was_measured(runs):
@@ -265,7 +267,7 @@ def test_the_ablation_rate_stands_beside_the_scores_where_it_was_measured(runs):
 
 
 def test_no_file_no_sentence(tmp_path):
-    assert verdict_sentences(tmp_path) == [] and layer_sentence(tmp_path) == ""
+    assert verdict_sentences(read_evidence(tmp_path)) == [] and layer_sentence(tmp_path) == ""
     assert read_evidence(tmp_path) is None
 
 
@@ -289,7 +291,7 @@ def move(folder, name, method, column, by):
 
 def subjects(folder):
     "{subject: sentence}"
-    return {s.split("**")[1]: s for s in verdict_sentences(folder)}
+    return {s.split("**")[1]: s for s in verdict_sentences(read_evidence(folder))}
 
 
 @pytest.fixture(scope="module")
@@ -401,12 +403,12 @@ def test_settings_that_hide_nothing_are_no_mask(runs):
     evidence = read_evidence(runs)
     line = mask_table(evidence).set_index("base").loc["Matryoshka: tuning chose no mask"]
     assert {*line} == {"–"} and "On Matryoshka, tuning chose no mask." in " ".join(
-        verdict_sentences(runs)
+        verdict_sentences(read_evidence(runs))
     )
     move(runs, "planted", "matryoshka+atm", "mask_rate", 0.2)
     table = mask_table(read_evidence(runs))
     assert not table.base.str.contains("no mask").any() and table.base.str.match("Matryoshka").any()
-    assert "chose no mask" not in " ".join(verdict_sentences(runs))
+    assert "chose no mask" not in " ".join(verdict_sentences(read_evidence(runs)))
 
 
 def test_the_mask_table_says_how_sure_it_is_and_what_else_differs(runs):

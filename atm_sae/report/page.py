@@ -406,7 +406,7 @@ def profile_results(
         profile,
         manifest.profiles[profile]["description"].rstrip(".") + ".",
         prefix,
-        tuple(verdict_sentences(folder)),
+        tuple(verdict_sentences(evidence)),
         tuple(object_card(state, profile, folder) for state in states.values()),
         mask,
         "" if evidence is None or mask.empty else mask_caption(evidence),

@@ -358,6 +358,14 @@ class Evidence:
     agreement: pd.DataFrame  # tables/stability-runs.csv; empty if it was not made
     unmasked: set[str]  # methods whose tuned settings hide no latent
     tuned: Mapping[str, Mapping[str, Any]]  # {method: settings}
+    layer: str = ""  # the layer sentence of the reports folder
+    best: str = ""  # the cheapest attempt; empty if there is none
+
+    def of_world(self, planted: bool) -> "Evidence":
+        "The same for the planted world alone, or for the language model alone."
+        if planted:
+            return replace(self, letters=self.letters[:0], agreement=self.agreement[:0], layer="")
+        return replace(self, planted=self.planted[:0])
 
     @property
     def model(self) -> str:
@@ -380,9 +388,11 @@ class Evidence:
 def read_evidence(
     folder: str | Path,  # a reports folder
     l0s: Iterable[float] | None = None,  # where to read; None: as its verdict was run
+    best: str | None = None,  # the cheapest attempt; None: as its verdict was run
 ) -> Evidence | None:
     "The evidence in a reports folder; None if it has the rows of neither world."
-    l0s = list(l0s or _parameters(Path(folder), "verdict").get("l0s", EQUAL_L0))
+    parameters = _parameters(Path(folder), "verdict")
+    l0s = list(l0s or parameters.get("l0s", EQUAL_L0))
     planted, letters = planted_rows(folder), letter_rows(folder)
     found = [rows for rows in (planted, letters) if len(rows)]
     if not found:
@@ -393,6 +403,8 @@ def read_evidence(
         agreement=_runs(folder, "stability"),
         unmasked=set.intersection(*map(chose_no_mask, found)),
         tuned=_tuned(Path(folder)),
+        layer=layer_sentence(folder),
+        best=parameters.get("best", "") if best is None else best,
     )
 
 
@@ -787,20 +799,16 @@ def _pair_sentence(evidence: Evidence, a: str, b: str, head: str) -> str:
 
 
 def verdict_sentences(
-    folder: str | Path,  # a reports folder
-    l0s: Iterable[float] | None = None,  # where to read; None: as its verdict was run
-    best: str | None = None,  # the cheapest attempt; None: as its verdict was run
+    evidence: Evidence | None,  # of `read_evidence`
 ) -> list[str]:
-    "The verdict in words, each sentence with its subject in bold; none without the tables of runs."
-    evidence = read_evidence(folder, l0s)
+    "The verdict in words, each sentence with its subject in bold; none without evidence."
     if evidence is None:
         return []
-    if best is None:
-        best = _parameters(Path(folder), "verdict").get("best", "")
+    best = evidence.best
     effects, against = mask_effects(evidence), _rival_effects(evidence)
     sentences = [
         *_mask_sentences(evidence, effects),
-        layer_sentence(folder),
+        evidence.layer,
         _share_sentence(against),
         *_price_sentences(effects),
         *_rival_sentences(against),
