@@ -321,6 +321,7 @@ def file_lock(
 
 # %% ../nbs/core/artefacts.ipynb #cell-40
 GETTERS = (
+    "data.installed.get_installed",
     "data.activations.get_activations",
     "train.runs.get_run",
     "train.runs.run_grid",
@@ -382,7 +383,7 @@ _Made = TypeVar("_Made")
 class Artefact:
     "A result in the cache, named by everything that it depends on."
 
-    kind: str  # 'activations', 'runs', 'tasks', 'probing', 'pretrained': its folder below the cache
+    kind: str  # its folder below the cache, such as 'text', 'activations' or 'runs'
     spec: Any  # what is wanted: a dataclass, or a dict with dataclasses in it
     makers: tuple[str, ...]  # places of the functions that make it, such as 'train.loop.train'
     inputs: Mapping[str, str] = field(default_factory=dict)  # {name: hash of its content}

@@ -98,7 +98,7 @@ def test_docstrings_of_broken_source_are_none():
 
 
 def test_python_without_sources_is_named(monkeypatch):
-    monkeypatch.setattr(text, "_source_files", lambda: [])
+    monkeypatch.setattr(text, "stdlib_files", lambda: [])
     with pytest.raises(ValueError, match="pass your own texts"):
         text._stdlib_docs.__wrapped__()
 

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "help_topics",
     "python_docs",
     "python_docs_by_package",
     "as_text",
@@ -55,34 +54,19 @@ from torch import Tensor
 
 from ..artefacts import file_sha256, stable_hash
 from ..core import causes, read_lines, read_text
+from atm_sae.data.installed import (
+    INSTALLED,
+    get_installed,
+    help_topics,
+    installed_docs,
+    stdlib_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# %% ../../nbs/data/text.ipynb #cell-6
-_LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "ensurepip",
-    "__pycache__",
-    "pydoc_data",
-}
 
-
-def _source_files() -> list[tuple[str, Path]]:
-    "(top-level package, file) of every source file of the standard library, in a fixed order."
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = [(p.relative_to(root), p) for p in sorted(root.rglob("*.py"))]
-    return [
-        (rel.parts[0].removesuffix(".py"), p) for rel, p in found if not _LEFT_OUT & set(rel.parts)
-    ]
-
-
-# %% ../../nbs/data/text.ipynb #cell-9
+# %% ../../nbs/data/text.ipynb #cell-7
 def _docstrings(source: bytes) -> list[str]:
     "Docstrings longer than 60 characters in one file's source; none if the file does not parse."
     try:
@@ -96,13 +80,11 @@ def _docstrings(source: bytes) -> list[str]:
     return [d for d in docs if d and len(d) > 60]
 
 
-# %% ../../nbs/data/text.ipynb #cell-13
+# %% ../../nbs/data/text.ipynb #cell-11
 @lru_cache(maxsize=1)
 def _stdlib_docs() -> tuple[tuple[str, str], ...]:
     "(top-level package, docstring) over the whole standard library."
-    docs = tuple(
-        (name, d) for name, path in _source_files() for d in _docstrings(path.read_bytes())
-    )
+    docs = tuple((name, d) for name, path in stdlib_files() for d in _docstrings(path.read_bytes()))
     if not docs:
         raise ValueError(
             f"no docstrings under {sysconfig.get_paths()['stdlib']}: this Python has its library "
@@ -111,22 +93,13 @@ def _stdlib_docs() -> tuple[tuple[str, str], ...]:
     return docs
 
 
-# %% ../../nbs/data/text.ipynb #cell-15
-def help_topics() -> list[str]:
-    "The long help texts of `pydoc_data.topics`, in alphabetical order of their names."
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        return []
-    return [topics[name] for name in sorted(topics)]
-
-
+# %% ../../nbs/data/text.ipynb #cell-13
 def python_docs() -> list[str]:
     "Docstrings of the standard library, then its help topics: about 2 million characters."
     return [d for _, d in _stdlib_docs()] + help_topics()
 
 
-# %% ../../nbs/data/text.ipynb #cell-19
+# %% ../../nbs/data/text.ipynb #cell-17
 def python_docs_by_package() -> dict[str, list[str]]:
     "{top-level package or module: its docstrings}."
     groups: dict[str, list[str]] = {}
@@ -135,7 +108,7 @@ def python_docs_by_package() -> dict[str, list[str]]:
     return groups
 
 
-# %% ../../nbs/data/text.ipynb #cell-23
+# %% ../../nbs/data/text.ipynb #cell-21
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -180,14 +153,14 @@ def text_checksum(
 def docs_checksum() -> str:
     "SHA-256 over the source files that `python_docs` reads; much faster than parsing them."
     sha = hashlib.sha256()
-    for name, path in _source_files():
+    for name, path in stdlib_files():
         sha.update(name.encode())
         sha.update(path.read_bytes())
     sha.update(text_checksum(help_topics()).encode())
     return sha.hexdigest()
 
 
-# %% ../../nbs/data/text.ipynb #cell-26
+# %% ../../nbs/data/text.ipynb #cell-24
 def _line_text(line: str, column: str, place: str) -> str:
     "The field `column` of a line of JSON; ValueError names its place."
     try:
@@ -206,7 +179,7 @@ def _jsonl_texts(path: Path, column: str) -> Iterator[str]:
             yield _line_text(line, column, f"{path}, line {i}")
 
 
-# %% ../../nbs/data/text.ipynb #cell-27
+# %% ../../nbs/data/text.ipynb #cell-25
 _NOT_READ = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
@@ -247,7 +220,7 @@ def read_texts(
     return texts
 
 
-# %% ../../nbs/data/text.ipynb #cell-30
+# %% ../../nbs/data/text.ipynb #cell-28
 def no_network(error: BaseException) -> bool:
     "True if `error`, or one that caused it, says that the Hub cannot be reached or must not be."
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -282,7 +255,7 @@ def _dataset_place(name: str, source: Path | str | None) -> str:
     )
 
 
-# %% ../../nbs/data/text.ipynb #cell-31
+# %% ../../nbs/data/text.ipynb #cell-29
 def dataset_rows(
     name: str,  # id on the Hub, e.g. 'fancyzhx/ag_news'
     split: str = "train",  # part of the data set
@@ -314,7 +287,7 @@ def dataset_rows(
         raise _dataset_error(name, e) from e
 
 
-# %% ../../nbs/data/text.ipynb #cell-33
+# %% ../../nbs/data/text.ipynb #cell-31
 def stream_dataset(
     name: str,  # id on the Hub, e.g. 'monology/pile-uncopyrighted'
     split: str = "train",  # part of the data set
@@ -332,7 +305,7 @@ def stream_dataset(
         yield as_text(row[column], f"{name}, row {i}: the field {column!r}")
 
 
-# %% ../../nbs/data/text.ipynb #cell-35
+# %% ../../nbs/data/text.ipynb #cell-33
 @lru_cache(maxsize=8)
 def _hashes(files: tuple[tuple[str, str, int, int], ...]) -> str:
     "Hash over (name, path, size, mtime) of files; size and mtime only end the reuse of old hashes."
@@ -351,10 +324,12 @@ def _commit(dataset: str, revision: str) -> str:
 
 
 def open_documents(
-    name: str,  # a .txt or .jsonl file, a folder of them, or a data set: 'ID' or 'ID@COMMIT'
+    name: str,  # INSTALLED, a .txt or .jsonl file, a folder of them, or a data set 'ID[@COMMIT]'
     start: int = 0,  # documents to pass over
 ) -> Iterator[str]:
     "Documents one by one, from files or from the Hub, there always of one commit."
+    if name == INSTALLED:
+        return installed_docs(start)
     if Path(name).expanduser().exists():
         return itertools.islice(iter_texts(Path(name).expanduser()), start, None)
     dataset, _, revision = name.partition("@")
@@ -362,7 +337,9 @@ def open_documents(
 
 
 def documents_checksum(name: str) -> str:
-    "What changes when the documents change: a hash of the files, or the data set's commit."
+    "What changes when the documents change: a hash of them or of the files, or the commit."
+    if name == INSTALLED:
+        return get_installed()[1]
     path = Path(name).expanduser()
     if path.exists():
         files = [(str(f.relative_to(path)), f) for f in _text_files(path)]
@@ -373,7 +350,7 @@ def documents_checksum(name: str) -> str:
     return f"{dataset}@{_commit(dataset, revision)}"
 
 
-# %% ../../nbs/data/text.ipynb #cell-39
+# %% ../../nbs/data/text.ipynb #cell-37
 def train_tokenizer(
     texts: Iterable[str],  # documents to learn the merges from
     vocab_size: int = 6144,  # entries, special tokens and single bytes included
@@ -400,7 +377,7 @@ def train_tokenizer(
     )
 
 
-# %% ../../nbs/data/text.ipynb #cell-42
+# %% ../../nbs/data/text.ipynb #cell-40
 def _without_ends(text: str, ends: Iterable[str]) -> str:
     "The text without those of `ends` at its start and end."
     inside = "|".join(map(re.escape, ends))
@@ -439,7 +416,7 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return sorted({*tokenizer.all_special_ids, *(i for i, token in added if token.special)})
 
 
-# %% ../../nbs/data/text.ipynb #cell-45
+# %% ../../nbs/data/text.ipynb #cell-43
 def token_texts(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
 ) -> list[str]:  # one for each entry
@@ -461,7 +438,7 @@ def encode_inside(
     return [ids[len(head) :] if ids[: len(head)] == head else [] for ids in rows]
 
 
-# %% ../../nbs/data/text.ipynb #cell-48
+# %% ../../nbs/data/text.ipynb #cell-46
 def token_stream(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
     texts: Iterable[str],  # documents
@@ -472,7 +449,7 @@ def token_stream(
     return np.array([i for ids in pieces for i in (*ids, eos)], dtype=np.int64)
 
 
-# %% ../../nbs/data/text.ipynb #cell-49
+# %% ../../nbs/data/text.ipynb #cell-47
 def token_counts(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
     texts: Iterable[str],  # documents
@@ -482,7 +459,7 @@ def token_counts(
     return np.bincount(np.array(ids, dtype=np.int64), minlength=len(tokenizer))
 
 
-# %% ../../nbs/data/text.ipynb #cell-51
+# %% ../../nbs/data/text.ipynb #cell-49
 def cut_rows(stream: np.ndarray, context: int, bos: int) -> np.ndarray:
     "Rows (n, context) of a stream, each beginning with BOS; the rest of the stream is dropped."
     if context < 2:
@@ -502,7 +479,7 @@ def pack_tokens(
     return torch.from_numpy(cut_rows(token_stream(tokenizer, texts), context, bos))
 
 
-# %% ../../nbs/data/text.ipynb #cell-55
+# %% ../../nbs/data/text.ipynb #cell-53
 class PackedRows:
     """Documents joined by EOS and cut into rows that begin with BOS, a few documents at a time.
 
