@@ -681,6 +681,20 @@ def test_evaluate_on_a_model(model, foreign, letters, monkeypatch, tmp_path):
     )
 
 
+def test_evaluate_by_the_protocol_of_saebench(model, foreign, letters):
+    sae, folder = foreign
+    args = ["evaluate", folder, "--model", model, "--tokens", 3000, "--metrics", "absorption"]
+    status, out, err = run(*args, "--protocol", "saebench", "--json")
+    assert status == 0, err
+    found = json.loads(out)[0]["absorption"]
+    result = evaluate_absorption(sae, letters[0], protocol="saebench")
+    assert (found["saebench_full"], found["saebench_fraction"]) == (result.full, result.fraction)
+    assert found["protocol"] == "saebench" and "full" not in found
+    assert found["n_letters"] == result.n_letters
+    status, _, err = run(*args, "--protocol", "published")
+    assert status != 0 and "unknown protocol 'published': choose one of exact, saebench" in err
+
+
 def of_site(hook_name):
     "The folder of an SAE of another site, without a record."
     place = dict(model_name="tiny", hook_name=hook_name)
