@@ -618,6 +618,7 @@ class Options:
 
     eval_seeds: int = 1
     saebench: Path | None = None  # folder for SAEBench's files
+    protocol: str = "exact"  # of absorption, one of PROTOCOLS
 
     def about(self, s: Subject) -> dict[str, Any]:
         "What every writer of SAEBench's files takes."
@@ -648,14 +649,16 @@ def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dic
     from atm_sae.evals.saebench import absorption_json
 
     tasks = get_tasks(lm, data.layer, range(o.eval_seeds), site=data.site)
-    result = evaluate_absorption(s.sae, tasks)
+    result = evaluate_absorption(s.sae, tasks, protocol=o.protocol)
     if o.saebench:
         absorption_json(result, **o.about(s))
     scores = dict(full=result.full, fraction=result.fraction, n_split=result.n_split)
-    noise = {f"{name}_noise": value for name, value in result.noise.items()}
+    scores |= {f"{name}_noise": value for name, value in result.noise.items()}
+    if o.protocol != "exact":  # names tell the protocols apart
+        scores = {f"{o.protocol}_{name}": value for name, value in scores.items()}
     letters, words = result.letters.first_letter.nunique(), len(result.words)
     counts = dict(n_letters=letters, n_words=words, n_outliers=result.config["n_outliers"])
-    return scores | noise | counts | dict(eval_seeds=o.eval_seeds)
+    return scores | counts | dict(eval_seeds=o.eval_seeds, protocol=o.protocol)
 
 
 def _probing(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str, Any]:
@@ -749,6 +752,8 @@ SHOWN = (
     Shown("core", "ce_loss_score", "CE loss score", "ce_loss_score"),
     Shown("absorption", "full", "absorption, full", "mean_full_absorption_score"),
     Shown("absorption", "fraction", "fraction", "mean_absorption_fraction_score"),
+    Shown("absorption", "saebench_full", "SAEBench, full", "saebench_full_absorption"),
+    Shown("absorption", "saebench_fraction", "SAEBench, fraction", "saebench_absorption_fraction"),
     Shown("absorption", "n_letters", "letters"),
     Shown("absorption", "eval_seeds", "seeds"),
     Shown("probing", "sae_top_1_test_accuracy", "top-1 probing", "sparse probing, top-1 accuracy"),
@@ -772,6 +777,7 @@ def _show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
 # %% ../nbs/cli.ipynb #cell-35
 _METRICS_HELP = "Of core, absorption and probing, with commas; by default all that apply."
 _TOKENS_HELP = "Tokens to run, of which the last tenth measures; for SAEs without a record."
+_PROTOCOL_HELP = "Probes of absorption: exact, or saebench, as SAEBench 0.6.0 trains them."
 _EVALUATE = (
     "my-sae --metrics core,absorption --eval-seeds 3 --saebench results --json > scores.json"
 )
@@ -782,6 +788,7 @@ def evaluate(
     sae: Annotated[list[str], typer.Argument(help="Folders of SAEs, or repositories on the Hub.")],
     metrics: Annotated[str | None, _option(_METRICS_HELP)] = None,
     eval_seeds: Annotated[int, _option("Score absorption with so many seeds.", min=1)] = 1,
+    protocol: Annotated[str, _option(_PROTOCOL_HELP, metavar="exact|saebench")] = "exact",
     model: Annotated[
         str | None, _option("`planted`, or a model; by default the SAE's.", PLACE)
     ] = None,
@@ -805,7 +812,10 @@ def evaluate(
     "Measure SAEs: reconstruction, feature absorption, sparse probing."
     from tqdm import tqdm
 
-    n, options = len(_wanted(metrics)), Options(eval_seeds, saebench)
+    from atm_sae.evals.released import find_protocol
+
+    find_protocol(protocol)
+    n, options = len(_wanted(metrics)), Options(eval_seeds, saebench, protocol)
     reads = Reads(model, layer, site, tokens)
     subjects = [_subject(s, reads, subfolder, revision) for s in sae]
     if saebench:

@@ -172,9 +172,8 @@ class FirstLetterTask:
     site: str = "resid_post"  # which vectors of the layer's block
     spaced: bool = False  # only words with a leading space
     group: int | None = None  # words that share their answered lines, if there are prompts
-    memo: dict[Any, Any] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # kept
+    # what was computed from the task and is kept with it, in memory only
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def d_in(self) -> int:

@@ -780,6 +780,8 @@ _METRICS = {
     "explained_variance": "explained variance",
     "mean_full_absorption_score": "first-letter absorption, full",
     "mean_absorption_fraction_score": "first-letter absorption, fraction",
+    "saebench_full_absorption": "first-letter absorption, full, SAEBench 0.6.0",
+    "saebench_absorption_fraction": "first-letter absorption, fraction, SAEBench 0.6.0",
     "ce_loss_score": "CE loss score",
 }
 Score = float | tuple[float | None, ...]  # a value, or (mean, low, high, n)
