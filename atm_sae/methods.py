@@ -10,6 +10,7 @@ __all__ = [
     "Architecture",
     "Mask",
     "Method",
+    "without_variant",
     "get_method",
     "method_parts",
     "twin_method",
@@ -19,7 +20,7 @@ __all__ = [
 
 # %% ../nbs/core/methods.ipynb #cell-2
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -127,13 +128,27 @@ class Method:
     trained: bool = True
     label: str = ""
     colour: str = ""
+    marker: str = ""  # of a floor; else the mask has one
+    frozen: tuple[str, ...] = ()  # tensors that keep their first values
     variant: str = ""
 
+    @property
+    def is_floor(self) -> bool:
+        "True for a control that learns no dictionary, or no encoder, from the data."
+        return bool(self.frozen) or not self.trained
 
+
+_GREY = "#BBBBBB"  # of floors
 _NAMED = {
     "atm": Method("standard", "atm", label="ATM", colour="#D55E00"),
     "dropout": Method("standard", "dropout", label="ReLU + dropout", colour="#E69F00"),
-    "random": Method("jumprelu", trained=False, label="random", colour="#BBBBBB"),
+    "random": Method("jumprelu", trained=False, label="random", colour=_GREY, marker="v"),
+    "frozen decoder": Method(
+        "topk", label="frozen decoder", colour=_GREY, marker="<", frozen=("W_dec",)
+    ),
+    "frozen encoder": Method(
+        "topk", label="frozen encoder", colour=_GREY, marker=">", frozen=("W_enc",)
+    ),
     "pretrained": Method("", label="pretrained", colour="#4B0082"),
 }
 
@@ -142,6 +157,8 @@ METHODS = (
     *ARCHITECTURES,
     "dropout",
     "random",
+    "frozen decoder",
+    "frozen encoder",
     *(
         f"{architecture}+{mask}"
         for architecture in ARCHITECTURES
@@ -152,19 +169,24 @@ METHODS = (
 
 
 # %% ../nbs/core/methods.ipynb #cell-11
+def without_variant(name: str) -> str:
+    "The method of which `name` is a variant: `atm` for `atm r=2`. A method is its own."
+    known = (method for method in METHODS if f"{name} ".startswith(f"{method} "))
+    return next(known, name.partition(" ")[0])
+
+
 def get_method(name: str) -> Method:
     "The method of a name such as `topk+atm` or `topk+atm anneal=0.5`; ValueError for others."
-    base, _, variant = name.partition(" ")
+    base = without_variant(name)
+    variant = name[len(base) + 1 :]
     first, _, mask = base.partition("+")
     if (base not in METHODS and first != "pretrained") or (mask and first in _NAMED):
         raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
     if first in _NAMED:
-        named = _NAMED[first]
-        return Method(
-            named.architecture, named.mask, named.trained, named.label, named.colour, variant
-        )
+        return replace(_NAMED[first], variant=variant)
     row = ARCHITECTURES[first]
-    return Method(first, mask, True, row.label + MASKS[mask].label, row.colour, variant)
+    label = row.label + MASKS[mask].label
+    return Method(first, mask, label=label, colour=row.colour, variant=variant)
 
 
 def method_parts(name: str) -> tuple[str, str]:
@@ -192,9 +214,11 @@ def method_name(name: str) -> str:
 def method_style(name: str) -> dict[str, str]:
     "Keyword arguments for `ax.plot`: colour of the architecture, marker and line of the mask."
     found = get_method(name)
-    named = name.partition(" ")[0] in _NAMED
+    named = without_variant(name) in _NAMED
     mask = MASKS["" if named else found.mask]
-    marker, line = ("^", "-.") if found.variant else (mask.marker, mask.line)
+    marker, line = found.marker or mask.marker, "--" if found.is_floor else mask.line
+    if found.variant:
+        marker, line = "^", "-."
     solid = not found.variant and mask is MASKS[""]
     face = found.colour if solid else "white"
     return {"color": found.colour, "marker": marker, "linestyle": line, "markerfacecolor": face}

@@ -52,6 +52,17 @@ def samples(seed=0):
     return 0.2 * torch.randn(B, D, generator=gen(seed))
 
 
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_the_gradient_of_a_frozen_weight_is_not_computed(name, monkeypatch):
+    sae, calls, computed = sparse_sae("topk"), [], ActiveSet.row_gradient
+    getattr(sae, name).requires_grad_(False)
+    monkeypatch.setattr(ActiveSet, "row_gradient", lambda *args: calls.append(1) or computed(*args))
+    loss = sae.loss(samples(), fast=True)
+    assert isinstance(loss.active, ActiveSet)
+    loss.total.backward()
+    assert getattr(sae, name).grad is None and len(calls) == 1
+
+
 def mask(per):
     if per is None:
         return None

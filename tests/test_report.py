@@ -299,6 +299,15 @@ def test_difference_table(rows):
     )
 
 
+def test_floors_are_compared_only_on_request(rows):
+    floor = rows[rows.method == "topk"].assign(method="frozen decoder")
+    every = pd.concat([rows, floor])
+    found = [pair for pair in difference_table(every, ["absorption"]).method]
+    assert "atm - topk" in found and "atm - frozen decoder" not in found
+    pairs = [("atm", "frozen decoder")]
+    assert {*difference_table(every, ["absorption"], pairs).method} == {"atm - frozen decoder"}
+
+
 @pytest.mark.parametrize(
     "interval, expect, verdict",
     [
@@ -385,14 +394,27 @@ def test_comparison_takes_the_language_model_and_the_nearest_l0(summary):
 
 def test_names_and_styles():
     bases = [m for m in METHODS if "+" not in m]
-    assert len({get_method(m).colour for m in bases}) == len({method_name(m) for m in bases}) == 8
+    assert len({method_name(m) for m in bases}) == 10
+    looks = {(method_style(m)["color"], method_style(m)["marker"]) for m in bases}
+    colours = {get_method(m).colour for m in bases if not get_method(m).is_floor}
+    assert len(looks) == 10 and len(colours) == 7
     assert (
         method_name("batchtopk+dropout") == "BatchTopK + dropout"
         and method_name("atm c=1 - atm") == "ATM c=1 − ATM"
     )
     assert method_style("topk")["marker"] != method_style("topk+atm")["marker"]
+    assert method_name("frozen decoder v2 - random") == "frozen decoder v2 − random"
     with pytest.raises(ValueError, match="unknown method 'topq'.*topk"):
         method_name("topq")
+
+
+def test_floors_are_grey_and_dashed():
+    floors = [m for m in METHODS if get_method(m).is_floor]
+    assert floors == ["random", "frozen decoder", "frozen encoder"]
+    for style in map(method_style, floors):
+        colour = style["color"]
+        assert colour[1:3] == colour[3:5] == colour[5:7] and style["linestyle"] == "--"
+    assert get_method("frozen encoder v2").is_floor and not get_method("dropout").is_floor
 
 
 def test_spread_by_hand():

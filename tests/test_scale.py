@@ -63,6 +63,16 @@ def test_estimate_by_hand(costs):
     assert "buffer: 0" not in str(found)
 
 
+def test_a_method_with_a_frozen_weight_is_measured_by_itself(costs, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "atm_sae.report.estimate.step_seconds", lambda method, *_: measured.append(method) or 1.0
+    )
+    size = dict(model="nano-gemma2", layer=2, d_sae=64, batch_size=8, steps=5, n_tokens=10)
+    estimate_runs(size, [(m, 4, 0) for m in ("topk", "frozen decoder", "frozen encoder")])
+    assert measured == ["topk", "frozen decoder", "frozen encoder"]
+
+
 def test_estimate_of_a_stream_by_hand(costs):
     "Every run reads the text anew, and keeps a buffer in memory in place of a store on disk."
     size = dict(model="google/gemma-2-2b", layer=12, d_sae=16384, batch_size=2048)

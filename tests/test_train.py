@@ -207,6 +207,7 @@ def test_default_lr():
         (dict(dead_after=-1), "dead_after is a share of all samples, not -1"),
         (dict(snapshot_steps=(0, 3)), r"snapshot_steps: \[0\] do not lie between 1 and .* 5"),
         (dict(snapshot_steps=(5, 6)), r"snapshot_steps: \[6\]"),
+        (dict(frozen=("b_dec", "W_dec")), "frozen: b_dec cannot be frozen: .* W_enc, W_dec"),
     ],
 )
 def test_config_refuses(settings, text):
@@ -696,6 +697,31 @@ def test_a_frozen_decoder():
         train(SAE(spec.sae).requires_grad_(False), batches(spec), spec.train, progress=False)
 
 
+FROZEN = [("frozen decoder", "W_dec"), ("frozen encoder", "W_enc")]
+
+
+@pytest.mark.parametrize("d_sae", [48, 200])  # the dense code path and the sparse one
+@pytest.mark.parametrize("method, name", FROZEN)
+def test_a_frozen_weight_keeps_its_bits_and_the_others_are_trained(method, name, d_sae):
+    spec = recipe(method, WORLD, d_in=8, d_sae=d_sae, l0=3, steps=100, batch_size=32)
+    first = weights(SAE(spec.sae))
+    sae, history = make(spec)
+    found = weights(sae)
+    assert {name for name in first if first[name] == found[name]} == {name}
+    assert history.table.l0.iloc[-1] == 3 and not getattr(sae, name).requires_grad
+    assert history.table.fvu.iloc[-1] < 0.9 * history.table.fvu.iloc[0]
+    plain = recipe("topk", WORLD, d_in=8, d_sae=d_sae, l0=3, steps=100, batch_size=32)
+    assert spec.key != plain.key and replace(spec.train, frozen=()) == plain.train
+
+
+def test_an_sae_is_trained_further_with_the_same_weight_frozen():
+    spec = small("frozen decoder")
+    sae, _ = make(spec)
+    train(sae, batches(spec), spec.train, progress=False)
+    with pytest.raises(ValueError, match="W_dec is frozen.*or name it in `frozen`"):
+        train(sae, batches(spec), small("topk").train, progress=False)
+
+
 # ---- outliers
 
 
@@ -895,6 +921,7 @@ def test_methods_and_recipes():
     )
     assert (
         method_parts("atm") == ("standard", "atm")
+        and method_parts("frozen decoder v2") == ("topk", "")
         and method_parts("jumprelu+atm") == ("jumprelu", "atm")
         and method_parts("random") == ("jumprelu", "")
     )
@@ -1050,6 +1077,13 @@ def test_a_dropout_control_has_no_settings_of_its_own(blind):
 def test_a_variant_of_the_untrained_control_is_untrained():
     plain, variant = tuned_grid(["random", "random v2"], {"random v2": {}})[::4]
     assert plain.key == variant.key and plain.method != variant.method
+
+
+def test_only_a_variant_of_a_frozen_method_needs_settings():
+    spec = tuned_grid(["frozen encoder"], {})[0]
+    assert (spec.train.frozen, spec.sae.k, spec.method) == (("W_enc",), 3, "frozen encoder")
+    with pytest.raises(ValueError, match="the variant 'frozen encoder v2' needs an entry"):
+        tuned_grid(["frozen encoder v2"], {})
 
 
 def test_one_learning_rate():

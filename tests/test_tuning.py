@@ -119,6 +119,11 @@ def test_the_cheapest_within_reach_is_chosen():
     ]
 
 
+def test_a_method_of_two_words_keeps_its_name():
+    found = choose(table(["frozen decoder trial 0"], [5], [0.5]), 5)
+    assert found.method.tolist() == ["frozen decoder"]
+
+
 def test_trials_are_judged_by_their_means():
     "Two seeds each: either seed of the second trial is out of reach, their mean is not."
     found = choose(

@@ -253,12 +253,12 @@ def _per_step(
     l0: float,
     tuned: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, float]:
-    "Seconds a step of each method; methods of one architecture and mask are measured once."
-    measured: dict[tuple[str, str], float] = {}
+    "Seconds a step of each method; alike methods are measured once."
+    measured: dict[tuple[str, str, tuple[str, ...]], float] = {}
     seconds = {}
     for method in methods:
         twin = twin_method(method)  # a dropout control takes as long as ATM
-        kind = method_parts(twin)
+        kind = (*method_parts(twin), get_method(twin).frozen)
         if kind not in measured:
             measured[kind] = step_seconds(
                 method, d_in, size["d_sae"], l0, size["batch_size"], tuned.get(twin)

@@ -192,10 +192,11 @@ def difference_table(
 ) -> pd.DataFrame:
     """Summary lines for a - b at equal L0, for each world and target.
 
-    Pairs that share no L0 are left out; by default the untrained control is not compared."""
+    Pairs that share no L0 are left out; by default floors are not compared."""
     require_columns(rows, [*_BY, "seed", "l0", *metrics], "difference_table")
     if pairs is None:
-        pairs = [("atm", other) for other in rows.method.unique() if other not in ("atm", "random")]
+        others = [other for other in rows.method.unique() if not get_method(other).is_floor]
+        pairs = [("atm", other) for other in others if other != "atm"]
     groups = rows[["world", "sparsity"]].drop_duplicates().itertuples(index=False)
     lines: list[tuple] = []
     for (world, target), (a, b) in itertools.product(groups, pairs):

@@ -158,14 +158,17 @@ class SAE(nn.Module):
         self.b_dec.data.copy_(geometric_median(x))
 
     def project_decoder_gradient(self) -> None:
-        "After `backward`: remove the part of the gradient along each row of `W_dec`."
+        "After `backward`: remove the part of a trained `W_dec`'s gradient along each of its rows."
+        if not self.W_dec.requires_grad:
+            return
         if self.W_dec.grad is None:
             raise RuntimeError("the decoder has no gradient: call backward first")
         project_rows_(self.W_dec.grad, self.W_dec.data)
 
     def constrain(self) -> None:
-        "After an optimiser step: unit rows of `W_dec`, and the architecture's own limits."
-        self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True).clamp(min=_SHORTEST)
+        "After an optimiser step: unit rows of a trained `W_dec`, and the architecture's limits."
+        if self.W_dec.requires_grad:
+            self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True).clamp(min=_SHORTEST)
         self.architecture.constrain(self)
 
     def update_threshold(self, z: Tensor, ranks: Ranks = ALONE, decay: float = 0.99) -> None:

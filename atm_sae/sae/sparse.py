@@ -135,7 +135,9 @@ class GatherActive(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, W_enc, b_dec), active = ctx.saved_tensors, ctx.active
         d_b_enc = active.mean(grad) * active.batch
-        d_W_enc = active.row_gradient(grad, x - b_dec).T
+        d_W_enc = None
+        if ctx.needs_input_grad[1]:
+            d_W_enc = active.row_gradient(grad, x - b_dec).T
         return None, d_W_enc, d_b_enc, -(W_enc @ d_b_enc), None, None
 
 
@@ -149,12 +151,13 @@ class DecodeActive(torch.autograd.Function):
         return _weighted_sums(h, active.cols, active.sample_starts, W_dec)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (h, W_dec), active = ctx.saved_tensors, ctx.active
         d_h = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad, W_dec, active.cols, active.sample_starts, active.rows, 0
         )
-        return d_h, active.row_gradient(h, grad), None
+        d_W_dec = active.row_gradient(h, grad) if ctx.needs_input_grad[1] else None
+        return d_h, d_W_dec, None
 
 
 # %% ../../nbs/sae/sparse.ipynb #cell-19

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "FREEZABLE",
     "COLUMNS",
     "CHECKPOINT",
     "TrainConfig",
@@ -55,8 +56,10 @@ from ..sae.architectures import SAEArchitecture, nested_share
 from ..sae.sae import SAE, SAELoss
 from ..sae.sparse import LatentSet, RankedSet
 
-
 # %% ../../nbs/train/loop.ipynb #cell-6
+FREEZABLE = ("W_enc", "W_dec")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     "How an SAE is trained."
@@ -75,6 +78,7 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps between checkpoints
     snapshot_steps: tuple[int, ...] = ()  # after these, importance and mask probability are kept
     seed: int = 0  # of the masks; data and weights have their own
+    frozen: tuple[str, ...] = ()  # of FREEZABLE: weights that keep their first values
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.log_every, self.checkpoint_every) < 1:
@@ -83,7 +87,13 @@ class TrainConfig:
             raise ValueError(f"lr must be positive, not {self.lr}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', not {self.precision!r}")
-        object.__setattr__(self, "snapshot_steps", tuple(self.snapshot_steps))
+        if unknown := {*self.frozen} - {*FREEZABLE}:
+            raise ValueError(
+                f"frozen: {', '.join(sorted(unknown))} cannot be frozen: choose from "
+                f"{', '.join(FREEZABLE)}"
+            )
+        for name in ("snapshot_steps", "frozen"):  # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_shares()
 
     def _check_shares(self) -> None:
@@ -290,10 +300,12 @@ class Trainer:
         masker: ATMMasker | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        if not sae.W_dec.requires_grad:
+        for name in config.frozen:
+            getattr(sae, name).requires_grad_(False)
+        if not sae.W_dec.requires_grad and "W_dec" not in config.frozen:
             raise ValueError(
                 "the SAE's W_dec is frozen (requires_grad is False): call "
-                "sae.requires_grad_(True) to train it"
+                "sae.requires_grad_(True) to train it, or name it in `frozen` of TrainConfig"
             )
         device = sae.W_enc.device
         self.sae, self.batches, self.config = sae, batches, config
@@ -630,7 +642,8 @@ def train(
 
     A trained SAE (`is_trained`) is trained further: it starts with the outputs that it had.
     Adam's moments, schedules, dead latents and the L1 coefficient of the controller start anew.
-    ValueError for an SAE with a frozen decoder, and for batches of another width."""
+    The weights named by `config.frozen` have `requires_grad` False afterwards. ValueError for an
+    SAE with another frozen decoder, and for batches of another width."""
     trainer = Trainer(sae, batches, config, masker, ranks)
     path = None if folder is None else Path(folder) / CHECKPOINT
     resumes = path is not None and path.exists()

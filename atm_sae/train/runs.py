@@ -70,7 +70,7 @@ from atm_sae.data.activations import (
 from ..data.batches import Batches, CacheBatches, data_batches, held_out
 from ..data.lm import Site, hook_point, model_width, other_place
 from ..data.planted import WorldConfig
-from ..methods import ARCHITECTURES, get_method, method_parts, twin_method
+from ..methods import ARCHITECTURES, get_method, method_parts, twin_method, without_variant
 from ..ranks import ALONE, Ranks
 from ..sae.atm import ATMConfig, make_masker
 from ..sae.formats import from_pretrained, sae_checksum
@@ -235,6 +235,7 @@ def recipe(
         lr=lr_scale * default_lr(d_sae, architecture),
         snapshot_steps=tuple(sorted({max(1, round(share * steps)) for share in MOMENTS})),
         seed=seed,
+        frozen=get_method(method).frozen,
     )
     atm = ATMConfig(blind=mask == "dropout") if mask else None
     unknown = set(overrides) - _names(sae) - _names(config) - _names(atm)
@@ -268,7 +269,7 @@ def grid(
                 f"{method!r} takes the settings of its twin: give them to {twin_method(method)!r}"
             )
     for method in methods:
-        if " " in method and twin_method(method) not in tuned:
+        if without_variant(method) != method and twin_method(method) not in tuned:
             raise ValueError(f"the variant {method!r} needs an entry in `tuned`")
     own = {method: settings | tuned.get(twin_method(method), {}) for method in methods}
     return [

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 import pandas as pd
 from scipy.stats import qmc
 
-from ..methods import method_parts
+from ..methods import method_parts, without_variant
 from ..stats import misses_l0
 
 # %% ../../nbs/train/tuning.ipynb #cell-5
@@ -102,7 +102,7 @@ def choose(
     "A row for each trial: its means, `cost`, `in_reach`, and `chosen` for the best of each method."
     means = rows.groupby("method", sort=False)[["l0", "absorption", "fvu"]].mean()
     table = means.reset_index().rename(columns=dict(method="trial"))
-    table.insert(0, "method", table.trial.str.partition(" ")[0])
+    table.insert(0, "method", table.trial.map(without_variant))
     distance = (table.l0 / target - 1).abs()
     table["cost"] = table.absorption + table.fvu
     table["in_reach"] = [not misses_l0(l0, target, slack) for l0 in table.l0]
