@@ -23,6 +23,7 @@ __all__ = [
     "artefact_closure",
     "Artefact",
     "git_state",
+    "cpu_name",
     "provenance",
 ]
 
@@ -492,7 +493,7 @@ def git_state() -> tuple[str | None, bool | None]:
 
 
 # %% ../nbs/core/artefacts.ipynb #cell-46
-def _cpu_name() -> str:
+def cpu_name() -> str:
     "The processor's name as the operating system gives it."
     with contextlib.suppress(OSError):
         about = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -533,7 +534,7 @@ def provenance(
     about: dict[str, Any] = {"atm_sae": __version__, "git_sha": commit, "git_dirty": dirty}
     about |= {"command": _command(sys.argv), "python": platform.python_version()}
     about |= {"packages": {name: package_version(name) for name in _RECORDED}}
-    about |= {"platform": f"{platform.system()} {platform.machine()}", "cpu": _cpu_name()}
+    about |= {"platform": f"{platform.system()} {platform.machine()}", "cpu": cpu_name()}
     about |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     about |= {"device": torch.cuda.get_device_name() if cuda else "cpu"}
     about |= {"cuda": torch.version.cuda if cuda else None}

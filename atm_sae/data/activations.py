@@ -25,6 +25,7 @@ __all__ = [
     "token_rows",
     "row_count",
     "text_of",
+    "with_dtype",
     "activation_artefact",
     "activation_key",
     "load_model",
@@ -74,6 +75,7 @@ from atm_sae.data.lm import (
     load_lm,
     model_checksum,
     read_site,
+    resolve_dtype,
 )
 from atm_sae.data.text import (
     PackedRows,
@@ -104,7 +106,7 @@ class ActivationSpec:
     lines: LineConfig = LineConfig(uniform=0.05)  # which letter lines: frequent words stay frequent
     seed: int = 0  # of the choice of text
     dtype: str = "float32"  # numbers stored: 'float32', 'bfloat16' or 'float16'
-    lm_dtype: str = "float32"  # numbers the model computes in
+    lm_dtype: str = "float32"  # numbers the model computes in; 'auto': see `resolve_dtype` of `lm`
     lm_compile: bool = False  # compile the model's blocks with torch.compile
     text: str = ""  # a name for `open_documents`; '': Python's documentation and letter lines
     buffer: int = 0  # 0: cache on disk; else run the model while training, shuffle among so many
@@ -587,6 +589,15 @@ def text_of(spec: ActivationSpec, texts: Sequence[str] | None = None) -> str:
     return documents_checksum(spec.text) if spec.text else docs_checksum()
 
 
+def with_dtype(spec: ActivationSpec, lm: LM | None = None) -> ActivationSpec:
+    "The same specification with the dtype that 'auto' means: of the model, or on this machine."
+    if spec.lm_dtype != "auto":
+        return spec
+    if lm:
+        return replace(spec, lm_dtype=str(lm.model.dtype).removeprefix("torch."))
+    return replace(spec, lm_dtype=resolve_dtype(spec.model, "auto", pick_device()))
+
+
 def activation_artefact(
     spec: ActivationSpec,
     texts: Sequence[str] | None = None,  # documents instead of the specification's
@@ -594,6 +605,7 @@ def activation_artefact(
 ) -> Artefact:
     "The artefact of a specification; where model and text lie is not part of its key."
     checksum = lm.checksum if lm else model_checksum(spec.model)
+    spec = with_dtype(spec, lm)
     if lm and str(lm.model.dtype).removeprefix("torch.") != spec.lm_dtype:
         raise ValueError(
             f"the model computes in {lm.model.dtype}, but {spec.lm_dtype} is asked for"
@@ -677,6 +689,7 @@ def get_activations(
 ) -> ActivationCache:
     "The activations of a specification, opened or built first; all ranks call it."
     ranks = Ranks.join()  # before the model: it says which device is this rank's
+    spec = with_dtype(spec, lm)
     artefact = activation_artefact(spec, texts, lm)
     ranks.agree("the activations", artefact.key)
 

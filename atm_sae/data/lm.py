@@ -6,6 +6,7 @@
 __all__ = [
     "SHIPPED",
     "FETCHED",
+    "LM_DTYPES",
     "SITES",
     "LM",
     "tiny_lm",
@@ -15,6 +16,8 @@ __all__ = [
     "model_config",
     "model_width",
     "model_checksum",
+    "fastest_dtype",
+    "resolve_dtype",
     "load_lm",
     "save_lm",
     "hook_layer",
@@ -40,7 +43,9 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -51,8 +56,16 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..artefacts import atomic_folder, file_sha256, read_object, stable_hash, write_json
-from ..core import cache_dir, causes, data_dir, default_cache_dir
+from atm_sae.artefacts import (
+    atomic_folder,
+    cpu_name,
+    file_lock,
+    file_sha256,
+    read_object,
+    stable_hash,
+    write_json,
+)
+from ..core import cache_dir, causes, data_dir, default_cache_dir, one_thread
 from .text import no_network, python_docs, train_tokenizer
 
 if TYPE_CHECKING:
@@ -333,6 +346,12 @@ def _no_bars(quiet: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _attention(config: "PreTrainedConfig") -> str | None:
+    "'eager' where the scores are capped, which the fused attention leaves out; None: the fastest."
+    text = config.get_text_config()
+    return "eager" if getattr(text, "attn_logit_softcapping", None) is not None else None
+
+
 def _read_model(
     source: str,  # folder, or id on the Hub
     where: Mapping[str, Any],  # the commit on the Hub
@@ -352,7 +371,7 @@ def _read_model(
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
-                attn_implementation="eager",
+                attn_implementation=_attention(config),
                 output_loading_info=True,
                 **safe,
             )
@@ -441,23 +460,88 @@ def model_checksum(
     return f"{source}@{where['revision']}" if where else _folder_checksum(Path(source))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-21
+# %% ../../nbs/data/lm.ipynb #cell-22
+LM_DTYPES = ("float32", "bfloat16", "float16")  # that a model can compute in
+_WORTH = 1.25  # bfloat16 must be so many times as fast: it adds noise to every activation
+
+
+def _product_seconds(
+    width: int, inner: int, dtype: torch.dtype, device: torch.device, tokens: int = 128
+) -> float:
+    "Seconds of one matrix product (tokens, width) @ (width, inner)."
+    x = torch.ones(tokens, width, dtype=dtype, device=device)
+    weights = torch.ones(inner, width, dtype=dtype, device=device)
+    start = time.perf_counter()
+    nn.functional.linear(x, weights)[0, 0].item()  # waits for a GPU
+    return time.perf_counter() - start
+
+
+@one_thread()
+def _measure_dtypes(width: int, inner: int, device: torch.device) -> dict[str, float]:
+    "{dtype: milliseconds of a product}, by turns; the least, as other processes only add to it."
+    least = {"float32": math.inf, "bfloat16": math.inf}
+    rounds, end = 0, time.perf_counter() + 0.5
+    while rounds < 4 or time.perf_counter() < end:
+        for name, seconds in least.items():
+            taken = _product_seconds(width, inner, getattr(torch, name), device)
+            least[name] = min(seconds, 1000 * taken)
+        rounds += 1
+    return least
+
+
+def fastest_dtype(
+    config: "PreTrainedConfig",  # of the model
+    device: torch.device | str = "cpu",
+) -> str:
+    "'bfloat16' if this machine computes clearly faster in it, else 'float32'; decided once."
+    text, device = config.get_text_config(), torch.device(device)
+    width = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else cpu_name()
+    about = dict(machine=machine, device=device.type, torch=torch.__version__)
+    about |= dict(width=width, inner=inner)
+    place = cache_dir() / "dtypes" / f"{stable_hash(about)}.json"
+    with file_lock(cache_dir() / "locks" / f"dtypes-{place.stem}.lock"):
+        if not place.is_file():
+            found = _measure_dtypes(width, inner, device)
+            faster = found["float32"] > _WORTH * found["bfloat16"]
+            dtype = "bfloat16" if faster else "float32"
+            write_json(place, about | dict(milliseconds=found, dtype=dtype))
+    return read_object(place)["dtype"]
+
+
+def resolve_dtype(
+    name: Path | str,  # of the model
+    dtype: str,  # one of LM_DTYPES, or 'auto'
+    device: torch.device | str = "cpu",
+) -> str:  # one of LM_DTYPES
+    "The dtype itself; for 'auto' the one in which this machine computes the model fastest."
+    if dtype in LM_DTYPES:
+        return dtype
+    if dtype != "auto":
+        raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(LM_DTYPES)} or auto")
+    return fastest_dtype(model_config(name), device)
+
+
+# %% ../../nbs/data/lm.ipynb #cell-23
 def load_lm(
     name: Path | str,  # 'nano-gemma2', 'smollm2', a folder, or an id such as 'google/gemma-2-2b'
-    dtype: torch.dtype | str = "float32",  # to compute in: 'float32', 'bfloat16' or 'float16'
+    dtype: torch.dtype | str = "float32",  # to compute in; 'auto': see `resolve_dtype`
     device: torch.device | str = "cpu",  # 'cpu', 'cuda', ...
 ) -> LM:
     "Load a causal language model, ready for reading: evaluation mode, weights frozen."
-    if isinstance(dtype, str) and dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {dtype!r} is unknown; choose 'float32', 'bfloat16' or 'float16'")
-    numbers = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     name = str(name)
+    if isinstance(dtype, str):
+        numbers = getattr(torch, resolve_dtype(name, dtype, device))
+    else:
+        numbers = dtype
     source, where = _source(name)
     model, tokenizer = _read_model(source, where, name, numbers)
     return LM(_freeze(model).to(device), tokenizer, name, source, model_checksum(name))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-23
+# %% ../../nbs/data/lm.ipynb #cell-25
 def save_lm(
     lm: LM,  # an LM
     folder: Path | str,  # where to; replaced if it exists
@@ -473,7 +557,7 @@ def save_lm(
     return Path(folder)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-30
+# %% ../../nbs/data/lm.ipynb #cell-32
 def _outermost_lists(model: nn.Module, n: int) -> dict[str, nn.ModuleList]:
     "{name: list} of the lists of `n` modules that are in no other such list."
     found: dict[str, nn.ModuleList] = {}
@@ -502,7 +586,7 @@ def hook_layer(
     return next(iter(lists.values()))[layer]
 
 
-# %% ../../nbs/data/lm.ipynb #cell-32
+# %% ../../nbs/data/lm.ipynb #cell-34
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # of a block, in their order
 _HOOK_NAMES = (
     r"blocks\.(?P<layer>\d+)\.hook_(?P<kind>\w+)",  # TransformerLens and SAELens
@@ -557,7 +641,7 @@ def hook_point(
     return dict(model_name=Path(str(model)).name, hook_name=Site(layer, site).hook_name)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-35
+# %% ../../nbs/data/lm.ipynb #cell-37
 def other_place(
     metadata: Mapping[str, Any],  # of an SAE
     place: Mapping[str, str],  # what is read: all or a part of `hook_point`
@@ -588,7 +672,7 @@ def check_hook(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-38
+# %% ../../nbs/data/lm.ipynb #cell-40
 _ADDED = {  # ends of the names of the modules whose output a block adds
     "attn_out": ("attn", "attention"),
     "mlp_out": ("mlp", "feed_forward", "ffn", "moe"),
@@ -790,7 +874,7 @@ def residual_stream(
     return read_site(lm, tokens, layer, batch_size=batch_size, at=at)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-40
+# %% ../../nbs/data/lm.ipynb #cell-42
 def compile_blocks(
     lm: LM,  # an LM; its blocks are changed
     layer: int,  # the block that is read
@@ -803,7 +887,7 @@ def compile_blocks(
     return lm
 
 
-# %% ../../nbs/data/lm.ipynb #cell-42
+# %% ../../nbs/data/lm.ipynb #cell-44
 def check_causal(
     lm: LM,  # an LM
     layer: int,  # the block that is read
@@ -819,7 +903,7 @@ def check_causal(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-51
+# %% ../../nbs/data/lm.ipynb #cell-53
 def _takes_cache(lm: LM) -> bool:
     "True if the model reads keys and values of earlier tokens; some have none, or a state instead."
     takes = "past_key_values" in inspect.signature(lm.model.forward).parameters
@@ -886,7 +970,7 @@ def read_after_prefix(
     return out
 
 
-# %% ../../nbs/data/lm.ipynb #cell-57
+# %% ../../nbs/data/lm.ipynb #cell-59
 def next_token_losses(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
@@ -903,7 +987,7 @@ def next_token_losses(
     return torch.cat(out)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-61
+# %% ../../nbs/data/lm.ipynb #cell-63
 def next_token_logits(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
@@ -914,7 +998,7 @@ def next_token_logits(
     return output.logits[:, -1].float()
 
 
-# %% ../../nbs/data/lm.ipynb #cell-65
+# %% ../../nbs/data/lm.ipynb #cell-67
 @contextmanager
 def splice(
     lm: LM,  # an LM

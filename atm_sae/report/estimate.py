@@ -19,7 +19,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..core import generator, pick_device
 from ..data.activations import ActivationSpec, row_bytes
-from ..data.lm import model_config
+from ..data.lm import fastest_dtype, model_config
 from ..data.planted import WorldConfig
 from ..methods import get_method, method_parts, twin_method
 from ..sae.atm import make_masker
@@ -277,6 +277,8 @@ def estimate_runs(
     runs, config = list(runs), lm_shape(size["model"])
     text = {k: size[k] for k in ("model", "layer", "n_tokens")}
     spec = ActivationSpec(**text, **(data or {}))
+    if spec.lm_dtype == "auto":
+        spec = replace(spec, lm_dtype=fastest_dtype(config, pick_device()))
     d_in, d_sae, steps = config.get_text_config().hidden_size, size["d_sae"], size["steps"]
     count = Counter(method for method, _, _ in runs if get_method(method).trained)
     per_step = _per_step(size, count, d_in, min(l0 for _, l0, _ in runs), tuned or {})

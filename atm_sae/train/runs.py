@@ -66,6 +66,7 @@ from atm_sae.data.activations import (
     activation_artefact,
     get_activations,
     one_maker,
+    with_dtype,
 )
 from ..data.batches import Batches, CacheBatches, data_batches, held_out
 from ..data.lm import Site, hook_point, model_width, other_place
@@ -261,6 +262,8 @@ def grid(
     **settings: Any,  # further arguments of `recipe`
 ) -> list[RunSpec]:
     "The recipes of every method at every L0 with every seed."
+    if isinstance(data, ActivationSpec):
+        data = with_dtype(data)  # the record of a run names the dtype itself
     d_in = data.d_in if isinstance(data, WorldConfig) else model_width(data.model)
     tuned = tuned or {}
     for method in tuned:
