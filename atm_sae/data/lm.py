@@ -34,6 +34,7 @@ __all__ = [
     "prefix_cache",
     "read_after_prefix",
     "next_token_losses",
+    "last_logits",
     "next_token_logits",
     "splice",
 ]
@@ -924,12 +925,7 @@ def prefix_cache(
         if layer is not None:
             hooks.enter_context(_at_site(lm, layer, "resid_post", _stop))
         with torch.no_grad(), suppress(_Stop):
-            lm.model(
-                input_ids=distinct.to(lm.device),
-                past_key_values=past,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            last_logits(lm, distinct.to(lm.device), past)
     past.batch_select_indices(which.to(lm.device))
     return past
 
@@ -988,14 +984,32 @@ def next_token_losses(
 
 
 # %% ../../nbs/data/lm.ipynb #cell-63
+def last_logits(
+    lm: LM,  # an LM
+    tokens: Tensor,  # (n, context) token ids, on the model's device
+    past: "DynamicCache | None" = None,  # keys and values of earlier tokens; it is changed
+) -> Tensor:  # (n, vocabulary)
+    "Logits after the last token of each row."
+
+    def pack(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].contiguous(),)  # a slice of all positions makes PyTorch copy the weights
+
+    earlier = {} if past is None else dict(past_key_values=past)
+    hook = lm.model.get_output_embeddings().register_forward_pre_hook(pack)
+    try:
+        output = lm.model(input_ids=tokens, use_cache=past is not None, logits_to_keep=1, **earlier)
+    finally:
+        hook.remove()
+    return output.logits[:, -1].float()
+
+
 def next_token_logits(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
 ) -> Tensor:  # (n, vocabulary)
     "Logits of the token that follows each row."
     check_tokens(lm, tokens)
-    output = lm.model(input_ids=tokens.to(lm.device), use_cache=False, logits_to_keep=1)
-    return output.logits[:, -1].float()
+    return last_logits(lm, tokens.to(lm.device))
 
 
 # %% ../../nbs/data/lm.ipynb #cell-67

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/evals/absorption.ipynb #cell-3
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -39,11 +40,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import one_thread, to_plain
-from ..data.letters import answer_tokens
-from ..data.lm import LM, Site, check_causal, hook_point, other_place, splice
+from atm_sae.data.lm import (
+    LM,
+    Site,
+    check_causal,
+    hook_point,
+    other_place,
+    prefix_cache,
+)
 from .first_letter import LETTERS, FirstLetterTask
 from .metrics import Dictionary, Encoder, ordinary_rows
 from .probes import f1_score, fit_l1_probes, fit_logistic
+from .swap import block_inputs, swapped_logits
 from .released import Released, find_protocol, rank_released, released_task
 
 
@@ -163,14 +171,12 @@ def main_latents(
 
 # %% ../../nbs/evals/absorption.ipynb #cell-33
 def letter_gap(
-    logits: Tensor,  # (n, vocabulary)
+    logits: Tensor,  # (n, 26) of the answers
     letter: Tensor,  # (n,) 0..25
-    letter_ids: Tensor,  # (26,) token of each letter's answer
 ) -> Tensor:  # (n,)
     "Logit of the right letter less the mean of the 25 others."
-    all_letters = logits[:, letter_ids]
-    right = all_letters.gather(1, letter[:, None])[:, 0]
-    return right - (all_letters.sum(1) - right) / 25
+    right = logits.gather(1, letter[:, None])[:, 0]
+    return right - (logits.sum(1) - right) / 25
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-35
@@ -183,11 +189,6 @@ def _prompts(task: FirstLetterTask) -> tuple[Tensor, int]:
     return task.tokens, int(task.at[0])
 
 
-def _letter_tokens(lm: LM) -> Tensor:
-    "The tokens (26,) of the answers."
-    return torch.tensor(answer_tokens(lm.tokenizer), device=lm.device)
-
-
 def word_gaps(
     lm: LM,  # the task's LM
     task: FirstLetterTask,  # built from prompts
@@ -197,21 +198,14 @@ def word_gaps(
     "The gap m between the right letter and the others, for each point."
     tokens, start = _prompts(task)
     n, points = stream.shape[:2]
-    tokens, x = tokens[rows].long().to(lm.device), stream.flatten(0, 1)[:, None]
-    with torch.no_grad():
-        past = lm.model(
-            input_ids=tokens[:, :start], use_cache=True, logits_to_keep=1
-        ).past_key_values
+    tokens = tokens[rows].long().to(lm.device)
+    past = prefix_cache(lm, tokens[:, :start])
+    inputs = block_inputs(lm, tokens[:, start:], copy.deepcopy(past), task.layer)
     past.batch_repeat_interleave(points)
-    with splice(lm, task.layer, lambda at: torch.cat([x.to(at), at[:, 1:]], 1), task.site):
-        logits = lm.model(
-            input_ids=tokens[:, start:].repeat_interleave(points, 0),
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+    tokens, inputs = (v.repeat_interleave(points, 0) for v in (tokens[:, start:], inputs))
+    place = (task.layer, inputs, stream.flatten(0, 1), task.site)
     letter = task.letter[rows].repeat_interleave(points).to(lm.device)
-    return letter_gap(logits.float(), letter, _letter_tokens(lm)).view(n, points)
+    return letter_gap(swapped_logits(lm, tokens, past, *place), letter).view(n, points)
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-36

@@ -14,6 +14,7 @@ __all__ = [
     "fit_letter_probes",
     "FirstLetterTask",
     "task_from_activations",
+    "word_prompts",
     "build_task",
     "save_task",
     "load_task",
@@ -25,7 +26,7 @@ __all__ = [
 # %% ../../nbs/evals/first_letter.ipynb #cell-3
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from ..core import check_activations, generator, is_outlier, norm_limit, one_thr
 from ..data.letters import word_vocabulary
 from ..data.text import bos_eos
 from ..data.lm import LM, check_causal, load_lm, read_after_prefix
+from .swap import SwapResult, swap_words
 from .probes import f1_score, fit_logistic
 
 if TYPE_CHECKING:
@@ -172,6 +174,7 @@ class FirstLetterTask:
     site: str = "resid_post"  # which vectors of the layer's block
     spaced: bool = False  # only words with a leading space
     group: int | None = None  # words that share their answered lines, if there are prompts
+    swap: SwapResult | None = None  # whether the model reads the word here, if there are prompts
     # what was computed from the task and is kept with it, in memory only
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -262,6 +265,26 @@ def _vocabulary(lm: LM, seed: int, max_words: int | None, spaced: bool = False) 
     return words.iloc[order[:max_words].sort().values.numpy()].reset_index(drop=True)
 
 
+def word_prompts(
+    lm: LM,
+    seed: int = 0,  # which words, and which lines stand before them
+    n_icl: int = 10,  # answered lines in each prompt
+    max_words: int | None = None,  # a random part of a large vocabulary
+    spaced: bool = False,  # only words with a leading space
+    group: int = GROUP,  # words that share their answered lines
+) -> tuple[pd.DataFrame, Tensor, Tensor]:  # words; tokens (n, length); position of the word (n,)
+    "The prompts of the model's words; ValueError if most words are not one token there."
+    words = _vocabulary(lm, seed, max_words, spaced)
+    prompts, ends = first_letter_prompts(words, n_icl, seed, group)
+    tokens, at, found = find_words(lm.tokenizer, prompts, ends, words.token_id)
+    if len(tokens) < len(words) / 2:
+        raise ValueError(
+            f"{lm.name}: only {len(tokens)} of {len(words)} words keep their token inside the "
+            "prompt; a tokenizer without word tokens has no first-letter task"
+        )
+    return words[found.numpy()].reset_index(drop=True), tokens, at
+
+
 def build_task(
     lm: LM,
     layer: int,  # block
@@ -275,19 +298,13 @@ def build_task(
 ) -> FirstLetterTask:
     "Read the activations of the vocabulary's words and fit the probes."
     check_causal(lm, layer, site)
-    words = _vocabulary(lm, seed, max_words, spaced)
-    prompts, ends = first_letter_prompts(words, n_icl, seed, group)
-    tokens, at, found = find_words(lm.tokenizer, prompts, ends, words.token_id)
-    if len(tokens) < len(words) / 2:
-        raise ValueError(
-            f"{lm.name}: only {len(tokens)} of {len(words)} words keep their token inside the "
-            "prompt; a tokenizer without word tokens has no first-letter task"
-        )
+    words, tokens, at = word_prompts(lm, seed, n_icl, max_words, spaced, group)
     start = int(at[0])  # the same in all prompts
     x = read_after_prefix(lm, tokens[:, : start + 1].long(), start, layer, site, batch_size)
-    return task_from_activations(
+    letter = torch.tensor([LETTERS.index(name) for name in words.letter])
+    task = task_from_activations(
         x[:, 0].float().cpu(),
-        words[found.numpy()],
+        words,
         seed,
         model=lm.name,
         layer=layer,
@@ -299,6 +316,8 @@ def build_task(
         spaced=spaced,
         group=group,
     )
+    (swap,) = swap_words(lm, tokens, start, letter, [layer], site, seed=seed)
+    return replace(task, swap=swap)
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-32
@@ -315,6 +334,7 @@ def save_task(task: FirstLetterTask, folder: Path | str) -> None:
     save_file({k: t.contiguous() for k, t in tensors.items() if t is not None}, file)
     info: dict[str, Any] = {k: getattr(task, k) for k in _VALUES}
     info |= dict(sha256=file_sha256(file), words=task.words.to_dict("list"))
+    info["swap"] = None if task.swap is None else asdict(task.swap)
     write_json(Path(folder) / "task.json", info)
 
 
@@ -331,6 +351,8 @@ def load_task(folder: Path | str) -> FirstLetterTask:
     if file_sha256(file) != info.pop("sha256", None):
         raise ValueError(f"{file} is truncated or changed (its checksum is wrong): {advice}")
     tensors: dict[str, Any] = load_file(file)
+    swap = info.pop("swap")
+    info["swap"] = None if swap is None else SwapResult(**swap)
     return FirstLetterTask(pd.DataFrame(info.pop("words")), **tensors, **info)
 
 

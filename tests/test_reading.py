@@ -1,0 +1,182 @@
+"Whether a model reads the word at a layer: the exchange of words, the table, the choice."
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from atm_sae.data.lm import (
+    load_lm,
+    next_token_logits,
+    prefix_cache,
+    residual_stream,
+    splice,
+    tiny_lm,
+)
+from atm_sae.data.letters import answer_tokens
+from atm_sae.evals.first_letter import (
+    LETTERS,
+    build_task,
+    load_task,
+    save_task,
+    task_from_activations,
+    word_prompts,
+)
+from atm_sae.evals.reading import choose_layer, probe_scores, swap_table, word_activations
+from atm_sae.evals import swap
+from atm_sae.evals.swap import (
+    SwapResult,
+    block_inputs,
+    captured,
+    letter_logits,
+    swap_words,
+    swapped_logits,
+)
+
+LETTERS_OF = {name: i for i, name in enumerate(LETTERS)}
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load_lm("nano-gemma2")
+
+
+@pytest.fixture(scope="module")
+def prompts(nano):
+    words, tokens, at = word_prompts(nano, max_words=600)
+    return words, tokens, int(at[0]), torch.tensor([LETTERS_OF[name] for name in words.letter])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "resid_post"])
+def test_a_pass_from_a_block_is_the_whole_pass(lm, layer, site):
+    "Blocks that are skipped and a prefix that is run once change nothing."
+    _, tokens, at = word_prompts(lm, n_icl=2, max_words=40)
+    tokens, start = tokens[:6].long(), int(at[0])
+    stream = torch.randn(6, lm.d_model, generator=torch.Generator().manual_seed(0))
+    with splice(lm, layer, lambda x: x.index_put((torch.arange(6), at[:6]), stream), site):
+        expected = next_token_logits(lm, tokens)[:, answer_tokens(lm.tokenizer)]
+    past = prefix_cache(lm, tokens[:, :start])
+    inputs = block_inputs(lm, tokens[:, start:], prefix_cache(lm, tokens[:, :start]), layer)
+    found = swapped_logits(lm, tokens[:, start:], past, layer, inputs, stream, site)
+    assert torch.allclose(found, expected, atol=1e-5)
+    plain = next_token_logits(lm, tokens)[:, answer_tokens(lm.tokenizer)]
+    assert not torch.allclose(found, plain, atol=1e-3)
+    after = letter_logits(lm, tokens[:, start:], prefix_cache(lm, tokens[:, :start]))
+    assert torch.allclose(after, plain, atol=1e-5)  # the blocks are whole again
+
+
+def test_blocks_that_return_tuples():
+    "GPT-Neo's blocks return (stream, weights)."
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    tiny = tiny_lm()
+    config = GPTNeoConfig(
+        vocab_size=len(tiny.tokenizer),
+        hidden_size=32,
+        num_layers=3,
+        num_heads=2,
+        attention_types=[[["global"], 3]],
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    lm = replace(tiny, model=GPTNeoForCausalLM(config).eval().requires_grad_(False), name="neo")
+    tokens = torch.randint(3, 900, (4, 9), generator=torch.Generator().manual_seed(1))
+    past = prefix_cache(lm, tokens[:, :5])
+    with captured(lm, [1]) as streams:
+        expected = letter_logits(lm, tokens[:, 5:], prefix_cache(lm, tokens[:, :5]))
+    inputs = block_inputs(lm, tokens[:, 5:], prefix_cache(lm, tokens[:, :5]), 1)
+    found = swapped_logits(lm, tokens[:, 5:], past, 1, inputs, streams[1][:, 0])
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_nano_gemma2_reads_the_word_after_its_first_block_only(nano, prompts):
+    _, tokens, start, letter = prompts
+    first, *later = swap_words(nano, tokens, start, letter, range(nano.n_layers), n_pairs=64)
+    assert first.reads_word and first.swapped > 0.9 and first.own < 0.1
+    assert first.n > 50 and first.right > 0.9 and first.n_pairs == 64
+    for result in later:
+        assert not result.reads_word and result.swapped < 0.1 and result.own > 0.9
+
+
+def test_the_exchange_is_that_of_whole_prompts(nano, prompts):
+    "Answers counted by whole prompts, without prefixes, skipped blocks or batches."
+    _, tokens, start, letter = prompts
+    (result,) = swap_words(nano, tokens, start, letter, [0], n_pairs=24, batch_size=7, seed=3)
+    ids = answer_tokens(nano.tokenizer)
+    pairs = swap._draw(nano, tokens, start, letter, 24, seed=3)
+    assert (pairs.letters[0] != pairs.letters[1]).all()
+    own = torch.cat([pairs.prefix, pairs.own], 1)
+    there = torch.cat([pairs.prefix, pairs.there], 1)
+    first, second = (next_token_logits(nano, rows)[:, ids].argmax(1) for rows in (own, there))
+    both = (first == pairs.letters[0]) & (second == pairs.letters[1])
+    with captured(nano, [0]) as streams:
+        next_token_logits(nano, there)
+    word = streams[0][:, start]
+
+    def put(x):
+        return torch.cat([x[:, :start], word[:, None], x[:, start + 1 :]], 1)
+
+    with splice(nano, 0, put):
+        answer = next_token_logits(nano, own)[:, ids].argmax(1)
+    assert result.n == both.sum() and result.n_pairs == len(own)
+    assert result.swapped == pytest.approx((answer == pairs.letters[1])[both].float().mean().item())
+    assert result.own == pytest.approx((answer == pairs.letters[0])[both].float().mean().item())
+    assert result.right == pytest.approx((first == pairs.letters[0]).float().mean().item())
+
+
+def test_no_pair_counts_for_a_model_that_cannot_spell(lm):
+    words, tokens, at = word_prompts(lm, n_icl=2, max_words=60)
+    letter = torch.tensor([LETTERS_OF[name] for name in words.letter])
+    (result,) = swap_words(lm, tokens, int(at[0]), letter, [1], n_pairs=8)
+    assert result.n == 0 and math.isnan(result.swapped) and not result.reads_word
+
+
+def test_activations_of_several_blocks(nano, prompts):
+    words, tokens, start, _ = prompts
+    found = word_activations(nano, tokens, start, [0, 2], batch_size=50)
+    at = torch.full((len(tokens),), start)
+    for layer, x in found.items():
+        alone = residual_stream(nano, tokens.long(), layer, batch_size=64, at=at)
+        assert torch.allclose(x, alone, atol=2e-3)
+    some = {2: found[2][:150]}
+    table = probe_scores(some, words[:150])
+    task = task_from_activations(some[2], words[:150])
+    assert table.probe_f1[0] == pytest.approx(task.f1.mean().item())
+    assert table.n_letters[0] == (task.f1 > 0.6).sum()
+
+
+def test_the_rule_of_choice():
+    table = pd.DataFrame(
+        dict(
+            layer=[0, 2, 4, 6, 8],
+            swapped=[0.9, 0.9, 0.5, 0.49, math.nan],
+            probe_f1=[0.7, 0.811, 0.82, 0.9, 0.95],
+        )
+    )
+    assert choose_layer(table) == 2  # 4 is better by 0.009, 6 and 8 do not read the word
+    assert choose_layer(table.assign(probe_f1=[0.7, 0.8, 0.82, 0.9, 0.95])) == 4
+    with pytest.raises(ValueError, match="after none of the blocks 6, 8"):
+        choose_layer(table[table.layer > 4])
+
+
+def test_intervals_of_the_table():
+    results = [
+        SwapResult(3, 0.5, 0.25, 100, 0.9, 120),
+        SwapResult(4, math.nan, math.nan, 0, 0.0, 9),
+    ]
+    table = swap_table(results)
+    assert table.swapped_low[0] == pytest.approx(0.4038, abs=1e-4)  # Wilson, 50 of 100
+    assert table.swapped_high[0] == pytest.approx(0.5962, abs=1e-4)
+    assert math.isnan(table.own_low[1]) and table.right_low[1] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_task_keeps_the_result(nano, tmp_path):
+    task = build_task(nano, 2, max_words=400)
+    assert task.swap is not None and task.swap.layer == 2 and not task.swap.reads_word
+    save_task(task, tmp_path)
+    assert load_task(tmp_path).swap == task.swap
+    save_task(replace(task, swap=None), tmp_path)
+    assert load_task(tmp_path).swap is None
