@@ -464,6 +464,7 @@ class Artefact:
         if not (log := os.environ.get("ATM_SAE_OPENED")):
             return
         line: dict[str, Any] = {"kind": self.kind, "key": self.key, "content": self.content()}
+        line |= {"device": self.device, "dtype": self.dtype}
         line |= {"code": self.closure.hash, "inputs": self.inputs, "makers": self.makers}
         line |= {"choose": self.choose, "cut": self.cut, "spec_types": self._kinds()}
         line |= {"packages": computing_versions(self.closure.packages)}

@@ -132,6 +132,22 @@ def test_a_model_without_its_note_is_damaged(home):
     assert fetch()[1] and is_fetched("smollm2")
 
 
+@pytest.mark.parametrize("note", ["", "{", "[]", "{}", '{"checksum": "of other files"}'])
+def test_a_damaged_note_is_no_note(home, note):
+    folder, _ = fetch()
+    (path,) = folder.glob(".*")
+    path.write_text(note)
+    assert not is_fetched("smollm2") and fetch() == (folder, True) and is_fetched("smollm2")
+
+
+def test_another_file_is_wanted(home, cache, monkeypatch):
+    fetch()
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(b"newer").hexdigest())
+    with pytest.raises(ValueError, match="is not the expected file"):
+        fetch()
+    assert is_fetched("smollm2")  # the old one stays until the new one is there
+
+
 def nothing_left(cache):
     return not (cache / "models" / "smollm2").exists() and not list(cache.rglob("*.part*"))
 
@@ -297,7 +313,9 @@ def test_both_dtypes_are_measured():
     assert found.keys() == {"float32", "bfloat16"} and all(0 < v < 1000 for v in found.values())
 
 
-def test_the_key_holds_the_resolved_dtype(measured, model_folder):
+def test_the_key_holds_the_resolved_dtype(measured, model_folder, tmp_path, monkeypatch):
+    log = tmp_path / "opened"
+    monkeypatch.setenv("ATM_SAE_OPENED", str(log))
     auto = ActivationSpec(
         model=str(model_folder), layer=1, n_tokens=64, context=16, lm_dtype="auto"
     )
@@ -308,6 +326,8 @@ def test_the_key_holds_the_resolved_dtype(measured, model_folder):
     assert artefact.key != activation_artefact(replace(auto, lm_dtype="float32")).key
     made = get_activations(auto, texts=["A short text for a short test."] * 8)
     assert made.meta["spec"]["lm_dtype"] == "bfloat16"
+    opened = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["dtype"], line["device"]) for line in opened] == [("bfloat16", "cpu")]
     assert activations.load_model(auto).model.dtype == torch.bfloat16
     (spec,) = grid(["topk"], auto, [4], [0], d_sae=64, steps=2)
     assert spec.data.lm_dtype == "bfloat16"

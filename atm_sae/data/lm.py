@@ -190,12 +190,17 @@ def seal_fetched(
     write_json(folder / _FETCHED_NOTE, about | dict(checksum=_folder_checksum(folder)))
 
 
-def is_fetched(name: str) -> bool:
+def is_fetched(
+    name: str,
+    **about: str,  # where it must come from, as it was sealed
+) -> bool:
     "True if a model was fetched, and its files are those that were written."
     folder = fetched_folder(name)
-    if not (folder / _FETCHED_NOTE).is_file():
+    try:
+        note = read_object(folder / _FETCHED_NOTE)
+    except (FileNotFoundError, ValueError):  # not there, or damaged
         return False
-    return _folder_checksum(folder) == read_object(folder / _FETCHED_NOTE).get("checksum")
+    return note == note | about | dict(checksum=_folder_checksum(folder))
 
 
 def _check_fetched(name: str) -> None:
@@ -525,7 +530,7 @@ def resolve_dtype(
     return fastest_dtype(model_config(name), device)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-23
+# %% ../../nbs/data/lm.ipynb #cell-24
 def load_lm(
     name: Path | str,  # 'nano-gemma2', 'smollm2', a folder, or an id such as 'google/gemma-2-2b'
     dtype: torch.dtype | str = "float32",  # to compute in; 'auto': see `resolve_dtype`
@@ -542,7 +547,7 @@ def load_lm(
     return LM(_freeze(model).to(device), tokenizer, name, source, model_checksum(name))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-25
+# %% ../../nbs/data/lm.ipynb #cell-26
 def save_lm(
     lm: LM,  # an LM
     folder: Path | str,  # where to; replaced if it exists
@@ -558,7 +563,7 @@ def save_lm(
     return Path(folder)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-32
+# %% ../../nbs/data/lm.ipynb #cell-33
 def _outermost_lists(model: nn.Module, n: int) -> dict[str, nn.ModuleList]:
     "{name: list} of the lists of `n` modules that are in no other such list."
     found: dict[str, nn.ModuleList] = {}
@@ -587,7 +592,7 @@ def hook_layer(
     return next(iter(lists.values()))[layer]
 
 
-# %% ../../nbs/data/lm.ipynb #cell-34
+# %% ../../nbs/data/lm.ipynb #cell-35
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # of a block, in their order
 _HOOK_NAMES = (
     r"blocks\.(?P<layer>\d+)\.hook_(?P<kind>\w+)",  # TransformerLens and SAELens
@@ -642,7 +647,7 @@ def hook_point(
     return dict(model_name=Path(str(model)).name, hook_name=Site(layer, site).hook_name)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-37
+# %% ../../nbs/data/lm.ipynb #cell-38
 def other_place(
     metadata: Mapping[str, Any],  # of an SAE
     place: Mapping[str, str],  # what is read: all or a part of `hook_point`
@@ -673,7 +678,7 @@ def check_hook(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-40
+# %% ../../nbs/data/lm.ipynb #cell-41
 _ADDED = {  # ends of the names of the modules whose output a block adds
     "attn_out": ("attn", "attention"),
     "mlp_out": ("mlp", "feed_forward", "ffn", "moe"),
@@ -875,7 +880,7 @@ def residual_stream(
     return read_site(lm, tokens, layer, batch_size=batch_size, at=at)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-42
+# %% ../../nbs/data/lm.ipynb #cell-43
 def compile_blocks(
     lm: LM,  # an LM; its blocks are changed
     layer: int,  # the block that is read
@@ -888,7 +893,7 @@ def compile_blocks(
     return lm
 
 
-# %% ../../nbs/data/lm.ipynb #cell-44
+# %% ../../nbs/data/lm.ipynb #cell-45
 def check_causal(
     lm: LM,  # an LM
     layer: int,  # the block that is read
@@ -904,7 +909,7 @@ def check_causal(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-53
+# %% ../../nbs/data/lm.ipynb #cell-54
 def _takes_cache(lm: LM) -> bool:
     "True if the model reads keys and values of earlier tokens; some have none, or a state instead."
     takes = "past_key_values" in inspect.signature(lm.model.forward).parameters
@@ -966,7 +971,7 @@ def read_after_prefix(
     return out
 
 
-# %% ../../nbs/data/lm.ipynb #cell-59
+# %% ../../nbs/data/lm.ipynb #cell-60
 def next_token_losses(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
@@ -983,7 +988,7 @@ def next_token_losses(
     return torch.cat(out)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-63
+# %% ../../nbs/data/lm.ipynb #cell-64
 def last_logits(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids, on the model's device
@@ -1012,7 +1017,7 @@ def next_token_logits(
     return last_logits(lm, tokens.to(lm.device))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-67
+# %% ../../nbs/data/lm.ipynb #cell-68
 @contextmanager
 def splice(
     lm: LM,  # an LM

