@@ -18,7 +18,7 @@ _NAMES = {
     "data.batches": ["held_out"],
     "sae.architectures": ["SAEConfig"],
     "sae.sae": ["SAE"],
-    "sae.atm": ["ATMConfig", "ATMMasker", "BlindMasker"],
+    "sae.atm": ["ATMConfig", "ATMMasker", "UniformMasker"],
     "sae.formats": ["export_sae", "from_pretrained", "model_card", "push_to_hub"],
     "train.loop": ["TrainConfig", "train"],
     "train.runs": ["RunSpec", "get_run", "grid", "recipe", "run_grid"],
@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `X as X` says that X i
     from atm_sae.sae.atm import (
         ATMConfig as ATMConfig,
         ATMMasker as ATMMasker,
-        BlindMasker as BlindMasker,
+        UniformMasker as UniformMasker,
     )
     from atm_sae.sae.formats import (
         export_sae as export_sae,

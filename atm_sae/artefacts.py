@@ -186,17 +186,22 @@ def _is_abandoned(part: Path, space: str, process: int) -> bool:
         return False
 
 
+def _remove(path: Path) -> None:
+    "Remove a file, or a folder with all that it holds, as far as that is possible."
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def _remove_leftovers(path: Path) -> None:
     "Remove what killed processes left beside `path`."
     pattern = rf"\.{re.escape(path.stem)}\.([^.]+)-(\d+)-\w+\.part{re.escape(path.suffix)}"
     for other in path.parent.glob(f".*.part{glob.escape(path.suffix)}"):
         found = re.fullmatch(pattern, other.name)
-        if found is None or not _is_abandoned(other, found[1], int(found[2])):
-            continue
-        if other.is_dir():
-            shutil.rmtree(other, ignore_errors=True)
-        else:
-            other.unlink(missing_ok=True)
+        if found is not None and _is_abandoned(other, found[1], int(found[2])):
+            _remove(other)
 
 
 def _flush(path: Path) -> None:
@@ -211,25 +216,31 @@ def _flush(path: Path) -> None:
 
 # %% ../nbs/core/artefacts.ipynb #cell-23
 @contextlib.contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
-    "Yields a temporary path beside `path`; renamed to `path` on success, removed on failure."
-    path = Path(path)
+def _part_of(path: Path) -> Iterator[Path]:
+    "Yields a temporary path beside `path`, to be renamed in the block; removed on failure."
     part = _beside(path)
     with explain_disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path)
             yield part
-            if not part.exists():
-                raise FileNotFoundError(
-                    f"nothing was written for {path}: write to the path that atomic_write yields"
-                )
-            _flush(part)
-            os.replace(part, path)
             _flush(path.parent)
         finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            _remove(part)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    "Yields a temporary path beside `path`; renamed to `path` on success, removed on failure."
+    path = Path(path)
+    with _part_of(path) as part:
+        yield part
+        if not part.exists():
+            raise FileNotFoundError(
+                f"nothing was written for {path}: write to the path that atomic_write yields"
+            )
+        _flush(part)
+        os.replace(part, path)
 
 
 # %% ../nbs/core/artefacts.ipynb #cell-30
@@ -252,18 +263,12 @@ def swap_folder(new: Path, path: Path) -> None:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     "Yields a temporary folder beside `path`; renamed to it on success, removed on failure."
     path = Path(path)
-    part = _beside(path)
-    with explain_disk_errors(path):
-        try:
-            part.mkdir(parents=True)
-            _remove_leftovers(path)
-            yield part
-            for file in part.rglob("*"):
-                _flush(file)
-            swap_folder(part, path)
-            _flush(path.parent)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with _part_of(path) as part:
+        part.mkdir()
+        yield part
+        for file in part.rglob("*"):
+            _flush(file)
+        swap_folder(part, path)
 
 
 # %% ../nbs/core/artefacts.ipynb #cell-35

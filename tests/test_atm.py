@@ -10,7 +10,7 @@ from atm_sae.sae.atm import (
     EFFECTS,
     ATMConfig,
     ATMMasker,
-    BlindMasker,
+    UniformMasker,
     contribution,
     ema_,
     frequency,
@@ -21,7 +21,7 @@ from atm_sae.sae.atm import (
     masking_probability,
     seen_contribution,
 )
-from atm_sae.sae.architectures import ARCHITECTURES, SAEConfig, nested_share
+from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
 from atm_sae.sae.sae import SAE
 from atm_sae.sae.sparse import DenseSet
 
@@ -35,9 +35,9 @@ def make(d_sae, steps=100, **settings):
     return ATMMasker(d_sae, ATMConfig(**dict(warmup=0) | settings), steps)
 
 
-def blind(d_sae, steps=100, rates=(), **settings):
+def uniform(d_sae, steps=100, rates=(), **settings):
     "A control without a warm-up."
-    return BlindMasker(d_sae, ATMConfig(**dict(warmup=0) | settings), steps, rates)
+    return UniformMasker(d_sae, ATMConfig(**dict(warmup=0) | settings), steps, rates)
 
 
 def test_ema_by_hand():
@@ -80,7 +80,7 @@ def test_effects_by_hand():
     assert shared == {"exact": [[8, 0.5]], "first-order": [[4, 0]], "norm": [[4, 0.5]]}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 @pytest.mark.parametrize("per", ["none", "batch", "sample"])
 def test_contribution_is_leave_one_out(architecture, per):
     "For every architecture and mask, against really removing each latent."
@@ -349,7 +349,7 @@ def test_dropout_masks_at_the_rate_of_the_step_whatever_the_importance():
     z, atm, control = (
         torch.tensor([[9.0, 1.0, 0.0, 0.0]]),
         make(4),
-        blind(4, rates=[0.0, 0.5, 0.25]),
+        uniform(4, rates=[0.0, 0.5, 0.25]),
     )
     found = [control.mask_probability().tolist()]
     for _ in range(3):
@@ -364,7 +364,7 @@ def test_dropout_masks_at_the_rate_of_the_step_whatever_the_importance():
 def test_a_dropout_mask_has_no_order_to_nest_by(per):
     "The control of a nested mask draws each latent by itself, and not all or none."
     masker = make_masker(
-        ATMConfig(blind=True, draw="nested", per=per, warmup=0), 400, 10, rates=[0.5]
+        ATMConfig(uniform=True, draw="nested", per=per, warmup=0), 400, 10, rates=[0.5]
     )
     kept = masker.sample(gen(), 50 if per == "sample" else None).float().mean(-1)
     assert ((0.35 < kept) & (kept < 0.65)).all()
@@ -372,19 +372,19 @@ def test_a_dropout_mask_has_no_order_to_nest_by(per):
 
 def test_a_dropout_mask_does_not_fade_twice():
     "The rates are those of a twin that fades itself."
-    control = blind(4, steps=2, rates=[0.5, 0.25], anneal=1.0)
+    control = uniform(4, steps=2, rates=[0.5, 0.25], anneal=1.0)
     control.step = 1
     assert control.current_probability().tolist() == [0.25] * 4
 
 
 def test_a_control_needs_rates():
     with pytest.raises(ValueError, match="needs the mask rate of each step"):
-        make_masker(ATMConfig(blind=True), 4, 10)
+        make_masker(ATMConfig(uniform=True), 4, 10)
 
 
 def test_settings_name_what_the_masks_depend_on():
     "Two controls with other rates are not the same run."
-    a, b = (blind(4, rates=[rate]).settings() for rate in (0.5, 0.25))
+    a, b = (uniform(4, rates=[rate]).settings() for rate in (0.5, 0.25))
     assert a != b and a["steps"] == 100 and a["config"] == b["config"]
 
 
@@ -402,7 +402,7 @@ def test_make_masker():
     assert make_masker(ATMConfig(warmup=0.3, per="sample"), 4, 100).warmup == 30
     masker = make_masker(ATMConfig(effect="norm", draw="nested", rescale=True, anneal=0.25), 4, 100)
     assert (masker.anneal, masker.steps, masker.config.effect) == (25, 100, "norm")
-    assert make_masker(ATMConfig(blind=True), 4, 100, rates=[0.3]).rates == [0.3]
+    assert make_masker(ATMConfig(uniform=True), 4, 100, rates=[0.3]).rates == [0.3]
     assert type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
 
 

@@ -7,7 +7,7 @@ from atm_sae.data.batches import data_batches
 from atm_sae.data.planted import WorldConfig
 from atm_sae.sae.atm import ATMConfig, contribution, make_masker
 from atm_sae.ranks import ALONE
-from atm_sae.sae.architectures import ARCHITECTURES, SAEConfig, nested_share
+from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
 from atm_sae.sae.sae import SAE
 from atm_sae.sae.sparse import ActiveSet, DenseSet, find_active_set, window_sums
 from atm_sae.train.loop import TrainConfig, train
@@ -83,7 +83,7 @@ def both(architecture, per):
 
 
 @pytest.mark.parametrize("per", [None, "batch", "sample", "rescaled"])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *NAMES])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURE_CLASSES, *NAMES])
 def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
     (dense, d), (fast, f) = both(architecture, per)
     assert isinstance(dense.active, DenseSet) and isinstance(fast.active, ActiveSet)
@@ -105,7 +105,7 @@ def test_loss_and_gradients_equal_the_dense_ones(architecture, per):
 
 
 @pytest.mark.parametrize("per", [None, "batch", "sample"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_the_masker_sees_the_same(architecture, per):
     maskers = []
     for loss, _ in both(architecture, per):
@@ -185,7 +185,7 @@ def test_dense_where_skipping_does_not_pay():
         assert isinstance(sparse_sae("topk").loss(x, fast=True).active, DenseSet)
 
 
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "standard"])
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURE_CLASSES if a != "standard"])
 def test_sparse_from_the_first_step_at_the_width_of_a_real_model(architecture):
     "JumpReLU's window holds every positive pre-activation here, and its step is still sparse."
     size = dict(target_l0=32.0) if architecture == "jumprelu" else dict(k=32)
@@ -198,7 +198,7 @@ def test_sparse_from_the_first_step_at_the_width_of_a_real_model(architecture):
 
 
 @pytest.mark.parametrize("mask", ["", "+atm"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_a_usual_training_becomes_sparse(architecture, mask, monkeypatch):
     sets, loss = [], SAE.loss
 
@@ -256,7 +256,7 @@ def trained(architecture, **settings):
     return sae, history
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_a_training_ends_alike(architecture, monkeypatch):
     sets, loss = [], SAE.loss
 
@@ -277,7 +277,7 @@ def test_a_training_ends_alike(architecture, monkeypatch):
     assert slow.table.mask_rate.values == pytest.approx(quick.table.mask_rate.values, abs=0.02)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_bf16_trains_and_keeps_its_weights_in_fp32(architecture):
     sae, history = trained(architecture, precision="bf16")
     assert {p.dtype for p in sae.parameters()} == {torch.float32}

@@ -23,7 +23,7 @@ from atm_sae.sae.losses import (
     tanh_count,
     topk,
 )
-from atm_sae.sae.architectures import ARCHITECTURES, SAEConfig, nested_share
+from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
 from atm_sae.sae.sae import SAE, calibrate_l0, gate_latents, random_sae
 from atm_sae.sae.sparse import ActiveSet, DenseSet
 
@@ -87,14 +87,14 @@ def test_config_refuses_sizes():
 
 def ends(d_sae, architecture="matryoshka", **more):
     config = SAEConfig(6, d_sae, architecture, k=1, **more)
-    return ARCHITECTURES[architecture](config).ends
+    return ARCHITECTURE_CLASSES[architecture](config).ends
 
 
 def test_ends_by_hand():
     assert ends(40) == (2, 5, 10, 20, 40)  # 2.5 is rounded to the even 2
     assert ends(12) == (1, 2, 3, 6, 12)
     assert ends(8, prefixes=[0.7, 1]) == (6, 8)
-    assert {ends(8, name) for name in ARCHITECTURES if name != "matryoshka"} == {(8,)}
+    assert {ends(8, name) for name in ARCHITECTURE_CLASSES if name != "matryoshka"} == {(8,)}
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_same_seed_same_weights():
     assert torch.equal(a.W_enc, a.W_dec.T) and torch.allclose(a.W_dec.norm(dim=1), torch.ones(12))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_the_table_of_methods_says_what_the_class_has(architecture):
     row, sae = methods.ARCHITECTURES[architecture], SAE(config(architecture))
     assert set(row.tensors) == set(sae.state_dict())
     assert set(row.settings) <= {field.name for field in fields(SAEConfig)}
     assert (row.sized_by == "k") == (not sae.architecture.has_penalty)
-    assert list(methods.ARCHITECTURES) == list(ARCHITECTURES)
+    assert list(methods.ARCHITECTURES) == list(ARCHITECTURE_CLASSES)
 
 
 def fields_read(architecture):
@@ -146,7 +146,7 @@ def fields_read(architecture):
     given = config(architecture)
     sae = SAE(given)
     sae.config = Recording(**{f.name: getattr(given, f.name) for f in fields(SAEConfig)})
-    sae.architecture = ARCHITECTURES[architecture](sae.config)
+    sae.architecture = ARCHITECTURE_CLASSES[architecture](sae.config)
     read.clear()  # what its making copied
     sae.architecture.check()
     sae.architecture.tensors()
@@ -160,7 +160,7 @@ def fields_read(architecture):
     return read & {f.name for f in fields(SAEConfig)}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_the_settings_of_a_row_are_what_the_class_reads(architecture):
     "They are part of the cache key: a setting that is missing there would be found stale."
     base = {"d_in", "d_sae", "architecture", "seed"}
@@ -404,7 +404,7 @@ def test_jumprelu_counts_before_the_mask():
     assert sae.loss(x).penalty == sae.loss(x, keep=torch.tensor([False, False])).penalty
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_mask_of_ones_changes_nothing(architecture):
     sae, x = SAE(config(architecture)), torch.randn(8, 6, generator=gen())
     a, b = sae.loss(x), sae.loss(x, keep=torch.ones(12, dtype=torch.bool))
@@ -482,7 +482,7 @@ def trained(architecture):
     return sae
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_fold_input_scale(architecture):
     sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
     before = sae(7 * x) / 7
@@ -513,7 +513,7 @@ def test_fold_decoder_norm_refuses_topk():
         sae.fold_decoder_norm()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_save_and_load(architecture, tmp_path):
     sae, x = trained(architecture), torch.randn(32, 6, generator=gen())
     again = SAE.load(sae.save(tmp_path / "sae"))
@@ -643,7 +643,7 @@ def doors(sae):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_activations_of_any_precision(architecture, dtype):
     sae, x = trained(architecture), torch.randn(40, 6, generator=gen()).to(dtype)
     for name, door in doors(sae).items():
@@ -696,7 +696,7 @@ def test_a_decoder_row_of_zeros_stays(tmp_path):
 # ---- gate
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURE_CLASSES)
 def test_gated_latents_never_fire(architecture):
     sae, x, keep = (
         trained(architecture),

@@ -3,6 +3,7 @@
 import errno
 import re
 import signal
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from small import WORLD, make_and_die, small, steps_taken, weights
 
 from atm_sae.sae.atm import ATMConfig, ATMMasker, make_masker
 from atm_sae.artefacts import OutputError, read_json
+from atm_sae.core import norm_limit
 from atm_sae.sae.architectures import nested_share
+from atm_sae.sae.losses import geometric_median
 from atm_sae.sae.sae import SAE, SAEConfig
 from atm_sae.data.activations import activation_artefact
 from atm_sae.data.batches import CacheBatches
@@ -516,6 +519,26 @@ def test_resume_after_a_kill():
     assert not checkpoint.exists()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_finished_training_leaves_no_checkpoint_unless_it_is_to_be_kept(keep, tmp_path):
+    spec = small("topk")
+    data = batches(spec)
+    train(SAE(spec.sae), data, spec.train, None, tmp_path, progress=False, keep_checkpoint=keep)
+    assert (tmp_path / "checkpoint.safetensors").exists() == keep
+
+
+def test_the_checkpoint_of_a_run_stays_until_its_folder_is_written(monkeypatch):
+    spec = small("topk")
+
+    def full_disk(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr(runs, "_write_run", full_disk)
+    with pytest.raises(OSError, match="full"):
+        get_run(spec)
+    assert (run_folder(spec) / "checkpoint.safetensors").exists()
+
+
 def test_checkpoint_of_another_configuration(tmp_path):
     spec = small("atm")
     with pytest.raises(OSError):
@@ -928,8 +951,8 @@ def test_methods_and_recipes():
     assert (
         small("topk").sae.k == 3
         and small("atm").sae.target_l0 == 3
-        and small("dropout").atm.blind
-        and not small("atm").atm.blind
+        and small("dropout").atm.uniform
+        and not small("atm").atm.uniform
         and small("standard").atm is None
     )
     spec = small("atm", r=0.5, lr=0.25, bandwidth=0.7)
@@ -952,6 +975,16 @@ def test_recipe_refuses():
         small("atm", rr=2)
     with pytest.raises(TypeError, match="topk has a mask"):
         small("topk", combine="sum")
+
+
+def test_a_rounded_l0_is_said():
+    with pytest.warns(UserWarning, match=r"topk: k is a whole number, so L0 8.5 becomes k = 8"):
+        spec = recipe("topk", WORLD, d_in=8, d_sae=16, l0=8.5, steps=5)
+    assert spec.l0 == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe("topk", WORLD, d_in=8, d_sae=16, l0=8.0, steps=5)
+        recipe("standard", WORLD, d_in=8, d_sae=16, l0=8.5, steps=5)
 
 
 def test_keys_tell_specs_apart():
@@ -1060,7 +1093,7 @@ def test_a_dropout_control_takes_the_settings_of_its_twin(blind, twin):
     specs = tuned_grid(
         [blind, twin], {twin: dict(r=2.0, lr_scale=0.5, anneal=0.3), "topk": dict(lr_scale=3.0)}
     )
-    assert specs[0].atm.blind and [twin_spec(s) for s in specs[:4]] == specs[4:]
+    assert specs[0].atm.uniform and [twin_spec(s) for s in specs[:4]] == specs[4:]
     assert specs[0].atm.r == 2 and specs[0].train.lr == 0.5 * default_lr(
         16, specs[0].sae.architecture
     )
@@ -1204,6 +1237,16 @@ def test_the_untrained_control_needs_a_target(cache):
     batches = WorldBatches(PlantedWorld(WORLD), 32, 0)
     with pytest.raises(ValueError, match="the untrained control needs a target L0"):
         runs.untrained_sae(without, batches)
+
+
+def test_the_untrained_control_has_the_limit_of_all_its_samples():
+    spec = recipe("random", WORLD, d_in=8, d_sae=16, l0=3, steps=5)
+    ordinary = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([ordinary, torch.full((20, 8), 1e4)])
+    sae = runs.untrained_sae(spec, iter([x] * 4))
+    assert sae.max_norm == norm_limit(torch.cat([x] * 4), spec.sae.outlier_ratio)
+    assert (sae.encode(ordinary) > 0).sum() == 3 * 60
+    assert torch.allclose(sae.b_dec, geometric_median(ordinary), atol=1e-4)
 
 
 def test_other_activations_than_those_of_the_key_are_refused():

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "ARCHITECTURES",
+    "ARCHITECTURE_CLASSES",
     "SAEConfig",
     "Weights",
+    "MaskedBatch",
     "SAEArchitecture",
     "Standard",
     "TopK",
@@ -48,7 +49,7 @@ class SAEConfig:
 
     d_in: int  # width of the activations
     d_sae: int  # number of latents
-    architecture: str = "standard"  # a key of ARCHITECTURES
+    architecture: str = "standard"  # a key of ARCHITECTURE_CLASSES
     k: int | None = None  # active latents for each sample (topk, batchtopk, matryoshka)
     l1: float | None = None  # coefficient of the L1 norm (standard), at E|x|^2 = 1
     target_l0: float | None = None  # wanted mean number of active latents (standard, jumprelu)
@@ -64,10 +65,10 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefixes", tuple(self.prefixes))  # JSON has no tuples
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in ARCHITECTURE_CLASSES:
             raise ValueError(
                 f"unknown architecture {self.architecture!r}: "
-                f"choose one of {', '.join(ARCHITECTURES)}"
+                f"choose one of {', '.join(ARCHITECTURE_CLASSES)}"
             )
         if min(self.d_in, self.d_sae) < 1:
             raise ValueError(f"d_in and d_sae must be positive, not {self.d_in} and {self.d_sae}")
@@ -79,7 +80,7 @@ class SAEConfig:
             raise ValueError(
                 f"outlier_ratio must be above 1, or None for no rule, not {self.outlier_ratio}"
             )
-        ARCHITECTURES[self.architecture](self).check()
+        ARCHITECTURE_CLASSES[self.architecture](self).check()
 
     @property
     def l0(self) -> float | None:
@@ -98,6 +99,17 @@ class Weights(Protocol):
     @property
     def threshold(self) -> Tensor:
         "(d_sae,) or (): threshold of the pre-activations; only where `tensors` makes one."
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedBatch:
+    "What a sparsity penalty is computed from."
+
+    pre: Tensor  # pre-activations of the latents in `active`
+    h: Tensor  # these latents after the mask
+    active: DenseSet | ActiveSet
+    weights: Weights
+    ranks: Ranks = ALONE  # the processes that share the batch
 
 
 class SAEArchitecture:
@@ -164,16 +176,9 @@ class SAEArchitecture:
         "(batch, d_sae) latents after training, of pre-activations of that shape."
         return self.activate(pre, DenseSet(len(pre)), weights)
 
-    def penalty(
-        self,
-        pre: Tensor,  # pre-activations of the latents in `active`
-        h: Tensor,  # these latents after the mask
-        active: DenseSet | ActiveSet,
-        weights: Weights,
-        ranks: Ranks = ALONE,  # the processes that share the batch
-    ) -> Tensor:
+    def penalty(self, batch: MaskedBatch) -> Tensor:
         "Sparsity penalty () of a batch, before the warm-up factor."
-        return h.new_zeros(())
+        return batch.h.new_zeros(())
 
     def constrain(self, weights: Weights) -> None:
         "Called after each optimiser step: move weights back into their allowed range."
@@ -197,18 +202,12 @@ class Standard(SAEArchitecture):
     def steers_l1(self) -> bool:
         return self.config.target_l0 is not None and self.config.l1 is None
 
-    def penalty(
-        self,
-        pre: Tensor,
-        h: Tensor,
-        active: DenseSet | ActiveSet,
-        weights: Weights,
-        ranks: Ranks = ALONE,
-    ) -> Tensor:
+    def penalty(self, batch: MaskedBatch) -> Tensor:
+        h, active, W_dec = batch.h, batch.active, batch.weights.W_dec
         coefficient = 1.0 if self.config.l1 is None else self.config.l1
         if self.config.penalty == "l1":
-            return coefficient * l1_penalty(active.mean(h), weights.W_dec)
-        norm = active.at(weights.W_dec.norm(dim=1))
+            return coefficient * l1_penalty(active.mean(h), W_dec)
+        norm = active.at(W_dec.norm(dim=1))
         return coefficient * active.mean(tanh_count(h, norm)).sum()
 
 
@@ -352,19 +351,13 @@ class JumpReLU(SAEArchitecture):
         threshold, bandwidth = weights.threshold, self.config.bandwidth
         return ThresholdGradient.apply(x_hat, threshold, weights.W_dec, places, bandwidth)
 
-    def penalty(
-        self,
-        pre: Tensor,
-        h: Tensor,
-        active: DenseSet | ActiveSet,
-        weights: Weights,
-        ranks: Ranks = ALONE,
-    ) -> Tensor:
-        threshold, bandwidth = weights.threshold, self.config.bandwidth
+    def penalty(self, batch: MaskedBatch) -> Tensor:
+        active, ranks = batch.active, batch.ranks
+        threshold, bandwidth = batch.weights.threshold, self.config.bandwidth
         if isinstance(active, ActiveSet):
             count = count_active(active, threshold, bandwidth)
         else:
-            count = step(pre, threshold, bandwidth).sum()
+            count = step(batch.pre, threshold, bandwidth).sum()
         l0 = count / active.batch
         if ranks.size > 1:
             l0 = l0 + (ranks.mean(l0) - l0.detach())
@@ -381,7 +374,7 @@ class JumpReLU(SAEArchitecture):
 
 
 # %% ../../nbs/sae/architectures.ipynb #cell-20
-ARCHITECTURES = {
+ARCHITECTURE_CLASSES = {
     "standard": Standard,
     "topk": TopK,
     "batchtopk": BatchTopK,

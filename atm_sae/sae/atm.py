@@ -16,7 +16,7 @@ __all__ = [
     "ATMConfig",
     "seen_contribution",
     "ATMMasker",
-    "BlindMasker",
+    "UniformMasker",
     "make_masker",
 ]
 
@@ -121,7 +121,7 @@ class ATMConfig:
     warmup: float = 0.1  # share of the steps without masking
     combine: str = "geometric"  # how three statistics make an importance; one of COMBINE
     per: str = "batch"  # one mask for the 'batch', or one for each 'sample'
-    blind: bool = False  # dropout control: the same share of latents, chosen uniformly
+    uniform: bool = False  # dropout control: the same share of latents, chosen uniformly
     effect: str = "exact"  # how the contribution is measured; one of EFFECTS
     draw: str = "independent"  # each latent is drawn by itself, or 'nested': one draw for all
     rescale: bool = False  # multiply kept latents by 1 / (1 - p), as dropout does
@@ -271,7 +271,7 @@ class ATMMasker:
 
 
 # %% ../../nbs/sae/atm.ipynb #cell-58
-class BlindMasker(ATMMasker):
+class UniformMasker(ATMMasker):
     "Dropout on latents with given rates; it has the interface and the averages of ATM."
 
     def __init__(
@@ -299,13 +299,13 @@ def make_masker(
     d_sae: int,  # number of latents
     steps: int,  # length of the training run
     device: str | torch.device = "cpu",  # where the latents are
-    rates: Sequence[float] | None = None,  # for `blind`: the share that ATM masked at each step
+    rates: Sequence[float] | None = None,  # for `uniform`: the share that ATM masked at each step
 ) -> ATMMasker | None:
     "The masker that an `ATMConfig` describes; ValueError for a control without rates."
     if config is None:
         return None
-    if not config.blind:
+    if not config.uniform:
         return ATMMasker(d_sae, config, steps, device)
     if rates is None:
         raise ValueError("the dropout control needs the mask rate of each step: `rates`")
-    return BlindMasker(d_sae, config, steps, rates, device)
+    return UniformMasker(d_sae, config, steps, rates, device)

@@ -27,7 +27,7 @@ from atm_sae.core import (
     norm_limit,
 )
 from ..ranks import ALONE, Ranks
-from .architectures import ARCHITECTURES, SAEConfig
+from .architectures import ARCHITECTURE_CLASSES, MaskedBatch, SAEConfig
 from .losses import auxk_loss, geometric_median, project_rows_, squared_error
 from .sparse import ActiveSet, DenseSet, GatherActive, find_active_set
 
@@ -59,7 +59,7 @@ class SAE(nn.Module):
     def __init__(self, config: SAEConfig, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.architecture = ARCHITECTURES[config.architecture](config)
+        self.architecture = ARCHITECTURE_CLASSES[config.architecture](config)
         self.metadata = dict(metadata or {})  # what it was trained on; see `saelens_config`
         self.is_trained = False  # its weights fit activations as they are: `train` starts from them
         rows = torch.randn(config.d_sae, config.d_in, generator=generator(config.seed, "sae"))
@@ -122,7 +122,8 @@ class SAE(nn.Module):
             pre = GatherActive.apply(x, self.W_enc, self.b_enc, self.b_dec, pre.detach(), active)
         z = self.architecture.activate(pre, active, self, ranks)
         kept = z if keep is None else z * active.at(keep)
-        penalty = sparsity * self.architecture.penalty(pre, kept, active, self, ranks)
+        masked = MaskedBatch(pre, kept, active, self, ranks)
+        penalty = sparsity * self.architecture.penalty(masked)
         h = kept.view_as(kept)
         if h.requires_grad:
             h.retain_grad()
@@ -338,11 +339,14 @@ def calibrate_l0(
     sae: SAE,  # a jumprelu SAE; its thresholds are changed
     x: Tensor,  # (n, d_in) activations; outliers among them are left out
     l0: float,  # wanted mean number of active latents
+    centre: bool = False,  # first set b_dec to the geometric median of `x`
 ) -> SAE:
     "Set one threshold for all latents so that `l0` of them are active on average on `x`."
     check_activations(x, sae.config.d_in)
     limit = norm_limit(x, sae.config.outlier_ratio)
     x = x[~is_outlier(x, limit)]
+    if centre:
+        sae.init_b_dec(x)
     pre = sae.pre_activations(x).flatten()
     n = round(l0 * len(x))
     if not 0 < n < len(pre):

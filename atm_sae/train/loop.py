@@ -631,12 +631,13 @@ def train(
     sae: SAE,  # trained in place
     batches: Batches,  # its position is saved with a checkpoint
     config: TrainConfig,
-    masker: ATMMasker | None = None,  # or a BlindMasker
+    masker: ATMMasker | None = None,  # or a UniformMasker
     folder: str | Path | None = None,  # of the checkpoint, written and looked for; None: nowhere
     progress: bool = True,  # show a progress bar
     ranks: Ranks = ALONE,  # the processes that share each batch; all call `train` alike
     # called after each step; until training ends, the SAE takes x times `history.scale`
     watch: Callable[[int, SAE, History], object] | None = None,
+    keep_checkpoint: bool = False,  # leave it in `folder` when training has finished
 ) -> History:
     """Train `sae`, which then takes raw activations. Continues if `folder` holds a checkpoint.
 
@@ -661,4 +662,6 @@ def train(
             sae.fold_input_scale(trainer.history.scale)
         raise
     sae.fold_input_scale(trainer.history.scale)
+    if path is not None and ranks.rank == 0 and not keep_checkpoint:
+        path.unlink(missing_ok=True)
     return trainer.history

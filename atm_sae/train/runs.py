@@ -60,7 +60,7 @@ from atm_sae.artefacts import (
     stable_hash,
     write_json,
 )
-from ..core import is_outlier, norm_limit, one_thread, pick_device, to_plain
+from ..core import is_outlier, one_thread, pick_device, to_plain
 from atm_sae.data.activations import (
     ActivationSpec,
     activation_artefact,
@@ -114,9 +114,9 @@ class RunSpec:
 
 def twin_spec(spec: RunSpec) -> RunSpec | None:
     "The ATM run whose mask rates a dropout control takes; None for any other run."
-    if spec.atm is None or not spec.atm.blind:
+    if spec.atm is None or not spec.atm.uniform:
         return None
-    return replace(spec, method=twin_method(spec.method), atm=replace(spec.atm, blind=False))
+    return replace(spec, method=twin_method(spec.method), atm=replace(spec.atm, uniform=False))
 
 
 # %% ../../nbs/train/runs.ipynb #cell-7
@@ -174,7 +174,7 @@ def run_artefact(
         **parts,
         device=where.type,
         dtype=str(spec.train.dtype(where)).removeprefix("torch."),
-        choose={"sae.architectures.ARCHITECTURES": (spec.sae.architecture,)},
+        choose={"sae.architectures.ARCHITECTURE_CLASSES": (spec.sae.architecture,)},
         cut=() if spec.atm else _MASK,
         spec_types=("SAEConfig", "TrainConfig"),
     )
@@ -211,25 +211,36 @@ def _override(config: Any, settings: Mapping[str, Any]) -> Any:
     return replace(config, **changed) if changed else config
 
 
+def _size(method: str, architecture: str, l0: float) -> dict[str, Any]:
+    "The field of SAEConfig that sets the L0 of an architecture."
+    if ARCHITECTURES[architecture].sized_by == "target_l0":
+        return dict(target_l0=float(l0))
+    if round(l0) != l0:
+        warnings.warn(
+            f"{method}: k is a whole number, so L0 {l0:g} becomes k = {round(l0)}", stacklevel=3
+        )
+    return dict(k=round(l0))
+
+
 def recipe(
     method: str,  # one of METHODS, or a variant
     data: WorldConfig | ActivationSpec,
     d_in: int,  # width of the activations
     d_sae: int,  # number of latents
-    l0: float,  # wanted mean number of active latents
+    l0: float,  # wanted mean number of active latents; k is the nearest whole number
     steps: int,  # optimiser steps
     seed: int = 0,  # of weights, masks and the order of the data
     batch_size: int = 1024,  # samples a step
     lr_scale: float = 1.0,  # learning rate, in units of `default_lr`
     **overrides: Any,  # any field of SAEConfig, TrainConfig or ATMConfig
 ) -> RunSpec:
-    "The run that trains `method` to `l0`. TypeError for an override that is no field."
+    """The run that trains `method` to `l0`. TypeError for an override that is no field.
+
+    Warns where `k` is another number than `l0`; the run's target is then `k`."""
     architecture, mask = method_parts(method)
     if "lr" in overrides and lr_scale != 1:
         raise TypeError("lr and lr_scale both set the learning rate: give one of them")
-    by_k = ARCHITECTURES[architecture].sized_by == "k"
-    size: dict[str, Any] = dict(k=round(l0)) if by_k else dict(target_l0=float(l0))
-    sae = SAEConfig(d_in, d_sae, architecture, seed=seed, **size)
+    sae = SAEConfig(d_in, d_sae, architecture, seed=seed, **_size(method, architecture, l0))
     config = TrainConfig(
         steps,
         batch_size,
@@ -238,7 +249,7 @@ def recipe(
         seed=seed,
         frozen=get_method(method).frozen,
     )
-    atm = ATMConfig(blind=mask == "dropout") if mask else None
+    atm = ATMConfig(uniform=mask == "dropout") if mask else None
     unknown = set(overrides) - _names(sae) - _names(config) - _names(atm)
     if unknown:
         raise TypeError(
@@ -318,18 +329,17 @@ def train_sae(
     "Train the SAE of a specification, alone or as one of several ranks."
     sae = SAE(spec.sae).to(device)
     masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates)
-    return sae, train(sae, batches, spec.train, masker, folder, progress, ranks)
+    # the checkpoint stays until the folder of the run replaces it
+    history = train(sae, batches, spec.train, masker, folder, progress, ranks, keep_checkpoint=True)
+    return sae, history
 
 
 def untrained_sae(spec: RunSpec, batches: Batches) -> SAE:
     "The untrained control: centred on four batches, with the threshold that gives its L0 there."
-    x = torch.cat([next(batches) for _ in range(4)])
-    x = x[~is_outlier(x, norm_limit(x, spec.sae.outlier_ratio))]
-    sae = random_sae(spec.sae)
-    sae.init_b_dec(x)
     if spec.sae.target_l0 is None:
         raise ValueError("the untrained control needs a target L0")
-    return calibrate_l0(sae, x, spec.sae.target_l0)
+    x = torch.cat([next(batches) for _ in range(4)])
+    return calibrate_l0(random_sae(spec.sae), x, spec.sae.target_l0, centre=True)
 
 
 @torch.no_grad()
