@@ -93,6 +93,15 @@ def test_steps_of_the_released_settings():
     assert LETTER_SCHEDULE.steps(65) == 100
 
 
+@pytest.mark.parametrize(
+    ("steps", "epochs", "batch_size"), [(25, 25, 1000), (100, 50, 500), (1600, 50, 32)]
+)
+def test_a_number_of_steps_is_reached_by_another_batch_size(steps, epochs, batch_size):
+    other = RANKING_SCHEDULE.with_steps(steps, 1000)
+    assert (other.epochs, other.batch_size, other.steps(1000)) == (epochs, batch_size, steps)
+    assert other.l1_decay == RANKING_SCHEDULE.l1_decay
+
+
 @pytest.mark.parametrize("name", ["batch_size", "epochs", "lr", "end_lr"])
 def test_impossible_schedules(name):
     with pytest.raises(ValueError, match=f"Schedule: {name} = 0, but it must be above 0"):

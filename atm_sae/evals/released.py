@@ -62,6 +62,11 @@ class Schedule:
         "Number of steps for n training words."
         return self.epochs * -(-n // self.batch_size)
 
+    def with_steps(self, steps: int, n: int) -> "Schedule":
+        "The schedule that makes about so many steps for n words: its batches have another size."
+        epochs = min(self.epochs, steps)
+        return replace(self, epochs=epochs, batch_size=-(-n * epochs // steps))
+
 
 LETTER_SCHEDULE = Schedule(batch_size=64, weight_decay=1e-4)
 RANKING_SCHEDULE = Schedule(batch_size=4096, weight_decay=1e-6, l1_decay=0.01)
