@@ -821,8 +821,7 @@ def evaluate(
     if saebench:
         _check_names(subjects)
     with tqdm(total=n * len(sae), desc="metrics", disable=quiet) as bar:
-        pairs = zip(sae, subjects, strict=True)
-        rows = [_score(source, s, metrics, options, bar) for source, s in pairs]
+        rows = [_score(source, s, metrics, options, bar) for source, s in zip(sae, subjects)]
     show = _print_json if as_json else _show_scores
     show(rows)
     cores = [row.get("core", {}) for row in rows]
