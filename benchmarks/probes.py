@@ -22,8 +22,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from atm_sae.evals.absorption import encode_words
-from atm_sae.evals.probes import balanced_weights, fit_l1_probes, fit_logistic, kkt_error
-from atm_sae.evals.probes import l1_max, l1_slope
+from atm_sae.evals.probes import balanced_weights, fit_l1_probes, fit_l2_probes, fit_logistic
+from atm_sae.evals.probes import kkt_error, l1_max, l1_slope
 from atm_sae.report.tables import to_markdown
 
 BEGIN, END = "<!-- probes: begin -->", "<!-- probes: end -->"
@@ -113,6 +113,8 @@ def l2_table(x, Y, repeats):
 
     fit, ours = timed(fit_all, repeats)
     rows = [row("fit_logistic", ours, ours, l2_error(x, Y, *fit))]
+    (W, b), seconds = timed(lambda: fit_l2_probes(x, Y.T), repeats)
+    rows.append(row("fit_l2_probes", seconds, ours, l2_error(x, Y, W.T, b)))
     for tol in (1e-4, 1e-8):
         fit, seconds = timed(lambda tol=tol: sklearn_l2(x.numpy(), Y.numpy(), tol), repeats)
         rows.append(row(f"lbfgs, tol={tol:g}", seconds, ours, l2_error(x, Y, *fit)))

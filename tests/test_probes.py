@@ -6,10 +6,12 @@ import torch
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
+from atm_sae.evals import probes
 from atm_sae.evals.probes import (
     balanced_weights,
     f1_score,
     fit_l1_probes,
+    fit_l2_probes,
     fit_logistic,
     kkt_error,
     l1_max,
@@ -51,6 +53,59 @@ def test_many_problems_at_once_are_the_same_as_each_by_itself():
         assert torch.allclose(w[i], fit_logistic(x[i], y[i])[0], atol=1e-7) and torch.isclose(
             b[i], fit_logistic(x[i], y[i])[1], atol=1e-7
         )
+
+
+def three_questions(seed, spread=0.0, n=300, d=40):
+    "Inputs (n, d) of sizes from 10 ** -spread to 10 ** spread, and answers to three questions."
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g) * torch.logspace(-spread, spread, d)
+    noisy = x[:, 20] + 0.1 * torch.randn(n, generator=g) > 1
+    return x, torch.stack([noisy, torch.rand(n, generator=g) < 0.1, x[:, 3] > 0], 1)
+
+
+@pytest.mark.parametrize("spread, l2", [(0, 1.0), (0, 1e-4), (3, 1.0), (3, 1e-6)])
+def test_probes_on_the_same_inputs_are_those_of_each_question(spread, l2):
+    x, Y = three_questions(0, spread)
+    x[:, 5] = x[:, 6]
+    W, b = fit_l2_probes(x, Y, l2)
+    for i, y in enumerate(Y.T):
+        w, bias = fit_logistic(x, y, l2, tol=1e-14)
+        assert (W[:, i] - w).norm() < 1e-6 * w.norm() and abs(b[i] - bias) < 1e-6 * (1 + abs(bias))
+        assert torch.equal(x.double() @ W[:, i] + b[i] > 0, x.double() @ w + bias > 0)
+
+
+def test_probes_on_the_same_inputs_have_no_slope():
+    x, Y = three_questions(1)
+    W, b = fit_l2_probes(x, Y)
+    t, s = 2.0 * Y - 1, balanced_weights(Y.T).T
+    R = s * t * torch.sigmoid(-t * (x.double() @ W + b))
+    assert (W - x.double().T @ R).abs().max() < 1e-7 and R.sum(0).abs().max() < 1e-7
+
+
+def test_curvature_is_not_approximated_for_each_step(monkeypatch):
+    made, steps = [], []
+    approximate, solve = probes._near_curvature, probes._conjugate_gradients
+    monkeypatch.setattr(probes, "_near_curvature", lambda *a: made.append(1) or approximate(*a))
+    monkeypatch.setattr(probes, "_conjugate_gradients", lambda *a: steps.append(1) or solve(*a))
+    fit_l2_probes(*three_questions(0))
+    assert 1 <= len(made) < len(steps) < 20
+
+
+def test_inputs_that_say_nothing_get_no_weights():
+    x, y = torch.zeros(4, 2), T([True, False, True, False])
+    W, b = fit_l2_probes(x, y[:, None])
+    assert not W.any() and not b.any()
+
+
+def test_probes_on_the_same_inputs_refuse_what_cannot_be_fitted():
+    x, Y = three_questions(0)
+    with pytest.raises(RuntimeError, match="3 probes did not converge in 100 steps: raise l2"):
+        fit_l2_probes(x[:, :2], Y, tol=-1.0)
+    with pytest.raises(ValueError, match="both classes; 0 of the 300 are positive"):
+        fit_l2_probes(x, Y & False)
+    x[0, 0] = np.inf
+    with pytest.raises(ValueError, match="fit_l2_probes: inputs are NaN or infinite"):
+        fit_l2_probes(x, Y)
 
 
 def test_f1():

@@ -43,7 +43,7 @@ from ..data.letters import word_vocabulary
 from ..data.text import bos_eos
 from ..data.lm import LM, check_causal, load_lm, read_after_prefix
 from .swap import SwapResult, swap_words
-from .probes import f1_score, fit_logistic
+from .probes import f1_score, fit_l2_probes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,9 +147,9 @@ def fit_letter_probes(
             "the activations at the words are all alike: no probe can read anything from them"
         )
     W, b = torch.zeros(26, x.shape[1]), torch.full((26,), -1.0)
-    for i in letter.unique().tolist():
-        w, b[i] = fit_logistic(x / scale, letter == i, l2)
-        W[i] = w / scale
+    there = letter.unique()
+    w, bias = fit_l2_probes(x / scale, letter[:, None] == there, l2)
+    W[there], b[there] = (w.T / scale).float(), bias.float()
     return W, b
 
 
