@@ -696,7 +696,7 @@ def test_ablation_absorbed(lm, lm_task, task, halves, monkeypatch):
     p = lm_task.directions[lm_task.letter[rows]]
     c = p @ halves.W_dec.T
 
-    def effects(sae, lm, task, part, steps):
+    def effects(sae, lm, task, part, points):
         return torch.stack(
             [(4.0 - i) * (torch.arange(32) == c[i].argmax()) for i in range(len(part))]
         )

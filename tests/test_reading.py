@@ -1,6 +1,8 @@
 "Whether a model reads the word at a layer: the exchange of words, the table, the choice."
 
 import math
+import statistics
+import warnings
 from dataclasses import replace
 
 import pandas as pd
@@ -25,7 +27,8 @@ from atm_sae.evals.first_letter import (
     word_prompts,
 )
 from atm_sae.evals.reading import choose_layer, probe_scores, swap_table, word_activations
-from atm_sae.evals import swap
+from atm_sae.evals import absorption, swap
+from atm_sae.evals.absorption import AbsorptionConfig, WordNotRead, evaluate_absorption
 from atm_sae.evals.swap import (
     SwapResult,
     block_inputs,
@@ -180,3 +183,86 @@ def test_the_task_keeps_the_result(nano, tmp_path):
     assert load_task(tmp_path).swap == task.swap
     save_task(replace(task, swap=None), tmp_path)
     assert load_task(tmp_path).swap is None
+
+
+def silent_task(task):
+    "The task with probes that are right on every word, so that every silent word is a candidate."
+    present = [(task.letter[rows].unique()) for rows in (task.test, ~task.test)]
+    both = [i for i in range(26) if all((part == i).any() for part in present)]
+    f1 = torch.zeros(26).index_fill(0, torch.tensor(both), 1.0)
+    return replace(task, f1=f1, b=torch.full((26,), 99.0))
+
+
+class Silent:
+    "An SAE whose latents are always zero."
+
+    W_dec = torch.eye(32)
+
+    def encode(self, x):
+        return torch.zeros(len(x), 32)
+
+
+def test_a_layer_that_does_not_read_the_word_is_said(lm, monkeypatch):
+    task = silent_task(build_task(lm, 1, n_icl=1, max_words=150))
+    few = AbsorptionConfig(min_letters=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WordNotRead)
+        fine = evaluate_absorption(
+            Silent(), replace(task, swap=SwapResult(1, 0.9, 0, 20, 1, 20)), few
+        )
+        evaluate_absorption(Silent(), task, few)  # no pair counts: nothing is known
+        evaluate_absorption(Silent(), replace(task, swap=None), few)
+    assert fine.config["swap"]["swapped"] == 0.9 and "causal" not in repr(fine)
+    unread = replace(task, swap=SwapResult(1, 0.04, 0.9, 25, 1, 30))
+    said = r"does not read the word at layer 1 \(after swapping, 4% of answers follow\): absorption"
+    with pytest.warns(WordNotRead, match=said):
+        result = evaluate_absorption(Silent(), unread, few)
+    assert "after swapping, 4% of answers follow" in repr(result)
+
+
+def test_a_sample_of_the_candidates_stands_for_all(lm, monkeypatch):
+    task = silent_task(build_task(lm, 1, n_icl=1, max_words=150))
+    asked = []
+
+    def absorbed(sae, lm, task, rows):
+        asked.append(rows)
+        return torch.tensor([LETTERS[task.letter[i]] < "M" for i in rows])
+
+    monkeypatch.setattr(absorption, "ablation_absorbed", absorbed)
+
+    def rate(limit, seed=0):
+        config = AbsorptionConfig(min_letters=1, max_candidates=limit)
+        return evaluate_absorption(Silent(), replace(task, seed=seed), config, lm=lm)
+
+    whole = rate(1000)
+    n = int(whole.words.candidate.sum())
+    assert n == len(asked[-1]) == whole.letters.num_ablation_candidates.sum() > 20
+    some = rate(10)
+    assert len(asked[-1]) == some.letters.num_ablation_asked.sum() == 10
+    assert some.config["max_candidates"] == 10
+    hits = some.words.groupby("letter").ablated.mean().mean()
+    assert some.ablation == pytest.approx(n / 10 * hits)
+    assert list(rate(10).words.asked) == list(some.words.asked)  # the same draw
+    many = [rate(10, seed).ablation for seed in range(12)]
+    error = statistics.stdev(many) / len(many) ** 0.5
+    assert abs(statistics.mean(many) - whole.ablation) < 4 * error  # unbiased
+
+
+def test_a_batch_is_asked_after_the_same_lines(lm, monkeypatch):
+    "The prompts' beginnings are those of the first word; the task itself stays as it is."
+    task = build_task(lm, 1, n_icl=1, max_words=60, group=1)
+    start, seen = int(task.at[0]), []
+
+    def effects(sae, lm, task, part, points):
+        seen.append(task.tokens[part])
+        return torch.zeros(len(part), 32)
+
+    monkeypatch.setattr(absorption, "integrated_effects", effects)
+    before = task.tokens.clone()
+    absorption.ablation_absorbed(Silent(), lm, task, [5, 9, 11], batch_size=2)
+    assert [len(tokens) for tokens in seen] == [2, 1]
+    assert (seen[0][:, :start] == before[5, :start]).all() and before[9, :start].ne(
+        before[5, :start]
+    ).any()
+    assert torch.equal(seen[0][:, start:], before[[5, 9], start:])
+    assert torch.equal(seen[1][0], before[11]) and torch.equal(task.tokens, before)

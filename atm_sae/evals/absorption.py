@@ -22,14 +22,16 @@ __all__ = [
     "letter_words",
     "AbsorptionResult",
     "describe_sae",
+    "WordNotRead",
     "evaluate_absorption",
     "best_single_latent_f1",
 ]
 
 # %% ../../nbs/evals/absorption.ipynb #cell-3
 import copy
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import one_thread, to_plain
+from ..core import generator, one_thread, to_plain
 from atm_sae.data.lm import (
     LM,
     Site,
@@ -51,7 +53,7 @@ from atm_sae.data.lm import (
 from .first_letter import LETTERS, FirstLetterTask
 from .metrics import Dictionary, Encoder, ordinary_rows
 from .probes import f1_score, fit_l1_probes, fit_logistic
-from .swap import block_inputs, swapped_logits
+from .swap import SwapResult, block_inputs, swapped_logits
 from .released import Released, find_protocol, rank_released, released_task
 
 
@@ -69,9 +71,10 @@ class AbsorptionConfig:
     min_f1: float = 0.6  # a letter counts if its probe's F1 on test words exceeds this
     min_letters: int = 20  # least number of letters that must count
     l1_share: float = 0.01  # strength of the L1 probe, as a share of `l1_max`
+    max_candidates: int = 64  # ablation rate: words whose effects are computed, at most
 
     def __post_init__(self) -> None:
-        for name in ("max_k", "absorbers", "min_letters"):
+        for name in ("max_k", "absorbers", "min_letters", "max_candidates"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"AbsorptionConfig: {name} = {value}, but it must be at least 1")
@@ -214,18 +217,23 @@ def integrated_effects(
     lm: LM,  # the task's LM
     task: FirstLetterTask,  # built from prompts
     rows: Tensor,  # indices of words
-    steps: int = 8,  # midpoints of the path
+    points: int = 4,  # of the path, by the Gauss-Legendre rule
 ) -> Tensor:  # (len(rows), d_sae)
     "Integrated-gradients effect of each latent at the word on the gap `word_gaps`."
-    W_dec, alpha = sae.W_dec.detach(), (torch.arange(steps, device=lm.device) + 0.5) / steps
+    W_dec = sae.W_dec.detach()
+    nodes, weights = (
+        torch.from_numpy(v).to(W_dec) for v in np.polynomial.legendre.leggauss(points)
+    )
+    alpha = (1 + nodes) / 2  # from [-1, 1] to [0, 1]
     x = task.x[rows].to(W_dec)
     z = sae.encode(x).detach()
-    stream = x[:, None] - (1 - alpha)[:, None].to(W_dec) * (z @ W_dec)[:, None]
+    stream = x[:, None] - (1 - alpha)[:, None] * (z @ W_dec)[:, None]
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(
             word_gaps(lm, task, rows, stream.requires_grad_()).sum(), stream
         )
-    return (z * (slope.mean(1) @ W_dec.T)).float().cpu()
+    mean = (slope * weights[:, None] / 2).sum(1)
+    return (z * (mean @ W_dec.T)).float().cpu()
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-40
@@ -242,15 +250,25 @@ def dominant_absorber(
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-42
+def _same_lines(task: FirstLetterTask, rows: Tensor) -> FirstLetterTask:
+    "The task with the answered lines of the first of these words before all of them."
+    tokens, start = _prompts(task)
+    tokens = tokens.clone()
+    tokens[rows, :start] = tokens[rows[0], :start]
+    return replace(task, tokens=tokens)
+
+
 def ablation_absorbed(
     sae: Encoder,  # anything with encode, W_dec
     lm: LM,  # the task's LM
     task: FirstLetterTask,  # built from prompts
     rows: Indices,  # words whose letter the probe finds and the main latents do not
     batch_size: int = 32,  # words at a time
-    steps: int = 8,  # midpoints of the path
+    points: int = 4,  # of the path
 ) -> Tensor:  # (len(rows),) bool
-    "Which words are absorbed by the criterion of Chanin et al. ValueError for another model."
+    """Which words are absorbed by the criterion of Chanin et al. ValueError for another model.
+
+    The words of a batch are asked for after the lines of the first one's prompt."""
     _prompts(task)
     if lm.name != task.model:
         raise ValueError(
@@ -262,7 +280,7 @@ def ablation_absorbed(
     absorbed = [torch.zeros(0, dtype=torch.bool)]
     for part in torch.tensor(rows, dtype=torch.long).split(batch_size):
         if len(part):
-            effects = integrated_effects(sae, lm, task, part, steps)
+            effects = integrated_effects(sae, lm, _same_lines(task, part), part, points)
             absorbed.append(dominant_absorber(effects, p[part] @ unit.T))
     return torch.cat(absorbed)
 
@@ -412,7 +430,12 @@ _RATES = dict(
 
 
 def _letter_row(
-    letter: str, words: pd.DataFrame, main: np.ndarray, f1: Tensor, probe_f1: Tensor
+    letter: str,
+    words: pd.DataFrame,
+    main: np.ndarray,
+    f1: Tensor,
+    probe_f1: Tensor,
+    weight: float,  # candidates of all letters for each one whose effects were computed
 ) -> dict[str, Any]:
     "A letter's row of the table."
     row = dict(
@@ -427,19 +450,27 @@ def _letter_row(
         probe_f1=float(probe_f1),
     )
     if "ablated" in words:
-        row["ablation_absorption_rate"] = words.ablated.mean()
+        row["ablation_absorption_rate"] = weight * words.ablated.mean()
+        row["num_ablation_candidates"] = int(words.candidate.sum())
+        row["num_ablation_asked"] = int(words.asked.sum())
     return row
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-49
 def _with_ablation(
-    words: pd.DataFrame, sae: Encoder, lm: LM, task: FirstLetterTask
+    words: pd.DataFrame, sae: Encoder, lm: LM, task: FirstLetterTask, limit: int
 ) -> pd.DataFrame:
-    "The words with the third score, `ablated`."
+    """The words with the third score, `ablated`, and which of the candidates were `asked`.
+
+    At most `limit` candidates are, drawn at random by the task's seed."""
     candidate = (words.silent & ~words.detected).to_numpy()
-    words = words.assign(ablated=False)
-    rows = words.word[candidate].to_numpy()
-    words.loc[candidate, "ablated"] = ablation_absorbed(sae, lm, task, rows).numpy()
+    places = np.flatnonzero(candidate)
+    order = torch.randperm(len(places), generator=generator(task.seed, "candidates"))
+    asked = np.zeros(len(words), dtype=bool)
+    asked[places[order[:limit].numpy()]] = True
+    words = words.assign(candidate=candidate, asked=asked, ablated=False)
+    rows = words.word[asked].to_numpy()
+    words.loc[asked, "ablated"] = ablation_absorbed(sae, lm, task, rows).numpy()
     return words
 
 
@@ -464,10 +495,12 @@ def _score_task(
         letter_words(i, z, W_dec, m, d, task, config) for i, m, d in zip(counts, main, detected)
     ]
     words = pd.concat(tables, keys=range(len(counts)), names=["which"]).reset_index("which")
+    weight = 1.0
     if lm is not None:
-        words = _with_ablation(words, sae, lm, task)
+        words = _with_ablation(words, sae, lm, task, config.max_candidates)
+        weight = float(words.candidate.sum() / max(words.asked.sum(), 1))
     rows = [
-        _letter_row(LETTERS[i], words[words.which == j], main[j], f1[j], task.f1[i])
+        _letter_row(LETTERS[i], words[words.which == j], main[j], f1[j], task.f1[i], weight)
         for j, i in enumerate(counts)
     ]
     words.insert(0, "text", task.words.text.to_numpy()[words.word])
@@ -557,7 +590,10 @@ class AbsorptionResult:
     def __repr__(self) -> str:
         scores = ", ".join(f"{name}={getattr(self, name):.4f}" for name in self.seeds)
         letters, seeds = self.letters.first_letter.nunique(), len(self.seeds)
-        return f"AbsorptionResult({scores}; {letters} letters, {seeds} evaluation seeds)"
+        swap = self.config.get("swap")
+        problem = SwapResult(**swap).problem if swap else ""
+        about = f"{letters} letters, {seeds} evaluation seeds" + (problem and f"; {problem}")
+        return f"AbsorptionResult({scores}; {about})"
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-52
@@ -581,6 +617,16 @@ def _check_tasks(tasks: Sequence[FirstLetterTask]) -> None:
         raise ValueError(f"the tasks' seeds are {seeds}, but each must have a seed of its own")
 
 
+class WordNotRead(UserWarning):
+    "The model does not read the word at the layer of the task."
+
+
+def _warn_not_read(task: FirstLetterTask) -> None:
+    "Warn with `WordNotRead` if exchanging the word's activation does not change the answers."
+    if task.swap is not None and task.swap.problem:
+        warnings.warn(task.swap.problem, WordNotRead, stacklevel=4)
+
+
 @one_thread()
 def evaluate_absorption(
     sae: Encoder,  # anything with encode, W_dec (d_sae, d_in)
@@ -592,12 +638,14 @@ def evaluate_absorption(
 ) -> AbsorptionResult:
     """Score an SAE on the first-letter task, without the words whose activation is an outlier.
 
-    The result's `config["n_outliers"]` counts these, over all tasks.
+    The result's `config["n_outliers"]` counts these, over all tasks. Warns with `WordNotRead`
+    where the model does not read the word (`config["swap"]`).
     ValueError if it does not fit the task, or too few letters have a good probe."""
     tasks = [tasks] if isinstance(tasks, FirstLetterTask) else list(tasks)
     _check_tasks(tasks)
     for task in tasks:
         _check_fits(sae, task)
+    _warn_not_read(tasks[0])
     released = find_protocol(protocol)
     if released:
         tasks = [released_task(task, released.letters) for task in tasks]
@@ -620,6 +668,7 @@ def evaluate_absorption(
         spaced=first.spaced,
         group=first.group,
         protocol="saebench" if released else "exact",
+        swap=to_plain(first.swap),
     )
     if released:  # these say how, in place of both penalties
         setting |= dict(l2=None, l1_share=None, min_letters=1, probes=to_plain(released))

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "READS",
+    "ENOUGH",
     "captured",
     "block_inputs",
     "from_block",
@@ -141,6 +142,7 @@ def swapped_logits(
 
 # %% ../../nbs/evals/swap.ipynb #cell-9
 READS = 0.5  # least share of pairs whose answer follows the exchange
+ENOUGH = 10  # pairs that must count for a warning
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,16 @@ class SwapResult:
     def reads_word(self) -> bool:
         "True if the answer follows the exchange for at least half of the pairs that count."
         return self.swapped >= READS
+
+    @property
+    def problem(self) -> str:
+        "What absorption at this layer lacks; empty if the word is read or too few pairs count."
+        if self.reads_word or self.n < ENOUGH:
+            return ""
+        return (
+            f"the model does not read the word at layer {self.layer} (after swapping, "
+            f"{self.swapped:.0%} of answers follow): absorption there has no causal meaning"
+        )
 
 
 # %% ../../nbs/evals/swap.ipynb #cell-10
