@@ -620,6 +620,11 @@ class Options:
     saebench: Path | None = None  # folder for SAEBench's files
     protocol: str = "exact"  # of absorption, one of PROTOCOLS
 
+    def __post_init__(self) -> None:
+        from atm_sae.evals.released import find_protocol
+
+        find_protocol(self.protocol)
+
     def about(self, s: Subject) -> dict[str, Any]:
         "What every writer of SAEBench's files takes."
         return dict(path=self.saebench, method=s.method, name=s.name)
@@ -812,9 +817,6 @@ def evaluate(
     "Measure SAEs: reconstruction, feature absorption, sparse probing."
     from tqdm import tqdm
 
-    from atm_sae.evals.released import find_protocol
-
-    find_protocol(protocol)
     n, options = len(_wanted(metrics)), Options(eval_seeds, saebench, protocol)
     reads = Reads(model, layer, site, tokens)
     subjects = [_subject(s, reads, subfolder, revision) for s in sae]
