@@ -4,6 +4,8 @@ import errno
 import json
 import pickle
 import shutil
+import threading
+import time
 from pathlib import Path
 from dataclasses import replace
 
@@ -22,6 +24,7 @@ from atm_sae.data.activations import (
     activation_key,
     build_cache,
     get_activations,
+    token_activations,
 )
 from atm_sae.data.batches import CacheBatches, held_out
 from atm_sae.artefacts import OutputError, file_lock, stable_hash
@@ -616,3 +619,67 @@ def test_bad_readers(cache, bad, message):
     with pytest.raises(ValueError, match=message):
         CacheBatches(cache, **{"batch_size": 10, "seed": 0, **bad})
     assert CacheBatches(cache, 262, 0).d_in == 32
+
+
+# ---- several threads
+
+
+@pytest.fixture
+def threads():
+    "Set the number of PyTorch's threads; it is put back afterwards."
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_changes_no_byte(lm, tokens, tmp_path, threads, monkeypatch):
+    used = set()
+
+    def noted(model, *args):
+        used.add((id(model.model), torch.get_num_threads()))
+        return token_activations(model, *args)
+
+    monkeypatch.setattr(module, "token_activations", noted)
+    made = []
+    for n in (1, 3):
+        used.clear()
+        threads(n)
+        folder = tmp_path / str(n)
+        made.append(build_cache(lm, tokens, 1, folder, batch_size=2, progress=False).meta)
+        assert torch.get_num_threads() == n and {k for _, k in used} == {1}
+        assert 1 <= len(used) <= n
+    assert made[0] == made[1]
+
+
+def test_batches_run_at_the_same_time(lm, tokens, tmp_path, threads, monkeypatch):
+    both = threading.Barrier(2, timeout=20)  # broken if one thread alone runs all batches
+
+    def together(*args):
+        both.wait()
+        return token_activations(*args)
+
+    monkeypatch.setattr(module, "token_activations", together)
+    threads(2)
+    build_cache(lm, tokens, 1, tmp_path / "c", batch_size=5, progress=False)
+
+
+def test_copies_share_weights_and_not_hooks(lm):
+    one, other = module.share_weights(lm, 2)
+    assert one is lm and other.checksum == lm.checksum
+    pairs = zip(one.model.state_dict().items(), other.model.state_dict().items(), strict=True)
+    assert all(a == b and x.data_ptr() == y.data_ptr() for (a, x), (b, y) in pairs)
+    with_hook = one.model.get_input_embeddings().register_forward_hook(lambda *args: 1 / 0)
+    assert residual_stream(other, torch.tensor([[2, 5]]), 1).isfinite().all()
+    with_hook.remove()
+
+
+def test_in_order_keeps_the_order_and_passes_errors_on():
+    def inverse(i):
+        time.sleep(0.01 * (i == 1))
+        return 1 / (3 - i)
+
+    got = []
+    with pytest.raises(ZeroDivisionError):
+        for x in module.in_order(inverse, range(9), 3):
+            got.append(x)
+    assert got == [1 / 3, 1 / 2, 1]

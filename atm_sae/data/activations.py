@@ -19,6 +19,8 @@ __all__ = [
     "token_activations",
     "default_batch_size",
     "read_ahead",
+    "in_order",
+    "share_weights",
     "building_folder",
     "build_cache",
     "is_held_out",
@@ -34,20 +36,22 @@ __all__ = [
 ]
 
 # %% ../../nbs/data/activations.ipynb #cell-2
+import copy
 import errno
 import hashlib
 import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from queue import SimpleQueue
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -319,6 +323,35 @@ def read_ahead(
             yield item
 
 
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def in_order(
+    function: Callable[[_In], _Out],
+    items: Iterable[_In],
+    n: int,  # threads
+) -> Iterator[_Out]:
+    "`function` of each item, computed in `n` threads, in the order of the items."
+    if n == 1:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    with ThreadPoolExecutor(n) as pool:
+        waiting = deque(pool.submit(function, item) for item in islice(items, 2 * n))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield result
+
+
+def share_weights(lm: LM, n: int) -> list[LM]:
+    "The model and `n - 1` copies with the same weights, but hooks of their own: one for a thread."
+    weights = {id(x): x for x in (*lm.model.parameters(), *lm.model.buffers())}
+    copies = (copy.deepcopy(lm.model, dict(weights)) for _ in range(n - 1))
+    return [lm, *(replace(lm, model=model) for model in copies)]
+
+
 # %% ../../nbs/data/activations.ipynb #cell-17
 SHARD_BYTES = 2**30
 
@@ -430,13 +463,23 @@ class _Job:
             place = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in state}
             yield i, tokens, place
 
-    def run(self, i: int, tokens: Tensor, bar: Any) -> Iterator[Tensor]:
-        "Activations of shard `i`, batch by batch."
-        row = i * self.rows_per_shard
-        for batch in tokens.split(self.batch_size):
-            yield token_activations(self.lm, batch, self.layer, self.dtype, row, self.site)
-            row += len(batch)
-            bar.update(len(batch))
+    def run(self, i: int, tokens: Tensor, bar: Any, models: Sequence[LM]) -> Iterator[Tensor]:
+        "Activations of shard `i`, batch by batch; `models` are copies, one for each thread."
+        free: SimpleQueue[LM] = SimpleQueue()
+        for lm in models:
+            free.put(lm)
+
+        def activations(first: int) -> Tensor:
+            "Of the batch that begins with row `first` of the shard."
+            lm, batch = free.get(), tokens[first : first + self.batch_size]
+            row = i * self.rows_per_shard + first
+            try:
+                return token_activations(lm, batch, self.layer, self.dtype, row, self.site)
+            finally:
+                free.put(lm)
+                bar.update(len(batch))
+
+        return in_order(activations, range(0, len(tokens), self.batch_size), len(models))
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:
@@ -502,7 +545,8 @@ def build_cache(
     about |= dict(model_checksum=lm.checksum, spec=to_plain(spec))
     inputs = [about, job.n_rows, job.rows_per_shard, job.batch_size, text]
     left = f"complete shards stay in {building_folder(folder)}, and the next run goes on from there"
-    with explain_disk_errors(folder, left):
+    models = share_weights(lm, torch.get_num_threads() if lm.device.type == "cpu" else 1)
+    with explain_disk_errors(folder, left), one_thread():
         n_activations = job.n_rows * (job.rows.context - 1)
         _check_room(folder, n_activations * row_bytes(lm.d_model, dtype))
         builder = _Builder(folder, about, inputs, ranks)
@@ -511,7 +555,7 @@ def build_cache(
         with tqdm(total=job.n_rows, desc=title, unit="row", disable=hide) as bar:
             for i, shard_tokens, place in read_ahead(job.missing(builder)):
                 if i % ranks.size == ranks.rank and not builder.has(i):
-                    builder.write(i, job.run(i, shard_tokens, bar), place)
+                    builder.write(i, job.run(i, shard_tokens, bar, models), place)
         ranks.wait()
         if ranks.rank == 0:
             builder.finish(folder, job.n_shards, dict(model=lm.name, **about), artefact)
@@ -699,7 +743,7 @@ def get_activations(
 
     cache = None
     if not exists():
-        with one_maker(artefact.lock(), ranks), one_thread():
+        with one_maker(artefact.lock(), ranks):
             if not exists():  # no other run has built it meanwhile
                 lm = lm or load_model(spec)
                 cache = build_cache(
