@@ -17,7 +17,7 @@ from common import heading, parsed, parser, spread, threads_used, write_readme
 from atm_sae.artefacts import provenance
 from atm_sae.data import activations
 from atm_sae.data.activations import build_cache
-from atm_sae.data.lm import residual_stream, tiny_lm
+from atm_sae.data.lm import is_fetched, load_lm, residual_stream, tiny_lm
 from atm_sae.data.text import PackedRows, open_documents, python_docs
 from atm_sae.report.estimate import lm_shape
 from atm_sae.report.tables import to_markdown
@@ -40,6 +40,11 @@ def exact_lm():
         lm_shape("google/gemma-2-2b"), dtype=torch.bfloat16, attn_implementation="eager"
     )
     return replace(tiny_lm(), model=model.eval().requires_grad_(False), name="random-gemma-2-2b")
+
+
+def real_lm():
+    "SmolLM2-135M-Instruct in bfloat16, where it was fetched."
+    return load_lm("smollm2", "bfloat16")
 
 
 def write_documents(path, n_docs=None):
@@ -158,6 +163,11 @@ def main():
     if not args.quick:
         name = "26, Gemma-2-2b's exact shape, random weights in bfloat16"
         table.append(ratio_row(name, exact_lm, 4, 2, min(rounds, 3), args.threads))
+    if is_fetched("smollm2"):
+        few = (32, 16, 1) if args.quick else (128, 16, rounds)
+        table.append(ratio_row("30, SmolLM2-135M in bfloat16", real_lm, *few, args.threads))
+    else:
+        print("smollm2 is left out, since it was not fetched: atm-sae fetch smollm2")
     table.append(memory_row(sizes, args.threads))
     head = heading(threads_used(args.threads), "median [least, most]")
     text = f"{head}.\n\n{to_markdown(pd.DataFrame(table))}\n"

@@ -128,6 +128,12 @@ def test_meta_says_what_it_is(lm, tokens, tmp_path):
     assert ActivationCache.open(tmp_path / "c").meta == meta and "292 x 32" in repr(made)
 
 
+def test_meta_names_the_packages_of_the_installed_text(lm, tokens, tmp_path):
+    spec = ActivationSpec(n_tokens=320, context=16, layer=1, text="installed-docs")
+    meta = build_cache(lm, tokens, 1, tmp_path / "c", spec, progress=False).meta
+    assert meta["packages"]["torch"] == torch.__version__ and "python" in meta["packages"]
+
+
 @pytest.mark.parametrize(
     "dtype, size, tolerance", [("bfloat16", 2, 2**-8), ("float16", 2, 2**-11), ("float32", 4, 0)]
 )

@@ -70,6 +70,7 @@ from atm_sae.artefacts import (
     write_json,
 )
 from ..core import check_activations, generator, one_thread, pick_device, to_plain
+from .installed import INSTALLED, package_versions
 from .letters import LineConfig, mixed_tokens
 from atm_sae.data.lm import (
     LM,
@@ -558,7 +559,10 @@ def build_cache(
                     builder.write(i, job.run(i, shard_tokens, bar, models), place)
         ranks.wait()
         if ranks.rank == 0:
-            builder.finish(folder, job.n_shards, dict(model=lm.name, **about), artefact)
+            named = dict(model=lm.name, **about)
+            if spec and spec.text == INSTALLED:
+                named["packages"] = package_versions()
+            builder.finish(folder, job.n_shards, named, artefact)
         ranks.wait()
     return ActivationCache.open(folder, verify=False)
 
