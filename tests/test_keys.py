@@ -246,7 +246,7 @@ def test_a_default_of_the_mask(monkeypatch):
     assert [n for n in after if after[n] != before[n]] == ["planted atm"]
 
 
-@pytest.mark.parametrize("name", ["absorption", "noise", "verdict"])
+@pytest.mark.parametrize("name", ["absorption"])
 def test_published_values_belong_to_what_draws_them(name, tmp_path):
     manifest = load_manifest()
     found = fingerprint(manifest, manifest.pick(name), "default", tmp_path)

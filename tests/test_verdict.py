@@ -426,17 +426,23 @@ def test_the_mask_table_says_how_sure_it_is_and_what_else_differs(runs):
     assert "of 5 seeds" in mask_caption(evidence) and "JumpReLU" in table.index
 
 
+def write_layers(folder, **columns):
+    "The table of an experiment `layer` whose SAEs read block 2."
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "provenance").mkdir(exist_ok=True)
+    pd.DataFrame(columns).to_csv(folder / "figures/layer.csv", index=False)
+    (folder / "provenance/layer.json").write_text('{"parameters": {"layer": 2}}')
+
+
 def test_the_layer_sentence_follows_the_swap(tmp_path):
-    for name in ("figures/noise.csv", "provenance/noise.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(REPORTS / name, tmp_path / name)
+    table = dict(layer=[0, 2], swapped=[1.0, 0.0], n=[40, 40], reads=[True, False])
+    write_layers(tmp_path, **table)
     said = layer_sentence(tmp_path)
-    assert "after block 2" in said and "by 0%" in said and "no longer reads" in said
-    table = pd.read_csv(tmp_path / "figures/noise.csv")
-    table.loc[table.layer == 2, "replaced"] = 0.25 * table.intact
-    table.to_csv(tmp_path / "figures/noise.csv", index=False)
+    assert "after block 2" in said and "in 0% of 40 pairs" in said
+    assert "does not read the word" in said and said.endswith("no causal meaning.")
+    write_layers(tmp_path, **table | dict(swapped=[1.0, 0.75], reads=[True, True]))
     said = layer_sentence(tmp_path)
-    assert "by 75%" in said and "still reads" in said and "no causal meaning" not in said
+    assert "in 75% of" in said and "the model reads the word there." in said
 
 
 def test_sentences_that_lead(before):
@@ -503,11 +509,7 @@ def test_agreement_has_the_intervals_of_the_jackknife():
 
 
 def test_nothing_is_said_of_a_layer_without_a_swap(tmp_path):
-    for name in ("figures/noise.csv", "provenance/noise.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(REPORTS / name, tmp_path / name)
-    table = pd.read_csv(tmp_path / "figures/noise.csv")
-    table[table.panel != "gap"].to_csv(tmp_path / "figures/noise.csv", index=False)
+    write_layers(tmp_path, layer=[0, 4], swapped=[1.0, 0.9], n=[9, 9], reads=[True, True])
     assert layer_sentence(tmp_path) == ""
 
 

@@ -31,7 +31,7 @@ __all__ = [
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -250,14 +250,6 @@ def dominant_absorber(
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-42
-def _same_lines(task: FirstLetterTask, rows: Tensor) -> FirstLetterTask:
-    "The task with the answered lines of the first of these words before all of them."
-    tokens, start = _prompts(task)
-    tokens = tokens.clone()
-    tokens[rows, :start] = tokens[rows[0], :start]
-    return replace(task, tokens=tokens)
-
-
 def ablation_absorbed(
     sae: Encoder,  # anything with encode, W_dec
     lm: LM,  # the task's LM
@@ -266,9 +258,7 @@ def ablation_absorbed(
     batch_size: int = 32,  # words at a time
     points: int = 4,  # of the path
 ) -> Tensor:  # (len(rows),) bool
-    """Which words are absorbed by the criterion of Chanin et al. ValueError for another model.
-
-    The words of a batch are asked for after the lines of the first one's prompt."""
+    "Which words are absorbed by the criterion of Chanin et al. ValueError for another model."
     _prompts(task)
     if lm.name != task.model:
         raise ValueError(
@@ -280,7 +270,7 @@ def ablation_absorbed(
     absorbed = [torch.zeros(0, dtype=torch.bool)]
     for part in torch.tensor(rows, dtype=torch.long).split(batch_size):
         if len(part):
-            effects = integrated_effects(sae, lm, _same_lines(task, part), part, points)
+            effects = integrated_effects(sae, lm, task, part, points)
             absorbed.append(dominant_absorber(effects, p[part] @ unit.T))
     return torch.cat(absorbed)
 

@@ -26,7 +26,7 @@ from ..data.activations import ActivationSpec
 from ..data.batches import held_out_activations, held_out_tokens
 from ..data.lm import LM, load_lm, model_width
 from ..data.planted import PlantedWorld, WorldConfig
-from ..evals.first_letter import FirstLetterTask, get_task, get_tasks
+from ..evals.first_letter import FirstLetterTask, get_tasks
 from ..evals.metrics import planted_metrics
 from ..methods import method_name
 from .manifest import load_manifest
@@ -69,15 +69,16 @@ class Experiment:
         "The language model, on the default device; loaded once."
         return _load_lm(self.model, self.data.lm_dtype)
 
-    def task(self, max_words: int = 0, layer: int | None = None) -> FirstLetterTask:
-        "The first-letter task at this layer or another one; 0 words: all."
-        layer = self.layer if layer is None else layer
-        return get_task(self.lm(), layer, max_words=max_words or None, site=self.data.site)
+    def task(self, max_words: int = 0, spaced: bool = False) -> FirstLetterTask:
+        "The first-letter task; 0 words: all, or all with a leading space if `spaced`."
+        return self.tasks([0], max_words, spaced)[0]
 
-    def tasks(self, seeds: Sequence[int], max_words: int = 0) -> list[FirstLetterTask]:
+    def tasks(
+        self, seeds: Sequence[int], max_words: int = 0, spaced: bool = False
+    ) -> list[FirstLetterTask]:
         "The task at several evaluation seeds."
-        words = max_words or None
-        return get_tasks(self.lm(), self.layer, seeds, max_words=words, site=self.data.site)
+        words, site = max_words or None, self.data.site
+        return get_tasks(self.lm(), self.layer, seeds, max_words=words, site=site, spaced=spaced)
 
     def held_out(self, n: int = 20_000) -> Tensor:
         "Activations (n, d_in) that no SAE is trained on; fewer if there are fewer."

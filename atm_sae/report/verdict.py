@@ -653,24 +653,22 @@ def split_sentences(
 def layer_sentence(
     folder: str | Path,  # a reports folder
 ) -> str:
-    """What replacing the stream at the word does at the layer that the SAEs read; empty if unknown.
-
-    The letter gap is the logit of the right letter less the mean of the others."""
-    path = Path(folder) / "figures" / "noise.csv"
-    parameters = _parameters(Path(folder), "noise")
-    if not path.is_file() or "layer" not in parameters:
+    "Does the model read the word at the layer that the SAEs read? Empty if it was not measured."
+    path = Path(folder) / "figures" / "layer.csv"
+    layer = _parameters(Path(folder), "layer").get("layer")
+    if not path.is_file() or layer is None:
         return ""
-    layer = parameters["layer"]
-    gaps = pd.read_csv(path).query("panel == 'gap' and layer == @layer")
-    if gaps.empty:
+    lines = pd.read_csv(path).query("layer == @layer")
+    if lines.empty:
         return ""
-    lost = 1 - gaps.replaced.iloc[0] / gaps.intact.iloc[0]
-    reads, so = "still reads", ""
-    if lost < 0.05:
-        reads, so = "no longer reads", ", so its absorption has no causal meaning"
+    line = lines.iloc[0]
+    reads, so = "reads", ""
+    if not line.reads:
+        reads, so = "does not read", ", so absorption there has no causal meaning"
     return (
-        f"**The layer**: replacing the stream at the word after block {layer} changes the letter "
-        f"gap by {abs(round(lost * 100)):d}%: the model {reads} the word there{so}."
+        f"**The layer**: after block {layer}, exchanging the activation at the word for another "
+        f"word's makes the model answer that word's letter in {line.swapped:.0%} of {line.n:g} "
+        f"pairs: the model {reads} the word there{so}."
     )
 
 
