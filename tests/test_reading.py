@@ -152,21 +152,19 @@ def test_activations_of_several_blocks(nano, prompts):
 
 
 def test_the_rule_of_choice():
-    """Of ten blocks: 6 and 8 do not read the word, 0 has worse probes than 4 by more than 0.05.
-    After block 4, half of the blocks have run."""
+    "Of ten blocks: 6 and 8 do not read the word, 0 has too few letters; half have run after 4."
     table = pd.DataFrame(
         dict(
             layer=[8, 4, 0, 2, 6],
             swapped=[math.nan, 0.5, 0.9, 0.9, 0.49],
-            probe_f1=[0.95, 0.82, 0.76, 0.78, 0.9],
+            n_letters=[26, 20, 19, 26, 26],
         )
     )
     assert choose_layer(table, n_layers=10) == 4
     assert choose_layer(table, n_layers=6) == 2  # 3 of 6
     assert choose_layer(table, n_layers=8) == 2  # 3 and 5 of 8 are equally near: the earlier one
-    worse = table.assign(probe_f1=[0.95, 0.72, 0.76, 0.78, 0.9])
-    assert choose_layer(worse, n_layers=10) == 2
-    with pytest.raises(ValueError, match="after none of the blocks 8, 6"):
+    assert choose_layer(table.assign(n_letters=[26, 19, 19, 26, 26]), n_layers=10) == 2
+    with pytest.raises(ValueError, match="of the blocks 8, 6 none"):
         choose_layer(table[table.layer > 4], n_layers=10)
 
 
