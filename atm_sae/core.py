@@ -284,12 +284,14 @@ def replace_outliers(
 
 # %% ../nbs/core/core.ipynb #cell-52
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    "Inside, PyTorch has one thread, so that results do not depend on the number of cores."
+def one_thread() -> Iterator[int]:
+    """Inside, PyTorch has one thread, so that results do not depend on the number of cores.
+
+    Gives the number of threads that it had before."""
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield n
     finally:
         torch.set_num_threads(n)
 

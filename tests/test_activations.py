@@ -680,12 +680,12 @@ def test_copies_share_weights_and_not_hooks(lm):
 
 
 def test_in_order_keeps_the_order_and_passes_errors_on():
-    def inverse(i):
+    def inverse(model, i):
         time.sleep(0.01 * (i == 1))
         return 1 / (3 - i)
 
     got = []
     with pytest.raises(ZeroDivisionError):
-        for x in module.in_order(inverse, range(9), 3):
+        for x in module.in_order(inverse, [None] * 3, range(9)):
             got.append(x)
     assert got == [1 / 3, 1 / 2, 1]

@@ -611,6 +611,8 @@ def test_after_a_prefix_as_in_whole_rows(family, site, lm, tokens):
     for batch_size in (64, 5, 2):
         found = read_after_prefix(other, rows, 8, 1, site, batch_size)
         assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5)
+        shared = read_after_prefix(other, rows, 8, 1, site, batch_size, threads=3)
+        assert torch.equal(shared, found)
     one = read_after_prefix(other, rows[:, :9], 8, 1, site)
     assert torch.allclose(one, whole[:, :1], rtol=1e-4, atol=1e-5)
 

@@ -19,8 +19,6 @@ __all__ = [
     "token_activations",
     "default_batch_size",
     "read_ahead",
-    "in_order",
-    "share_weights",
     "building_folder",
     "build_cache",
     "is_held_out",
@@ -36,22 +34,20 @@ __all__ = [
 ]
 
 # %% ../../nbs/data/activations.ipynb #cell-2
-import copy
 import errno
 import hashlib
 import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -77,10 +73,12 @@ from atm_sae.data.lm import (
     Site,
     compile_blocks,
     hook_site,
+    in_order,
     load_lm,
     model_checksum,
     read_site,
     resolve_dtype,
+    share_weights,
 )
 from atm_sae.data.text import (
     PackedRows,
@@ -324,35 +322,6 @@ def read_ahead(
             yield item
 
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
-
-def in_order(
-    function: Callable[[_In], _Out],
-    items: Iterable[_In],
-    n: int,  # threads
-) -> Iterator[_Out]:
-    "`function` of each item, computed in `n` threads, in the order of the items."
-    if n == 1:
-        yield from map(function, items)
-        return
-    items = iter(items)
-    with ThreadPoolExecutor(n) as pool:
-        waiting = deque(pool.submit(function, item) for item in islice(items, 2 * n))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in islice(items, 1))
-            yield result
-
-
-def share_weights(lm: LM, n: int) -> list[LM]:
-    "The model and `n - 1` copies with the same weights, but hooks of their own: one for a thread."
-    weights = {id(x): x for x in (*lm.model.parameters(), *lm.model.buffers())}
-    copies = (copy.deepcopy(lm.model, dict(weights)) for _ in range(n - 1))
-    return [lm, *(replace(lm, model=model) for model in copies)]
-
-
 # %% ../../nbs/data/activations.ipynb #cell-17
 SHARD_BYTES = 2**30
 
@@ -466,21 +435,17 @@ class _Job:
 
     def run(self, i: int, tokens: Tensor, bar: Any, models: Sequence[LM]) -> Iterator[Tensor]:
         "Activations of shard `i`, batch by batch; `models` are copies, one for each thread."
-        free: SimpleQueue[LM] = SimpleQueue()
-        for lm in models:
-            free.put(lm)
 
-        def activations(first: int) -> Tensor:
+        def activations(lm: LM, first: int) -> Tensor:
             "Of the batch that begins with row `first` of the shard."
-            lm, batch = free.get(), tokens[first : first + self.batch_size]
+            batch = tokens[first : first + self.batch_size]
             row = i * self.rows_per_shard + first
             try:
                 return token_activations(lm, batch, self.layer, self.dtype, row, self.site)
             finally:
-                free.put(lm)
                 bar.update(len(batch))
 
-        return in_order(activations, range(0, len(tokens), self.batch_size), len(models))
+        return in_order(activations, models, range(0, len(tokens), self.batch_size))
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:

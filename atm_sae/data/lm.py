@@ -31,6 +31,8 @@ __all__ = [
     "residual_stream",
     "compile_blocks",
     "check_causal",
+    "share_weights",
+    "in_order",
     "prefix_cache",
     "read_after_prefix",
     "next_token_losses",
@@ -47,12 +49,16 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -909,6 +915,47 @@ def check_causal(
         )
 
 
+# %% ../../nbs/data/lm.ipynb #734c0c49
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def share_weights(lm: LM, n: int) -> list[LM]:
+    "The model and `n - 1` copies with the same weights, but hooks of their own: one for a thread."
+    weights = {id(x): x for x in (*lm.model.parameters(), *lm.model.buffers())}
+    copies = (copy.deepcopy(lm.model, dict(weights)) for _ in range(n - 1))
+    return [lm, *(replace(lm, model=model) for model in copies)]
+
+
+def in_order(
+    function: Callable[[LM, _Item], _Result],
+    models: Sequence[LM],  # of `share_weights`, one for each thread
+    items: Iterable[_Item],
+) -> Iterator[_Result]:
+    "`function` of a model and each item, in the order of the items; each model has a thread."
+    if len(models) == 1:
+        yield from map(partial(function, models[0]), items)
+        return
+    free: SimpleQueue[LM] = SimpleQueue()
+    for lm in models:
+        free.put(lm)
+
+    def run(item: _Item) -> _Result:
+        lm = free.get()
+        try:
+            return function(lm, item)
+        finally:
+            free.put(lm)
+
+    items = iter(items)
+    with ThreadPoolExecutor(len(models)) as pool:
+        waiting = deque(pool.submit(run, item) for item in islice(items, 2 * len(models)))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(run, item) for item in islice(items, 1))
+            yield result
+
+
 # %% ../../nbs/data/lm.ipynb #cell-54
 def _takes_cache(lm: LM) -> bool:
     "True if the model reads keys and values of earlier tokens; some have none, or a state instead."
@@ -954,6 +1001,7 @@ def read_after_prefix(
     layer: int,  # which block
     site: str = "resid_post",  # which of its vectors, one of SITES
     batch_size: int = 64,  # rows to run at a time
+    threads: int = 1,  # that run batches; the numbers do not depend on it
 ) -> Tensor:  # (n, context - start, d_in)
     "The activations of `read_site` from `start` on; rows with the same prefix share its run."
     hook_site(lm, layer, site)
@@ -961,14 +1009,15 @@ def read_after_prefix(
     distinct, which = tokens[:, :start].unique(dim=0, return_inverse=True)
     if start == 0 or len(distinct) == len(tokens) or not _takes_cache(lm):
         return read_site(lm, tokens, layer, site, batch_size)[:, start:]
-    out = None
-    for rows in _prefix_batches(which, batch_size):
+
+    def read(lm: LM, rows: Tensor) -> Tensor:
         past = prefix_cache(lm, tokens[rows, :start], layer)
-        x = _read_rows(lm, tokens[rows, start:], layer, site, past)
-        out = x.new_empty(len(tokens), *x.shape[1:]) if out is None else out
-        out[rows.to(x.device)] = x
-    assert out is not None  # there are rows, since some share a prefix
-    return out
+        return _read_rows(lm, tokens[rows, start:], layer, site, past)
+
+    batches = list(_prefix_batches(which, batch_size))
+    models = share_weights(lm, threads if lm.device.type == "cpu" else 1)
+    out = torch.cat(list(in_order(read, models, batches)))
+    return out[torch.cat(batches).argsort().to(out.device)]
 
 
 # %% ../../nbs/data/lm.ipynb #cell-60

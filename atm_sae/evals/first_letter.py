@@ -285,22 +285,24 @@ def word_prompts(
     return words[found.numpy()].reset_index(drop=True), tokens, at
 
 
-def build_task(
+def _build_task(
     lm: LM,
-    layer: int,  # block
-    seed: int = 0,  # of prompts and split
-    n_icl: int = 10,  # answered lines in each prompt
-    max_words: int | None = None,  # a random part of a large vocabulary
-    batch_size: int = 64,  # prompts at a time
-    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
-    spaced: bool = False,  # only words with a leading space
-    group: int = GROUP,  # words that share their answered lines
+    layer: int,
+    seed: int,
+    n_icl: int,
+    max_words: int | None,
+    batch_size: int,
+    site: str,
+    spaced: bool,
+    group: int,
+    threads: int,
 ) -> FirstLetterTask:
-    "Read the activations of the vocabulary's words and fit the probes."
+    "What `build_task` does; only the reading runs in several threads."
     check_causal(lm, layer, site)
     words, tokens, at = word_prompts(lm, seed, n_icl, max_words, spaced, group)
     start = int(at[0])  # the same in all prompts
-    x = read_after_prefix(lm, tokens[:, : start + 1].long(), start, layer, site, batch_size)
+    up_to_word = tokens[:, : start + 1].long()
+    x = read_after_prefix(lm, up_to_word, start, layer, site, batch_size, threads)
     letter = torch.tensor([LETTERS.index(name) for name in words.letter])
     task = task_from_activations(
         x[:, 0].float().cpu(),
@@ -318,6 +320,24 @@ def build_task(
     )
     (swap,) = swap_words(lm, tokens, start, letter, [layer], site, seed=seed)
     return replace(task, swap=swap)
+
+
+def build_task(
+    lm: LM,
+    layer: int,  # block
+    seed: int = 0,  # of prompts and split
+    n_icl: int = 10,  # answered lines in each prompt
+    max_words: int | None = None,  # a random part of a large vocabulary
+    batch_size: int = 64,  # prompts at a time
+    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    spaced: bool = False,  # only words with a leading space
+    group: int = GROUP,  # words that share their answered lines
+) -> FirstLetterTask:
+    "Read the activations of the vocabulary's words and fit the probes."
+    with one_thread() as threads:
+        return _build_task(
+            lm, layer, seed, n_icl, max_words, batch_size, site, spaced, group, threads
+        )
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-32
@@ -380,7 +400,6 @@ def task_artefact(
     )
 
 
-@one_thread()
 def get_task(
     model: LM | Path | str,  # an LM, or its name as for `load_lm`
     layer: int,  # block

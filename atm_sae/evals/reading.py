@@ -14,33 +14,39 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from ..data.lm import LM, last_logits, prefix_cache
+from ..core import one_thread
+from ..data.lm import LM, in_order, last_logits, prefix_cache, share_weights
 from .absorption import SAEBENCH_THRESHOLDS
 from .first_letter import task_from_activations
 from .swap import READS, SwapResult, captured
 
 
 # %% ../../nbs/evals/reading.ipynb #cell-6
-@torch.no_grad()
 def word_activations(
     lm: LM,
     tokens: Tensor,  # (n, length) prompts, each with its word at the same position
     start: int,  # that position
     layers: Sequence[int],  # blocks
     site: str = "resid_post",  # which of their vectors, one of SITES of `lm`
-    batch_size: int = 256,  # words at a time
+    batch_size: int = 128,  # words at a time
 ) -> dict[int, Tensor]:  # {block: (n, d_in)}
     "Activations at the words, of all blocks in one pass."
     _, which = tokens[:, :start].unique(dim=0, return_inverse=True)
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     order = which.argsort(stable=True)
-    for rows in order.split(batch_size):
+
+    @torch.no_grad()
+    def read(lm: LM, rows: Tensor) -> Tensor:
+        "(layers, words, d_in)"
         past = prefix_cache(lm, tokens[rows, :start].long())
         with captured(lm, layers, site) as streams:
             last_logits(lm, tokens[rows, start : start + 1].long().to(lm.device), past)
-        for layer, x in streams.items():
-            found[layer].append(x[:, 0].cpu())
-    return {layer: torch.cat(parts)[order.argsort()].float() for layer, parts in found.items()}
+        return torch.stack([streams[layer][:, 0].cpu().float() for layer in layers])
+
+    with one_thread() as threads:
+        models = share_weights(lm, threads if lm.device.type == "cpu" else 1)
+        parts = list(in_order(read, models, order.split(batch_size)))
+    streams = torch.cat(parts, 1)[:, order.argsort()]
+    return dict(zip(layers, streams))
 
 
 # %% ../../nbs/evals/reading.ipynb #cell-7
