@@ -284,7 +284,7 @@ def held_out_activations(
     "Activations that no SAE of this specification is trained on."
     if not spec.text and not spec.buffer:
         return held_out(get_activations(spec), n)
-    n_tokens = min(spec.n_tokens, 8 * n)
+    n_tokens = min(spec.n_tokens, n + n // 8 + spec.context)  # special tokens are no activations
     buffer = 0 if spec.text else spec.buffer  # only a stream of the default text is split
     others = replace(spec, held_out=True, buffer=buffer, n_tokens=n_tokens)
     return held_out(get_activations(others), n, start=0.0)
