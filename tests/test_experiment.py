@@ -67,7 +67,7 @@ def test_planted_scores_are_those_of_the_runs_own_world(tmp_path, monkeypatch):
 
 
 def test_published_scores_without_an_l0():
-    published = published_scores("mean_full_absorption_score")
+    published = published_scores("saebench_full_absorption")
     assert published.metric.nunique() == 1
     assert np.isnan(published.l0[published.method == "atm"]).all()
 

@@ -140,6 +140,7 @@ def small_manifest(profile, folder):
         given = item.get("parameters", {})
         kept = {p: given[p] for p in ("common", profile) if p in given}
         item["parameters"] = small(kept, folder / "text.jsonl")
+        item.pop("claims", None)  # no claim may be decided by nano-gemma2
     path.write_text(yaml.safe_dump(manifest, sort_keys=False))
     return path
 

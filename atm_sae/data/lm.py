@@ -33,11 +33,11 @@ __all__ = [
     "check_causal",
     "share_weights",
     "in_order",
-    "prefix_cache",
-    "read_after_prefix",
     "next_token_losses",
     "last_logits",
     "next_token_logits",
+    "prefix_cache",
+    "read_after_prefix",
     "splice",
 ]
 
@@ -956,6 +956,52 @@ def in_order(
             yield result
 
 
+# %% ../../nbs/data/lm.ipynb #cell-60
+def next_token_losses(
+    lm: LM,  # an LM
+    tokens: Tensor,  # (n, context) token ids
+    batch_size: int | None = None,  # rows to run at a time; None: all at once
+) -> Tensor:  # (n, context - 1) in nats
+    "Cross-entropy of each token after the first, given those before it."
+    check_tokens(lm, tokens)
+    out = []
+    for rows in tokens.to(lm.device).split(batch_size or max(len(tokens), 1)):
+        logits = lm.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+        out.append(
+            nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+        )
+    return torch.cat(out)
+
+
+# %% ../../nbs/data/lm.ipynb #cell-64
+def last_logits(
+    lm: LM,  # an LM
+    tokens: Tensor,  # (n, context) token ids, on the model's device
+    past: "DynamicCache | None" = None,  # keys and values of earlier tokens; it is changed
+) -> Tensor:  # (n, vocabulary)
+    "Logits after the last token of each row."
+
+    def pack(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].contiguous(),)  # a slice of all positions makes PyTorch copy the weights
+
+    earlier = {} if past is None else dict(past_key_values=past)
+    hook = lm.model.get_output_embeddings().register_forward_pre_hook(pack)
+    try:
+        output = lm.model(input_ids=tokens, use_cache=past is not None, logits_to_keep=1, **earlier)
+    finally:
+        hook.remove()
+    return output.logits[:, -1].float()
+
+
+def next_token_logits(
+    lm: LM,  # an LM
+    tokens: Tensor,  # (n, context) token ids
+) -> Tensor:  # (n, vocabulary)
+    "Logits of the token that follows each row."
+    check_tokens(lm, tokens)
+    return last_logits(lm, tokens.to(lm.device))
+
+
 # %% ../../nbs/data/lm.ipynb #cell-54
 def _takes_cache(lm: LM) -> bool:
     "True if the model reads keys and values of earlier tokens; some have none, or a state instead."
@@ -1018,52 +1064,6 @@ def read_after_prefix(
     models = share_weights(lm, threads if lm.device.type == "cpu" else 1)
     out = torch.cat(list(in_order(read, models, batches)))
     return out[torch.cat(batches).argsort().to(out.device)]
-
-
-# %% ../../nbs/data/lm.ipynb #cell-60
-def next_token_losses(
-    lm: LM,  # an LM
-    tokens: Tensor,  # (n, context) token ids
-    batch_size: int | None = None,  # rows to run at a time; None: all at once
-) -> Tensor:  # (n, context - 1) in nats
-    "Cross-entropy of each token after the first, given those before it."
-    check_tokens(lm, tokens)
-    out = []
-    for rows in tokens.to(lm.device).split(batch_size or max(len(tokens), 1)):
-        logits = lm.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-        out.append(
-            nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-        )
-    return torch.cat(out)
-
-
-# %% ../../nbs/data/lm.ipynb #cell-64
-def last_logits(
-    lm: LM,  # an LM
-    tokens: Tensor,  # (n, context) token ids, on the model's device
-    past: "DynamicCache | None" = None,  # keys and values of earlier tokens; it is changed
-) -> Tensor:  # (n, vocabulary)
-    "Logits after the last token of each row."
-
-    def pack(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].contiguous(),)  # a slice of all positions makes PyTorch copy the weights
-
-    earlier = {} if past is None else dict(past_key_values=past)
-    hook = lm.model.get_output_embeddings().register_forward_pre_hook(pack)
-    try:
-        output = lm.model(input_ids=tokens, use_cache=past is not None, logits_to_keep=1, **earlier)
-    finally:
-        hook.remove()
-    return output.logits[:, -1].float()
-
-
-def next_token_logits(
-    lm: LM,  # an LM
-    tokens: Tensor,  # (n, context) token ids
-) -> Tensor:  # (n, vocabulary)
-    "Logits of the token that follows each row."
-    check_tokens(lm, tokens)
-    return last_logits(lm, tokens.to(lm.device))
 
 
 # %% ../../nbs/data/lm.ipynb #cell-68
