@@ -1,5 +1,6 @@
 "The verdict: curves at equal L0, differences over all L0s, and the sentences made of them."
 
+import json
 import math
 import shutil
 
@@ -432,6 +433,18 @@ def write_layers(folder, **columns):
     (folder / "provenance").mkdir(exist_ok=True)
     pd.DataFrame(columns).to_csv(folder / "figures/layer.csv", index=False)
     (folder / "provenance/layer.json").write_text('{"parameters": {"layer": 2}}')
+
+
+def test_another_learning_rate_is_said_for_the_world_that_has_it(runs):
+    "In the planted world TopK + ATM has 4.2 times the rate of TopK; on the model it gets the same."
+    path = runs / "provenance/absorption.json"
+    found = json.loads(path.read_text())
+    found["parameters"]["tuned"] = {method: {} for method in found["parameters"]["tuned"]}
+    path.write_text(json.dumps(found))
+    evidence = read_evidence(runs)
+    assert "TopK (planted: learning rate × 4.2)" in {*mask_table(evidence).base}
+    assert "TopK" in {*mask_table(evidence.of_world(planted=False)).base}
+    assert "TopK (learning rate × 4.2)" in {*mask_table(evidence.of_world(planted=True)).base}
 
 
 def test_the_layer_sentence_follows_the_swap(tmp_path):

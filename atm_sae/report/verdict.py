@@ -318,9 +318,9 @@ def _runs(folder: str | Path, name: str, columns: Iterable[str] = _KEYS) -> pd.D
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
-    "{method: settings} of the runs in a reports folder."
-    parameters = _parameters(folder, "planted") or _parameters(folder, "absorption")
-    return parameters.get("tuned", {})
+    "{world: {method: settings}} of the runs in a reports folder."
+    makers = {"planted": "planted", "model": "absorption"}
+    return {world: _parameters(folder, name).get("tuned", {}) for world, name in makers.items()}
 
 
 def planted_rows(
@@ -357,7 +357,7 @@ class Evidence:
     letters: pd.DataFrame  # `equal_l0_rows` of the language model
     agreement: pd.DataFrame  # tables/stability-runs.csv; empty if it was not made
     unmasked: set[str]  # methods whose tuned settings hide no latent
-    tuned: Mapping[str, Mapping[str, Any]]  # {method: settings}
+    tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]  # {world: {method: settings}}
     layer: str = ""  # the layer sentence of the reports folder
     best: str = ""  # the cheapest attempt; empty if there is none
 
@@ -502,10 +502,18 @@ def effect_cell(line: Any) -> str:
     return f"{bold}{margin} ({line.agree}/{line.n})"
 
 
-def _rate_note(tuned: Mapping[str, Mapping[str, Any]], a: str, b: str) -> str:
-    "Says that a has another learning rate than b, if it has."
-    one, other = (float(tuned.get(m, {}).get("lr_scale", 1)) for m in (a, b))
-    return "" if one == other else f" (learning rate × {one / other:.2g})"
+def _rate_note(evidence: Evidence, a: str, b: str) -> str:
+    "Says in which world a has another learning rate than b, if it has."
+    rows = {"planted": evidence.planted, "model": evidence.letters}
+    notes = {}
+    for world in (world for world in rows if len(rows[world])):
+        settings = evidence.tuned.get(world, {})
+        one, other = (float(settings.get(m, {}).get("lr_scale", 1)) for m in (a, b))
+        notes[world] = "" if one == other else f"learning rate × {one / other:.2g}"
+    if len({*notes.values()}) == 1:
+        note = next(iter(notes.values()))
+        return f" ({note})" if note else ""
+    return "".join(f" ({world}: {note})" for world, note in notes.items() if note)
 
 
 def mask_table(
@@ -523,7 +531,7 @@ def mask_table(
         if masked in evidence.unmasked:
             table.append({"base": f"{name}: tuning chose no mask"} | dict.fromkeys(cells, "–"))
         elif any(cells.values()):
-            name += _rate_note(evidence.tuned, masked, base)
+            name += _rate_note(evidence, masked, base)
             texts = {h: effect_cell(line) if line else "–" for h, line in cells.items()}
             table.append({"base": name} | texts)
     return pd.DataFrame(table)
@@ -541,8 +549,8 @@ def mask_caption(
     ranges = [f"{_l0_range(found)} ({name})" for name, found in lines.items() if len(found)]
     seeds = "–".join(f"{n:g}" for n in sorted({effects.n.min(), effects.n.max()}))
     return (
-        "Base with the mask minus base, at equal L0, each as tuning chose it: mean ± half of the "
-        "95% interval (paired t over seeds, Holm over the bases); in brackets how "
+        "Base with the mask minus base, at equal L0, with the settings in the manifest: mean ± "
+        "half of the 95% interval (paired t over seeds, Holm over the bases); in brackets how "
         f"many of {seeds} seeds agree in sign. **less** and **more**: the interval excludes 0. No "
         "word: no difference shown; the data would have shown one of at least the number after ±. "
         f"Mean over L0 {' and '.join(ranges)}, as far as both reach."
