@@ -915,7 +915,7 @@ def check_causal(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #734c0c49
+# %% ../../nbs/data/lm.ipynb #cell-54
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -956,7 +956,7 @@ def in_order(
             yield result
 
 
-# %% ../../nbs/data/lm.ipynb #cell-60
+# %% ../../nbs/data/lm.ipynb #cell-59
 def next_token_losses(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
@@ -973,7 +973,7 @@ def next_token_losses(
     return torch.cat(out)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-64
+# %% ../../nbs/data/lm.ipynb #cell-63
 def last_logits(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids, on the model's device
@@ -1002,7 +1002,7 @@ def next_token_logits(
     return last_logits(lm, tokens.to(lm.device))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-54
+# %% ../../nbs/data/lm.ipynb #cell-67
 def _takes_cache(lm: LM) -> bool:
     "True if the model reads keys and values of earlier tokens; some have none, or a state instead."
     takes = "past_key_values" in inspect.signature(lm.model.forward).parameters
@@ -1066,7 +1066,7 @@ def read_after_prefix(
     return out[torch.cat(batches).argsort().to(out.device)]
 
 
-# %% ../../nbs/data/lm.ipynb #cell-68
+# %% ../../nbs/data/lm.ipynb #cell-71
 @contextmanager
 def splice(
     lm: LM,  # an LM
