@@ -1,5 +1,6 @@
 "The report's numbers by hand, its verdicts, and the bytes of what it saves."
 
+import io
 import math
 import os
 from collections import namedtuple
@@ -13,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from atm_sae.methods import METHODS, get_method, method_name, method_style
 from atm_sae.report.figures import (
     axis_limits,
+    few_colours,
     label_ends,
     plot_curves,
     plot_intervals,
@@ -442,6 +445,19 @@ def test_figure_bytes_are_the_same_each_time(tmp_path, summary):
     )
     assert one[2].startswith(b"world,method") and b"0.06," in one[2]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["f.csv", "f.png", "f.svg"]
+
+
+def test_a_saved_png_has_few_colours_and_looks_the_same(tmp_path, summary):
+    set_style()
+    fig, ax = plt.subplots()
+    plot_curves(ax, summary, "absorption")
+    saved = save_figure(fig, tmp_path, "f", summary, "default")[0].read_bytes()
+    many = io.BytesIO()
+    fig.savefig(many, format="png", dpi=160)
+    one, two = (Image.open(io.BytesIO(png)) for png in (saved, many.getvalue()))
+    assert one.mode == "P" and len(saved) < len(many.getvalue()) / 2
+    shift = np.abs(np.asarray(one.convert("RGB"), int) - np.asarray(two.convert("RGB"), int))
+    assert shift.mean() < 1 and few_colours(saved) == saved
 
 
 def test_svg_bytes_do_not_depend_on_the_layouts_last_bits(tmp_path, summary):

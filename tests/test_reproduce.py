@@ -1,6 +1,8 @@
 """The runner: what it refuses, what it runs again, what it leaves behind. Most tests replace the
 kernel by a fast stand-in."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -13,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 from nbclient.exceptions import DeadKernelError
 from atm_sae.report import manifest as M, runner as R
 from atm_sae.artefacts import file_sha256, read_json
@@ -323,6 +327,17 @@ def test_tidy_notebook(tmp_path):
         "tags": ["injected-parameters"]
     }
     assert [o.get("text") for o in nb.cells[0].outputs] == ["/tables, python/lib, <A>"]
+
+
+def test_pictures_of_an_executed_notebook_have_few_colours(tmp_path):
+    picture = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture, "png")
+    data = {"image/png": base64.b64encode(picture.getvalue()).decode()}
+    cell = nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("display_data", data)])
+    nb, _ = tidy_notebook(nbformat.v4.new_notebook(cells=[cell]), tmp_path)
+    small = base64.b64decode(nb.cells[0].outputs[0]["data"]["image/png"])
+    assert Image.open(io.BytesIO(small)).mode == "P" and len(small) < len(picture.getvalue()) / 2
 
 
 def test_outputs_of_an_executed_notebook_are_json(tmp_path):

@@ -11,11 +11,13 @@ __all__ = [
     "plot_curves",
     "plot_intervals",
     "stamp",
+    "few_colours",
     "save_figure",
 ]
 
 # %% ../../nbs/report/figures.ipynb #cell-2
 import contextlib
+import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from numpy.typing import ArrayLike
 
 from ..artefacts import atomic_write
@@ -278,6 +281,21 @@ _NO_TRACE: dict[str, dict[str, Any]] = {
 }
 
 
+def few_colours(
+    png: bytes,  # a PNG file
+) -> bytes:
+    "The picture as a PNG with 128 colours, or the file itself if that is smaller."
+    with Image.open(io.BytesIO(png)) as image:
+        if image.mode == "P":
+            return png
+        flat = image.convert("RGB").quantize(
+            128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        )
+    small = io.BytesIO()
+    flat.save(small, "png", optimize=True)
+    return min(small.getvalue(), png, key=len)
+
+
 def _settle(fig: "Figure") -> None:
     "Compute the layout and keep it, so that each later drawing is the same."
     if fig.get_layout_engine():
@@ -316,5 +334,7 @@ def save_figure(
             if kind == "svg":
                 svg = _number_clip_paths(part.read_text(encoding="utf-8"))
                 part.write_text(svg, encoding="utf-8")
+            else:
+                part.write_bytes(few_colours(part.read_bytes()))
     write_csv(data, paths[2])
     return paths

@@ -32,7 +32,6 @@ __all__ = [
 # %% ../../nbs/report/page.ipynb #cell-2
 import base64
 import functools
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,10 +40,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from PIL import Image
 
 from ..artefacts import atomic_write
 from ..methods import method_name
+from .figures import few_colours
 from atm_sae.report.manifest import (
     MADE_ELSEWHERE,
     NEVER_RUN,
@@ -178,13 +177,7 @@ def data_uri(
     base: Path,  # the figure's path without suffix
 ) -> str:
     "`base.png` in 128 colours, or `base.svg` if that is smaller."
-    with Image.open(base.with_suffix(".png")) as image:
-        colours = image.convert("RGB").quantize(
-            128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
-        )
-    png = io.BytesIO()
-    colours.save(png, "png", optimize=True)
-    kind, content = "image/png", png.getvalue()
+    kind, content = "image/png", few_colours(base.with_suffix(".png").read_bytes())
     vector = base.with_suffix(".svg")
     if vector.is_file() and vector.stat().st_size < len(content):
         kind, content = "image/svg+xml", vector.read_bytes()

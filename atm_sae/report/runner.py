@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/report/runner.ipynb #cell-3
+import base64
 import contextlib
 import importlib.util
 import json
@@ -61,6 +62,7 @@ from atm_sae.report.manifest import (
     run_order,
     this_place,
 )
+from .figures import few_colours
 from .page import clock, write_index
 from ..stats import format_seconds
 from ..train.executors import find_executor
@@ -241,12 +243,16 @@ def _hide_paths(text: str, places: Sequence[tuple[str, str]]) -> str:
 
 
 def _tidy_output(output: "NotebookNode", places: Sequence[tuple[str, str]]) -> None:
-    "One cell output with its texts cleaned, and null for NaN, in place."
+    "One cell output with its texts cleaned, pictures of few colours, and null for NaN, in place."
     if "text" in output:
         output["text"] = _hide_paths(output["text"], places)
-    for kind, value in output.get("data", {}).items():
+    data = output.get("data", {})
+    if "image/png" in data:
+        png = few_colours(base64.b64decode(data["image/png"]))
+        data["image/png"] = base64.b64encode(png).decode()
+    for kind, value in data.items():
         is_text = kind.startswith("text/") and isinstance(value, str)
-        output["data"][kind] = _hide_paths(value, places) if is_text else to_finite(value)
+        data[kind] = _hide_paths(value, places) if is_text else to_finite(value)
     if "metadata" in output:
         output["metadata"] = to_finite(output["metadata"])
 
