@@ -186,7 +186,7 @@ def test_pairs_are_corrected_together():
         ((0.2, 0.1, 0.3), "more on ReLU + L1 by raw absorption and by absorption beyond misses"),
         (
             (0.01, -0.1, 0.12),
-            "no difference shown on ReLU + L1 (the data would have shown one of at least "
+            "no difference shown on ReLU + L1 (smallest detectable difference "
             "0.11 by raw absorption, 0.11 by absorption beyond misses)",
         ),
     ],
@@ -203,16 +203,16 @@ def test_two_measures_that_agree(bounds, words):
         (
             (0.0, -0.1, 0.1),
             "less by raw absorption, no difference shown by absorption beyond misses "
-            "(the data would have shown one of at least 0.10)",
+            "(smallest detectable difference 0.10)",
         ),
     ],
 )
 def test_two_measures_that_disagree_say_so(beyond, words):
     table = effects((RAW, "standard", -0.2, -0.3, -0.1), (BEYOND, "standard", *beyond))
     said = describe_effects(table, [RAW, BEYOND])
-    assert said == f"on ReLU + L1 the two disagree: {words}"
+    assert said == f"on ReLU + L1 the two measures disagree: {words}"
     than = describe_effects(table, [RAW, BEYOND], than=True)
-    assert than == f"against ReLU + L1 the two disagree: {words}"
+    assert than == f"against ReLU + L1 the two measures disagree: {words}"
 
 
 def test_pairs_are_grouped_and_a_measure_that_is_missing_says_nothing():
@@ -250,13 +250,14 @@ def test_one_world_alone_has_a_verdict(runs, missing, kept, gone):
     after = subjects(runs)
     said = [words[kept].removesuffix(NO_MASK) for words in (before, after)]
     assert said[0] == said[1] and any(words.endswith(NO_MASK) for words in after.values())
-    assert gone not in after and {"Price", "Importance or dropout"} <= after.keys()
+    assert gone not in after and {"Reconstruction cost", "Dropout control"} <= after.keys()
     evidence = read_evidence(runs)
     columns = [*mask_table(evidence), *rival_table(evidence)]
     word = "planted:" if missing == "planted" else "model:"
     assert columns and not any(column.startswith(word) for column in columns)
     assert (
-        "Alike" not in mask_caption(evidence) and "JumpReLU" in mask_table(evidence).base.tolist()
+        "Agreement" not in mask_caption(evidence)
+        and "JumpReLU" in mask_table(evidence).base.tolist()
     )
 
 
@@ -317,7 +318,8 @@ def changed(before, after):
             "topk+atm",
             "absorption",
             0.5,
-            "on TopK the two disagree: more by raw absorption, less by absorption beyond misses",
+            "on TopK the two measures disagree: "
+            "more by raw absorption, less by absorption beyond misses",
             "Planted world",
         ),
         (
@@ -325,7 +327,8 @@ def changed(before, after):
             "topk+atm",
             "excess_absorption",
             0.5,
-            "on TopK the two disagree: less by raw absorption, more by absorption beyond misses",
+            "on TopK the two measures disagree: "
+            "less by raw absorption, more by absorption beyond misses",
             "Planted world",
         ),
         (
@@ -333,7 +336,7 @@ def changed(before, after):
             "topk+atm",
             "mean_absorption_fraction_score",
             0.5,
-            "on TopK the two disagree: less by the full score, more by the fraction score",
+            "on TopK the two measures disagree: less by the full score, more by the fraction score",
             "Language model",
         ),
         (
@@ -341,7 +344,7 @@ def changed(before, after):
             "topk+atm",
             "best_cosine",
             0.5,
-            "on TopK the two disagree: more over all latents, less over the most frequent",
+            "on TopK the two measures disagree: more over all latents, less over the most frequent",
             "Stability",
         ),
         (
@@ -349,24 +352,25 @@ def changed(before, after):
             "topk+atm",
             "explained_variance",
             0.3,
-            "on TopK the two disagree: more in the planted world, less on the language model",
-            "Price",
+            "on TopK the two measures disagree: "
+            "more in the planted world, less on the language model",
+            "Reconstruction cost",
         ),
         (
             "planted",
             "dropout",
             "absorption",
             -0.5,
-            "against ReLU + dropout the two disagree: more by raw absorption, less",
-            "Importance or dropout",
+            "against ReLU + dropout the two measures disagree: more by raw absorption, less",
+            "Dropout control",
         ),
         (
             "absorption",
             "jumprelu+atm anneal=0.5",
             "mean_full_absorption_score",
             0.5,
-            "against JumpReLU the two disagree: more by the full score",
-            "The cheapest of all attempts",
+            "against JumpReLU the two measures disagree: more by the full score",
+            "The best attempt",
         ),
     ],
 )
@@ -384,9 +388,12 @@ def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, runs):
     move(runs, "absorption", "batchtopk", "mean_full_absorption_score", -0.5)
     move(runs, "absorption", "batchtopk+atm", "mean_full_absorption_score", -0.5)
     after = subjects(runs)
-    share = "What ATM owes to its base"
+    share = "ATM and its base"
     assert changed(before, after) == {"Language model, against other SAEs", share}
-    words = "against BatchTopK the two disagree: more by the full score, less by the fraction score"
+    words = (
+        "against BatchTopK the two measures disagree: "
+        "more by the full score, less by the fraction score"
+    )
     assert after["Language model, against other SAEs"].count(words) == 2
     table = rival_table(read_evidence(runs)).set_index("minus")
     moved = table.loc["BatchTopK", FULL_SCORE.heading]
@@ -459,7 +466,7 @@ def test_the_layer_sentence_follows_the_swap(tmp_path):
 
 
 def test_sentences_that_lead(before):
-    said = ["**Price**: a.", "**Stability**: b.", "**Planted world**, c."]
+    said = ["**Reconstruction cost**: a.", "**Stability**: b.", "**Planted world**, c."]
     assert split_sentences(said) == (["**Planted world**, c.", "**Stability**: b."], said[:1])
     assert {*LEAD} - {"The layer"} <= before.keys()
 

@@ -104,7 +104,7 @@ def equal_l0_rows(
     metrics: Sequence[str],  # columns to read
     l0s: Iterable[float] = EQUAL_L0,  # where
 ) -> pd.DataFrame:
-    """Every seed's curve, read at every L0 that it reaches with an SAE near it.
+    """Every seed's curve, read at every L0 that it reaches with a trained SAE near it.
 
     Columns: world, method, seed, l0, the metrics, and `sparsity`, which is the L0."""
     read = [at_l0(rows, l0, metrics).merge(_with_sae_near(rows, l0)) for l0 in l0s]
@@ -351,7 +351,7 @@ def letter_metrics(
 
 @dataclass(frozen=True)
 class Evidence:
-    "What a verdict is made of. The tables of what was not run are empty."
+    "The data of a verdict. A table that was not made is empty."
 
     planted: pd.DataFrame  # `equal_l0_rows` of the planted world
     letters: pd.DataFrame  # `equal_l0_rows` of the language model
@@ -359,7 +359,7 @@ class Evidence:
     unmasked: set[str]  # methods whose tuned settings hide no latent
     tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]  # {world: {method: settings}}
     layer: str = ""  # the layer sentence of the reports folder
-    best: str = ""  # the cheapest attempt; empty if there is none
+    best: str = ""  # the attempt with the lowest cost; empty if there is none
 
     def of_world(self, planted: bool) -> "Evidence":
         "The same for the planted world alone, or for the language model alone."
@@ -373,7 +373,7 @@ class Evidence:
         return str(self.letters.world.iloc[0]) if len(self.letters) else ""
 
     def pairs(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        "Those of which both methods were run, and the first hides latents."
+        "The pairs whose methods were both run and whose first method hides latents."
         run = {*self.planted.method} | {*self.letters.method}
         return [(a, b) for a, b in pairs if {a, b} <= run and a not in self.unmasked]
 
@@ -388,7 +388,7 @@ class Evidence:
 def read_evidence(
     folder: str | Path,  # a reports folder
     l0s: Iterable[float] | None = None,  # where to read; None: as its verdict was run
-    best: str | None = None,  # the cheapest attempt; None: as its verdict was run
+    best: str | None = None,  # the attempt with the lowest cost; None: as its verdict was run
 ) -> Evidence | None:
     "The evidence in a reports folder; None if it has the rows of neither world."
     parameters = _parameters(Path(folder), "verdict")
@@ -465,11 +465,11 @@ BEYOND = Measure("excess_absorption", True, "planted: beyond misses", "by absorp
 FULL_SCORE = Measure(FULL, False, "model: full score", "by the full score")
 FRACTION_SCORE = Measure(FRACTION, False, "model: fraction score", "by the fraction score")
 ABLATION_RATE = Measure(ABLATION, False, "model: ablation rate", "by the ablation rate")
-PLANTED_FVU = Measure("fvu", True, "planted: unexplained", "in the planted world")
-MODEL_FVU = Measure("fvu", False, "model: unexplained", "on the language model")
-ALIKE = Measure("best_cosine", False, "model: alike between seeds", "over all latents")
+PLANTED_FVU = Measure("fvu", True, "planted: FVU", "in the planted world")
+MODEL_FVU = Measure("fvu", False, "model: FVU", "on the language model")
+ALIKE = Measure("best_cosine", False, "model: agreement", "over all latents")
 ALIKE_FREQUENT = Measure(
-    "frequent_cosine", False, "model: alike, most frequent", "over the most frequent"
+    "frequent_cosine", False, "model: agreement, most frequent", "over the most frequent"
 )
 ABSORBED = (RAW, BEYOND, FULL_SCORE, FRACTION_SCORE, ABLATION_RATE)
 MEASURES = (*ABSORBED, PLANTED_FVU, MODEL_FVU, ALIKE, ALIKE_FREQUENT)
@@ -549,22 +549,22 @@ def mask_caption(
     ranges = [f"{_l0_range(found)} ({name})" for name, found in lines.items() if len(found)]
     seeds = "–".join(f"{n:g}" for n in sorted({effects.n.min(), effects.n.max()}))
     return (
-        "Base with the mask minus base, at equal L0, with the settings in the manifest: mean ± "
-        "half of the 95% interval (paired t over seeds, Holm over the bases); in brackets how "
-        f"many of {seeds} seeds agree in sign. **less** and **more**: the interval excludes 0. No "
-        "word: no difference shown; the data would have shown one of at least the number after ±. "
-        f"Mean over L0 {' and '.join(ranges)}, as far as both reach."
-        f"{_alike_note(effects)}"
+        "Base with the mask minus base, at equal L0, with the settings in the manifest. A cell is "
+        "mean ± half of the 95% interval (paired t over seeds, corrected by Holm over the bases); "
+        f"in brackets, how many of {seeds} seeds have the sign of the mean. **less** and **more**: "
+        "the interval excludes 0. No word: no difference shown, and the number after ± is the "
+        "smallest detectable difference. FVU: fraction of variance unexplained. Mean over L0 "
+        f"{' and '.join(ranges)}, where both reach it.{_agreement_note(effects)}"
     )
 
 
-def _alike_note(effects: pd.DataFrame) -> str:
-    "What agreement between seeds is; empty if it was not measured."
+def _agreement_note(effects: pd.DataFrame) -> str:
+    "Defines agreement between seeds; empty if it was not measured."
     if not effects.metric.isin(AGREEMENT).any():
         return ""
     return (
-        " Alike between seeds: mean best cosine of two dictionaries, here minus the same settings "
-        "with the mask off."
+        " Agreement: mean best cosine of two dictionaries from different seeds, with the mask "
+        "minus the same settings with the mask off."
     )
 
 
@@ -585,12 +585,12 @@ def _resolution(
     lines: Sequence[Sequence[Any]],  # of each measure
     words: Sequence[str],  # for each measure
 ) -> str:
-    "The least difference that would have been shown in each of these lines."
+    "The smallest difference that each of these lines would have shown."
     halves = [max((line.high - line.low) / 2 for line in found) for found in lines]
     if any(math.isnan(half) for half in halves):
         return "one seed gives no interval"
     least = [f"{format_number(h, 2)} {w}".strip() for h, w in zip(halves, words)]
-    return f"the data would have shown one of at least {', '.join(least)}"
+    return f"smallest detectable difference {', '.join(least)}"
 
 
 def _one_measure(side: str, lines: Sequence[Any], measure: Measure) -> str:
@@ -612,7 +612,7 @@ def _group(
     words = [measure.words for measure in measures]
     if len({*sides}) > 1:
         parts = [_one_measure(*found) for found in zip(sides, lines, measures)]
-        return f"{place} {names} the two disagree: {', '.join(parts)}"
+        return f"{place} {names} the two measures disagree: {', '.join(parts)}"
     if sides[0] == "none":
         return f"no difference shown {place} {names} ({_resolution(lines, words)})"
     return f"{sides[0]} {'than' if than else 'on'} {names} {' and '.join(words)}".rstrip()
@@ -640,13 +640,13 @@ def describe_effects(
 RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka")
 WORLDS = {"Planted world": (RAW, BEYOND), "Language model": (FULL_SCORE, FRACTION_SCORE)}
 PUBLISHED_STANDING = (
-    "The published values are secondary; the full text was not available. ATM's come from public "
-    "summaries, the others from result files of the first author that are most likely the paper's "
-    "baselines (an inference)."
+    "The published values are secondary, since the full text was not available. ATM's come from "
+    "public summaries. The others come from result files of the first author, most likely the "
+    "paper's baselines (inferred)."
 )
 
 
-LEAD = ("Planted world", "Language model", "The layer", "Stability")  # what a reader sees first
+LEAD = ("Planted world", "Language model", "The layer", "Stability")  # shown first
 
 
 def split_sentences(
@@ -674,9 +674,9 @@ def layer_sentence(
     if not line.reads:
         reads, so = "does not read", ", so absorption there has no causal meaning"
     return (
-        f"**The layer**: after block {layer}, exchanging the activation at the word for another "
-        f"word's makes the model answer that word's letter in {line.swapped:.0%} of {line.n:g} "
-        f"pairs: the model {reads} the word there{so}."
+        f"**The layer**: after block {layer}, the activation at a word was replaced by another "
+        f"word's. The model then answered with the other word's letter in {line.swapped:.0%} of "
+        f"{line.n:g} pairs: the model {reads} the word there{so}."
     )
 
 
@@ -691,7 +691,7 @@ def _mask_sentences(evidence: Evidence, effects: pd.DataFrame) -> list[str]:
         model = f" ({evidence.model}{_toy(evidence)})" if world == "Language model" else ""
         sentences.append(
             f"**{world}**{model}, absorption of base with the mask minus base: {said} "
-            f"(n = {lines.n.min():g} seeds, L0 {_l0_range(lines)} as far as both reach)."
+            f"(n = {lines.n.min():g} seeds; L0 {_l0_range(lines)}, where both reach it)."
         )
     bases = [base for base, masked in MASKED.items() if masked in evidence.unmasked]
     if sentences and bases:
@@ -705,9 +705,9 @@ def _toy(evidence: Evidence) -> str:
 
 
 def _price_sentences(effects: pd.DataFrame) -> list[str]:
-    "Unexplained variance and agreement between seeds."
+    "FVU and agreement between seeds."
     heads = {
-        "**Price**, unexplained variance with the mask minus without:": (PLANTED_FVU, MODEL_FVU),
+        "**Reconstruction cost**, FVU with the mask minus without:": (PLANTED_FVU, MODEL_FVU),
         "**Stability**, agreement between seeds (mean best cosine) with the mask minus the same "
         "settings without:": (ALIKE, ALIKE_FREQUENT),
     }
@@ -721,12 +721,12 @@ def _price_sentences(effects: pd.DataFrame) -> list[str]:
 def _rival_sentences(
     effects: Mapping[str, pd.DataFrame],  # what `_rival_effects` returned
 ) -> list[str]:
-    "ATM against other SAEs, and beside it the same for its base without the mask."
-    names = {"atm": "ATM (ReLU + L1 with the mask)", "standard": "ReLU + L1 without it"}
+    "ATM against other SAEs, and the same for its base without the mask."
+    names = {"atm": "ATM (ReLU + L1 with the mask)", "standard": "ReLU + L1 without the mask"}
     sentences = []
     for world, measures in WORLDS.items():
         said = {m: describe_effects(effects[m], measures, than=True) for m in names}
-        parts = [f"{names[m]} absorbs: {words}" for m, words in said.items() if words]
+        parts = [f"Absorption of {names[m]}: {words}" for m, words in said.items() if words]
         if parts:
             sentences.append(f"**{world}, against other SAEs**: {'. '.join(parts)}.")
     return sentences
@@ -779,7 +779,7 @@ def _short_cell(line: Any | None) -> str:
 def _share_sentence(
     effects: Mapping[str, pd.DataFrame],  # what `_rival_effects` returned
 ) -> str:
-    "How much of ATM's difference to each other SAE its base has without the mask."
+    "The difference of ATM to each other SAE, and that of its base without the mask."
     parts = []
     for measure in WORLDS["Language model"]:
         lines = effect_lines(effects["atm"], measure) | effect_lines(effects["standard"], measure)
@@ -789,9 +789,7 @@ def _share_sentence(
             for r in both
         ]
         parts += [f"{measure.words}, {', '.join(found)}"] if found else []
-    head = (
-        "**What ATM owes to its base**: absorption on the language model minus that of other SAEs"
-    )
+    head = "**ATM and its base**: absorption on the language model minus that of other SAEs"
     return f"{head}, with the mask and without it: {'; '.join(parts)}." if parts else ""
 
 
@@ -818,10 +816,10 @@ def verdict_sentences(
         _share_sentence(against),
         *_price_sentences(effects),
         *_rival_sentences(against),
-        _pair_sentence(evidence, "atm", "dropout", "**Importance or dropout**: ATM"),
+        _pair_sentence(evidence, "atm", "dropout", "**Dropout control**: ATM"),
     ]
     if best:
         base = get_method(best).architecture
-        head = f"**The cheapest of all attempts** (exploratory): {method_name(best)}"
+        head = f"**The best attempt** (lowest cost, exploratory): {method_name(best)}"
         sentences.append(_pair_sentence(evidence, best, base, head))
     return [sentence for sentence in sentences if sentence]
