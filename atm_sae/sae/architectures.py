@@ -103,7 +103,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MaskedBatch:
-    "What a sparsity penalty is computed from."
+    "The input of a sparsity penalty."
 
     pre: Tensor  # pre-activations of the latents in `active`
     h: Tensor  # these latents after the mask
@@ -113,10 +113,10 @@ class MaskedBatch:
 
 
 class SAEArchitecture:
-    "How an SAE activates, in training and after it, and what penalty its loss has."
+    "The activation of an SAE, in training and after it, and its sparsity penalty."
 
-    has_penalty = True  # the loss has a sparsity penalty, whose coefficient can be steered
-    has_auxk = False  # the loss revives dead latents with AuxK
+    has_penalty = True  # the loss has a sparsity penalty with an adjustable coefficient
+    has_auxk = False  # the loss includes AuxK for dead latents
     compares_latents = False  # rescaling one latent changes whether others are active
 
     def __init__(self, config: SAEConfig) -> None:
@@ -136,7 +136,7 @@ class SAEArchitecture:
         return False
 
     def tensors(self) -> Mapping[str, Tensor]:
-        "Tensors beside encoder and decoder, in the units of x: parameters, or buffers."
+        "Tensors other than encoder and decoder, in the units of x: parameters, or buffers."
         return {}
 
     def places(self, pre: Tensor, weights: Weights, ranks: Ranks) -> Tensor:
@@ -145,7 +145,7 @@ class SAEArchitecture:
 
     @property
     def places_per_sample(self) -> int:
-        "How many of them there are for each sample; 0 if that depends on the sample."
+        "Number of places for each sample; 0 if it depends on the sample."
         return 0
 
     def activate(

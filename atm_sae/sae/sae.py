@@ -48,7 +48,7 @@ class SAELoss:
 
 
 # %% ../../nbs/sae/sae.ipynb #cell-8
-_SHORTEST = 1e-12  # a decoder row below this length is zero, and stays as it is
+_SHORTEST = 1e-12  # a decoder row below this length counts as zero and is not scaled
 
 
 class SAE(nn.Module):
@@ -61,10 +61,12 @@ class SAE(nn.Module):
         self.config = config
         self.architecture = ARCHITECTURE_CLASSES[config.architecture](config)
         self.metadata = dict(metadata or {})  # what it was trained on; see `saelens_config`
-        self.is_trained = False  # its weights fit activations as they are: `train` starts from them
+        self.is_trained = (
+            False  # True: the weights fit raw activations, and `train` starts from them
+        )
         rows = torch.randn(config.d_sae, config.d_in, generator=generator(config.seed, "sae"))
         rows /= rows.norm(dim=1, keepdim=True)
-        self.W_enc = nn.Parameter(rows.clone().T)  # in memory latent by latent, as its gradient
+        self.W_enc = nn.Parameter(rows.clone().T)  # one row a latent in memory, like its gradient
         self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
