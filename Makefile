@@ -2,6 +2,8 @@
 # make test      make lint, and beside it the tests, among them every assertion in the notebooks
 # make lint      format, lint, types, and that atm_sae/ is what the notebooks export
 # make export    write atm_sae/ from the notebooks
+# make lab       JupyterLab in the tutorial (options: make lab ARGS="--no-browser --port 9999")
+# make site      tutorial, notebooks, results and reference as pages, into _docs/
 # make clean     remove all that can be made again: environment, cache, leftovers
 #
 # The first use makes .venv with the versions of constraints.txt; another Python: make test PYTHON=python3.12
@@ -16,7 +18,7 @@ export HF_HUB_OFFLINE
 export TOKENIZERS_PARALLELISM := false
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: reports test lint format types exported export clean
+.PHONY: reports test lint format types exported export lab site clean
 
 # the language model comes from the package index, once; objects that do not read it need no network
 reports: .venv/reports.stamp
@@ -49,6 +51,15 @@ exported: .venv/dev.stamp
 export: .venv/dev.stamp
 	$(BIN)/python tests/notebooks.py export
 
+# it asks no server for news or newer versions
+lab: .venv/lab.stamp
+	$(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorial \
+	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+	  --LabApp.extension_manager=readonly $(ARGS)
+
+site: .venv/site.stamp
+	$(BIN)/python docs/make_site.py
+
 clean:
 	rm -rf .venv data/cache _docs _proc build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -68,3 +79,8 @@ clean:
 .venv/dev.stamp: .venv/torch.stamp pyproject.toml
 	$(PIP) -e '.[dev]'
 	touch .venv/reports.stamp $@
+
+# beside what is there already, so that neither takes away what tests or reports need
+.venv/lab.stamp .venv/site.stamp: .venv/%.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) -e '.[$*]'
+	touch $@

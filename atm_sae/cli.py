@@ -25,6 +25,7 @@ __all__ = [
     "push",
     "reproduce",
     "fetch",
+    "new_experiment",
     "main",
 ]
 
@@ -1048,6 +1049,27 @@ def fetch(
         _print_json(about | dict(checksum=model_checksum(model)))
     else:
         print(f"{model} {'is now in' if new else 'is already there:'} {folder}")
+
+
+# %% ../nbs/cli.ipynb #9dc9ad20
+@app.command(epilog="Example: atm-sae new-experiment width")
+def new_experiment(
+    name: Annotated[str, typer.Argument(help="Of the notebook and of the object.")],
+    manifest: Annotated[
+        Path | None, _option("Another manifest than the project's.", WHAT, metavar="FILE")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    "Write a notebook and its entry in the manifest, which run at once, to be changed."
+    from atm_sae.report.new_experiment import new_experiment as write
+
+    notebook = write(name, manifest)
+    if as_json:
+        _print_json(dict(name=name, notebook=str(notebook)))
+        return
+    given = f" --manifest {manifest}" if manifest else ""
+    print(f"{notebook} and its entry in the manifest are written. Run it with")
+    print(f"atm-sae reproduce {name} --profile smoke{given}")
 
 
 # %% ../nbs/cli.ipynb #cell-46

@@ -1,6 +1,7 @@
 "Settings and fixtures that the test files share."
 
 import os
+import shutil
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from toy import Toy
 
     from atm_sae.data.lm import LM
@@ -52,6 +54,23 @@ def model_folder(lm: "LM", tmp_path_factory: pytest.TempPathFactory) -> Path:
     from atm_sae.data.lm import save_lm
 
     return save_lm(lm, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    "Chromium without traffic of its own. For a module, since it keeps an event loop running."
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    reason = "needs playwright (pip install playwright)"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    features = ("gpu", "quic", "background-networking", "component-update", "sync")
+    quiet = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in features)]
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=chromium, args=quiet)
+        yield running
+        running.close()
 
 
 @pytest.fixture

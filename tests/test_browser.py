@@ -1,36 +1,9 @@
 "The page of results in a real browser, without network: sorting, filter, dark mode, phone."
 
-import shutil
 import pytest
 from readme import ROOT
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright (pip install playwright)"
-)
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
-    None,
-)
-if CHROMIUM is None:
-    pytest.skip("needs Chromium (Debian: apt-get install chromium)", allow_module_level=True)
 PAGE = ROOT / "reports" / "index.html"
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as p:
-        running = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield running
-        running.close()
 
 
 @pytest.fixture

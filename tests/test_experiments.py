@@ -14,6 +14,7 @@ from small import documents
 from atm_sae.cli import main
 from atm_sae.report import runner
 from atm_sae.report.manifest import load_manifest
+from atm_sae.report.new_experiment import new_experiment
 from atm_sae.report.runner import reproduce
 from atm_sae.report.tables import SMOKE, read_summary
 
@@ -69,6 +70,91 @@ def test_the_whole_smoke_profile(tmp_path, in_forks):
         check_summary(name, metric, tmp_path)
     page = (tmp_path / "index.md").read_text()
     assert SMOKE in page and all(item.title in page for item in items)
+
+
+# ---- a new experiment
+
+MANIFEST = """# this stays
+profiles:
+  smoke: {description: tiny, budget: a minute}
+  default: {description: small, budget: an hour}
+
+objects:
+  - name: planted  # and this
+    title: Planted
+    notebook: 70_planted.ipynb
+    outputs: [tables/planted-summary.csv]
+"""
+
+
+@pytest.fixture
+def one_object(tmp_path):
+    "A manifest with one object, in a folder with its notebook."
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    shutil.copy(ROOT / "nbs/experiments/70_planted.ipynb", folder)
+    path = folder / "manifest.yaml"
+    path.write_text(MANIFEST)
+    return path
+
+
+def test_a_new_experiment_runs_at_once(one_object, tmp_path, in_forks, capsys):
+    assert main(["new-experiment", "width", "--manifest", str(one_object)]) == 0, (
+        capsys.readouterr()
+    )
+    assert f"reproduce width --profile smoke --manifest {one_object}" in capsys.readouterr().out
+    assert one_object.read_text().startswith(MANIFEST + "\n  - name: width\n")
+    assert all(not cell.get("outputs") for cell in cells(one_object.parent / "width.ipynb"))
+    made("smoke", tmp_path / "out", manifest=one_object, only=["width"])
+    items = [item for item in load_manifest(one_object).experiments if item.name == "width"]
+    check_outputs(items, tmp_path / "out")
+
+
+def test_the_parts_of_a_new_experiment(one_object):
+    notebook = new_experiment("width", one_object)
+    text = ["".join(cell["source"]) for cell in cells(notebook)]
+    headings = [line for part in text for line in part.splitlines() if line.startswith("## ")]
+    assert headings == [f"## {part}" for part in PARTS]
+    assert not [part for part in text if "my_experiment" in part]
+    assert [cell["metadata"] for cell in cells(notebook) if cell["metadata"]] == [
+        {"tags": ["parameters"]}
+    ]
+
+
+def cells(path):
+    return json.loads(path.read_text())["cells"]
+
+
+PARTS = ["Parameters", "Measure", "Table", "Figure", "Reading", "Limits"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("planted", "has an experiment 'planted' already: choose another name"),
+        ("70_planted", "70_planted.ipynb exists already"),
+        ("Width", "'Width' cannot name an experiment: use lower-case letters"),
+        ("../width", "cannot name an experiment"),
+        ("", "cannot name an experiment"),
+    ],
+)
+def test_a_name_that_is_refused_leaves_nothing(one_object, name, message, capsys):
+    before = sorted(one_object.parent.iterdir())
+    assert main(["new-experiment", name, "--manifest", str(one_object)]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(one_object.parent.iterdir()) == before and one_object.read_text() == MANIFEST
+
+
+def test_a_manifest_that_cannot_take_an_entry_stays(one_object):
+    "Here the objects are not the last part of the file."
+    other = MANIFEST + "\nshared: {}\n"
+    one_object.write_text(other)
+    before = sorted(one_object.parent.iterdir())
+    with pytest.raises(
+        ValueError, match="manifest.yaml cannot take the experiment 'width': .*YAML"
+    ):
+        new_experiment("width", one_object)
+    assert sorted(one_object.parent.iterdir()) == before and one_object.read_text() == other
 
 
 # ---- in kernels
