@@ -16,6 +16,8 @@ from atm_sae.evals.probes import (
     kkt_error,
     l1_max,
     l1_slope,
+    solve_signs,
+    weighted_gram,
 )
 
 T = torch.tensor
@@ -143,6 +145,51 @@ def test_l1_probes_are_at_the_optimum_that_sklearn_finds():
     t, s = 2.0 * Y - 1, np.stack([balanced_weights(T(y)).numpy() for y in Y.T], 1)
     G = z.T @ (-s * t / (1 + np.exp(t * (z @ W + b))))
     assert kkt_error(G.T, W.T, 0.02 * l1_max(z, Y)).max() < 1e-7
+
+
+def sparse_inputs(n=500, d=240, seed=5):
+    "Inputs (n, d) with 5% non-zero, and two questions on 120 of them each."
+    rng = np.random.default_rng(seed)
+    z = rng.exponential(size=(n, d)) * (rng.random((n, d)) < 0.05)
+    W = rng.normal(size=(d, 2)) * (rng.random((d, 2)) < 0.5)
+    return z, z @ W + 0.3 * rng.normal(size=(n, 2)) > 0.3
+
+
+def l1_error(z, Y, share, W, b):
+    return kkt_error(l1_slope(z, Y, W, b), W.T, share * l1_max(z, Y)).max()
+
+
+def test_l1_probes_with_many_weights_take_few_steps():
+    z, Y = sparse_inputs()
+    z = sparse.csr_matrix(z)
+    W, b = fit_l1_probes(z, Y, max_steps=15)
+    assert l1_error(z, Y, 0.01, W, b) < 1e-5
+    assert ((W != 0).sum(0) > 90).all()
+
+
+def test_l1_probes_on_nearly_equal_inputs_of_different_scales():
+    z, Y = sparse_inputs(300, 20)
+    noise = np.random.default_rng(6).normal(size=z.shape)
+    z = np.hstack([z, z * (1 + 1e-4 * noise), 1000 * z[:, :5]])
+    z = sparse.csr_matrix(np.hstack([z, z[:, :3]]))  # equal ones, too
+    W, b = fit_l1_probes(z, Y)
+    assert l1_error(z, Y, 0.01, W, b) < 1e-5
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])  # by a sparse and by a dense product
+def test_weighted_gram(share):
+    rng = np.random.default_rng(7)
+    X, c = sparse.random(200, 12, share, format="csc", random_state=8), rng.random(200)
+    right = X.toarray().T @ (c[:, None] * X.toarray())
+    assert np.allclose(weighted_gram(X, c), right, rtol=1e-12, atol=0)
+    assert np.allclose(weighted_gram(X, c, single=True), right, rtol=1e-5, atol=0)
+
+
+def test_a_step_with_signs_that_change_stops_at_zero():
+    H, price = np.eye(2), np.array([1.0, 1])
+    # the second weight, 1, would end at 1 - 3 + 1 = -1; a slope of 0.5 is no reason to leave zero
+    assert solve_signs(H, np.array([-3.0, 3]), np.array([0.0, 1]), price).tolist() == [2, 0]
+    assert solve_signs(H, np.array([-3.0, 0.5]), np.zeros(2), price).tolist() == [2, 0]
 
 
 def test_l1_probes_that_do_not_converge_say_so():

@@ -12,8 +12,8 @@ __all__ = [
     "l1_max",
     "l1_slope",
     "kkt_error",
-    "coordinate_descent",
     "solve_signs",
+    "weighted_gram",
     "fit_l1_probes",
 ]
 
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
+from scipy.linalg import cho_factor, cho_solve
 from scipy.special import expit
 from torch import Tensor
 from torch.nn import functional as F
@@ -288,126 +289,107 @@ def kkt_error(
 
 
 # %% ../../nbs/evals/probes.ipynb #cell-30
-def coordinate_descent(
-    H: np.ndarray,  # (m, a, a) curvature of each problem
-    g: np.ndarray,  # (m, a) slope at w
-    w: np.ndarray,  # (m, a) where it starts
-    lam: np.ndarray,  # (m, a) price of |w|
-    sweeps: int = 20,
-    tol: float = 1e-18,
-) -> np.ndarray:  # (m, a), w + d
-    "Minimise g.d + d.H.d / 2 + lam.|w + d| over d, for each problem."
-    w, r, diagonal = w.copy(), g.copy(), np.einsum("lii->li", H)
-    for _ in range(sweeps):
-        moved = 0.0
-        for j in range(w.shape[1]):
-            u = w[:, j] - r[:, j] / diagonal[:, j]
-            new = np.sign(u) * np.maximum(np.abs(u) - lam[:, j] / diagonal[:, j], 0)
-            d, w[:, j] = new - w[:, j], new
-            r += d[:, None] * H[:, j]
-            moved = max(moved, (d * d * diagonal[:, j]).max())
-        if moved < tol:
-            break
-    return w
+def solve_signs(
+    H: np.ndarray,  # (a, a) curvature
+    g: np.ndarray,  # (a,) slope at w
+    w: np.ndarray,  # (a,) where it starts
+    lam: np.ndarray,  # (a,) price of |w|; 0 for the bias
+) -> np.ndarray:  # (a,)
+    """Lower a quadratic model with an L1 penalty, up to its minimum if no weight changes its sign.
+
+    A weight that starts at zero gets the sign that its slope asks for."""
+    signs, start, w = np.where(w != 0, np.sign(w), -np.sign(g)), w, w.copy()
+    live = np.arange(len(w))
+    while True:
+        slope = g[live] + H[live] @ (w - start) + lam[live] * signs[live]
+        factor = cho_factor(H[np.ix_(live, live)], check_finite=False)
+        d = -cho_solve(factor, slope, check_finite=False)
+        crosses = (lam[live] > 0) & ((w[live] + d) * signs[live] <= 0)
+        if not crosses.any():
+            w[live] += d
+            return w
+        reach = np.divide(-w[live], d, out=np.zeros(len(live)), where=crosses & (d != 0))
+        first = reach[crosses].min()
+        gone = crosses & (reach <= first)
+        w[live] += first * d
+        w[live[gone]] = 0
+        live = live[~gone]
 
 
 # %% ../../nbs/evals/probes.ipynb #cell-34
-def solve_signs(
-    H: np.ndarray,  # (a, a) curvature
-    g: np.ndarray,  # (a,) slope at w0
-    w0: np.ndarray,  # (a,) centre of the quadratic model
-    w: np.ndarray,  # (a,) where it starts
-    lam: np.ndarray,  # (a,) price of |w|
-) -> np.ndarray:  # (a,)
-    "From w to the minimum of one quadratic model among weights of the same signs."
-    w, live = w.copy(), np.flatnonzero((w != 0) | (lam == 0))
-    while True:
-        slope = g[live] + H[live] @ (w - w0) + lam[live] * np.sign(w[live])
-        d = -np.linalg.solve(H[np.ix_(live, live)], slope)
-        shrinks = (lam[live] > 0) & (w[live] * d < 0)
-        reach = np.divide(-w[live], d, out=np.full(len(live), np.inf), where=shrinks)
-        if reach.min() >= 1:
-            break
-        first = reach.argmin()
-        w[live] += reach[first] * d
-        w[live[first]] = 0
-        live = np.delete(live, first)
-    w[live] += d
-    return w
+_SPARSE = 0.01  # share of the products x_ij x_ik not zero, below which sparse is faster
+
+
+def weighted_gram(
+    X: sparse.csc_matrix,  # (n, a)
+    c: np.ndarray,  # (n,) weights of the rows, not negative
+    single: bool = False,  # in single precision
+) -> np.ndarray:  # (a, a), float64
+    "The products of the columns with each other, X.T @ diag(c) @ X."
+    root = (np.sqrt(c)[X.indices] * X.data).astype(np.float32 if single else np.float64)
+    rows = sparse.csc_matrix((root, X.indices, X.indptr), X.shape).tocsr()
+    products = (np.diff(rows.indptr).astype(float) ** 2).sum()
+    if products < _SPARSE * X.shape[0] * X.shape[1] ** 2:
+        return (rows.T @ rows).toarray().astype(float)
+    dense = rows.toarray()
+    return (dense.T @ dense).astype(float)
 
 
 # %% ../../nbs/evals/probes.ipynb #cell-37
 def _active(
-    G: np.ndarray, W: np.ndarray, lam: np.ndarray, new: int = 16
-) -> list[np.ndarray]:  # indices, for each question
-    "The active inputs: those with a weight, and the `new` whose zero weight is least optimal."
-    active = []
-    for g, w, strength in zip(G, W, lam):
-        candidates = np.flatnonzero((np.abs(g) > strength) & (w == 0))
-        worst = candidates[np.argsort(-np.abs(g[candidates]), kind="stable")[:new]]
-        active.append(np.union1d(np.flatnonzero(w), worst))
-    return active
+    g: np.ndarray,  # (1 + d,) slopes of one question, that of the bias first
+    w: np.ndarray,  # (1 + d,) weights
+    strength: float,
+) -> np.ndarray:  # indices
+    "The bias, the inputs with a weight, and at most half as many whose weight is least optimal."
+    chosen = w != 0
+    chosen[0] = True
+    candidates = np.flatnonzero((np.abs(g) > strength) & ~chosen)
+    most = max(16, int(chosen.sum()) // 2)
+    chosen[candidates[np.argsort(-np.abs(g[candidates]), kind="stable")[:most]]] = True
+    return np.flatnonzero(chosen)
 
 
-@dataclass
-class _Quadratic:
-    "Quadratic models of m losses on their active inputs, the bias first; padded with zeros."
-
-    H: np.ndarray  # (m, a, a) curvature
-    g: np.ndarray  # (m, a) slope
-    w: np.ndarray  # (m, a) weights
-    price: np.ndarray  # (m, a) of |w|; 0 for the bias
-    X: list[np.ndarray]  # the inputs (n, a) of each
-
-
-def _quadratic(
-    columns: sparse.csc_matrix,
-    active: list[np.ndarray],
-    R: np.ndarray,
-    curvature: np.ndarray,
-    G: np.ndarray,
-    W: np.ndarray,
-    b: np.ndarray,
-    lam: np.ndarray,
-) -> _Quadratic:
-    "The quadratic model of each question's loss on its active inputs."
-    m, a = len(active), 1 + max(map(len, active))
-    H = np.tile(np.eye(a), (m, 1, 1))
-    g, w, price = np.zeros((3, m, a))
-    X = [np.hstack([np.ones((len(R), 1)), columns[:, j].toarray()]) for j in active]
-    for i, j in enumerate(active):
-        n = 1 + len(j)
-        H[i, :n, :n] = (X[i] * curvature[:, [i]]).T @ X[i] + 1e-9 * np.eye(n)
-        g[i, :n] = np.append(R[:, i].sum(), G[i, j])
-        w[i, :n] = np.append(b[i], W[i, j])
-        price[i, 1:n] = lam[i]
-    return _Quadratic(H, g, w, price, X)
+def _line_search(
+    loss: Callable[[float], float],  # of a part of the step
+    slope: float,  # by which the whole step would lower it, to first order
+) -> float:
+    "The part of the step, 1, 1/2, 1/4, ..., that lowers the loss enough."
+    size, old = 1.0, loss(0.0)
+    while loss(size) > old + 1e-4 * size * slope and size > 1e-6:
+        size /= 2
+    return size
 
 
-# %% ../../nbs/evals/probes.ipynb #cell-39
-def _step(
-    T: np.ndarray, S: np.ndarray, M: np.ndarray, q: _Quadratic
-) -> tuple[np.ndarray, np.ndarray]:  # weights (m, a), margins (n, m)
-    "To the minimum of the quadratic model, or as far towards it as the loss falls enough."
-    rough = coordinate_descent(q.H, q.g, q.w, q.price)
-    exact = [solve_signs(*problem) for problem in zip(q.H, q.g, q.w, rough, q.price)]
-    d = np.stack(exact) - q.w
-    dM = np.stack([x @ e[: x.shape[1]] for x, e in zip(q.X, d)], 1)
+def _l1_step(
+    X: sparse.csc_matrix,  # (n, a) active inputs, the first is 1
+    t: np.ndarray,  # (n,) labels +-1
+    s: np.ndarray,  # (n,) weights of the samples
+    margins: np.ndarray,  # (n,) X @ w
+    g: np.ndarray,  # (a,) slope of the loss at w
+    w: np.ndarray,  # (a,)
+    strength: float,
+    single: bool,  # curvature in single precision
+) -> tuple[np.ndarray, np.ndarray]:  # the new w and margins
+    "Towards the minimum of the quadratic model of one question's loss, as far as the loss falls."
+    p = expit(-t * margins)
+    H = weighted_gram(X, s * p * (1 - p), single)
+    rounding = 1e-5 if single else 1e-10  # more than that of H, relative to its diagonal
+    H[np.diag_indices(len(w))] += rounding * H.diagonal() + 1e-9
+    price = np.full(len(w), strength)
+    price[0] = 0
+    d = solve_signs(H, g, w, price) - w
+    change = X @ d
 
-    def cost(size: np.ndarray) -> np.ndarray:
-        loss = (S * np.logaddexp(0, -T * (M + size * dM))).sum(0)
-        return loss + (q.price * np.abs(q.w + size[:, None] * d)).sum(1)
+    def loss(size: float) -> float:
+        fit = (s * np.logaddexp(0, -t * (margins + size * change))).sum()
+        return fit + (price * np.abs(w + size * d)).sum()
 
-    slope = (q.g * d).sum(1) + (q.price * (np.abs(q.w + d) - np.abs(q.w))).sum(1)
-    size, old = np.ones(len(d)), cost(np.zeros(len(d)))
-    while True:
-        far = (cost(size) > old + 1e-4 * size * slope) & (size > 1e-6)
-        if not far.any():
-            return q.w + size[:, None] * d, M + size * dM
-        size = np.where(far, size / 2, size)
+    size = _line_search(loss, g @ d + (price * (np.abs(w + d) - np.abs(w))).sum())
+    return w + size * d, margins + size * change
 
 
-# %% ../../nbs/evals/probes.ipynb #cell-40
+# %% ../../nbs/evals/probes.ipynb #cell-38
 def _check_l1(x: sparse.csr_matrix, share: float) -> None:
     if not share > 0:
         raise ValueError(f"fit_l1_probes: share = {share}, but the penalty must be above 0")
@@ -426,25 +408,23 @@ def fit_l1_probes(
 
     ValueError for impossible inputs, RuntimeError if the optimum is not reached."""
     _check_l1(x, share)
-    columns, (T, S) = x.tocsc().astype(float), _signs_and_weights(Y)
+    X = sparse.hstack([np.ones((x.shape[0], 1)), x.astype(float)], format="csc")
+    T, S = (v.T.copy() for v in _signs_and_weights(Y))  # (m, n)
     lam = share * l1_max(x, Y)
-    W, b, M = np.zeros((Y.shape[1], x.shape[1])), np.zeros(Y.shape[1]), np.zeros(Y.shape)
+    W, M = np.zeros((len(T), X.shape[1])), np.zeros(T.shape)
     todo = np.flatnonzero(lam > 0)
-    for _ in range(max_steps):
-        P = expit(-T[:, todo] * M[:, todo])
-        R = -S[:, todo] * T[:, todo] * P
-        G = np.ascontiguousarray((columns.T @ R).T)
-        worst = kkt_error(G, W[todo], lam[todo]).max(1)
-        off = np.maximum(worst, np.abs(R.sum(0)) / lam[todo]) > tol
+    for step in range(max_steps):
+        R = -S[todo] * T[todo] * expit(-T[todo] * M[todo])
+        G = np.ascontiguousarray((X.T @ np.ascontiguousarray(R.T)).T)
+        worst = kkt_error(G[:, 1:], W[todo, 1:], lam[todo]).max(1)
+        off = np.maximum(worst, np.abs(G[:, 0]) / lam[todo]) > tol
         if not off.any():
-            return W.T, b
-        todo, P, R, G = todo[off], P[:, off], R[:, off], G[off]
-        active, curvature = _active(G, W[todo], lam[todo]), S[:, todo] * P * (1 - P)
-        model = _quadratic(columns, active, R, curvature, G, W[todo], b[todo], lam[todo])
-        w, M[:, todo] = _step(T[:, todo], S[:, todo], M[:, todo], model)
-        b[todo] = w[:, 0]
-        for i, j, v in zip(todo, active, w):
-            W[i, j] = v[1 : 1 + len(j)]
+            return W[:, 1:].T, W[:, 0]
+        todo, G = todo[off], G[off]
+        for i, g in zip(todo, G):
+            j = _active(g, W[i], lam[i])
+            inputs, single = X[:, j], step < 20
+            W[i, j], M[i] = _l1_step(inputs, T[i], S[i], M[i], g[j], W[i, j], lam[i], single)
     raise RuntimeError(
         f"the L1 probes of {len(todo)} questions did not converge in {max_steps} steps: raise the "
         f"strength of the penalty (`share` here, `l1_share` of AbsorptionConfig; now {share:g})"
