@@ -93,6 +93,13 @@ def test_steps_of_the_released_settings():
     assert LETTER_SCHEDULE.steps(65) == 100
 
 
+def test_as_many_steps_as_released_are_the_released_schedule():
+    "7,202 words: two batches an epoch, of 4,096 and the rest, not of 3,601 each."
+    assert RANKING_SCHEDULE.steps(7202) == 100
+    assert RANKING_SCHEDULE.with_steps(100, 7202) is RANKING_SCHEDULE
+    assert RANKING_SCHEDULE.with_steps(200, 7202).batch_size == 1801
+
+
 @pytest.mark.parametrize(
     ("steps", "epochs", "batch_size"), [(25, 25, 1000), (100, 50, 500), (1600, 50, 32)]
 )

@@ -63,7 +63,11 @@ class Schedule:
         return self.epochs * -(-n // self.batch_size)
 
     def with_steps(self, steps: int, n: int) -> "Schedule":
-        "The schedule that makes about so many steps for n words: its batches have another size."
+        """The schedule that makes about so many steps for n words: its batches have another size.
+
+        It is this one if it makes as many: other batches would give other scores."""
+        if steps == self.steps(n):
+            return self
         epochs = min(self.epochs, steps)
         return replace(self, epochs=epochs, batch_size=-(-n * epochs // steps))
 
