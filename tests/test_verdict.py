@@ -23,6 +23,7 @@ from atm_sae.report.verdict import (
     LEAD,
     PUBLISHED_STANDING,
     RAW,
+    answer_table,
     compare_pairs,
     describe_effects,
     equal_explained_table,
@@ -496,18 +497,50 @@ def test_the_pages_hold_the_sentences_and_change_with_them(tmp_path):
     assert new in markdown and "more by the full score" in html
 
 
+def worlds(folder):
+    evidence = read_evidence(folder)
+    return {
+        "Planted world": evidence.of_world(planted=True),
+        "Language model": evidence.of_world(planted=False),
+    }
+
+
+def test_the_answer_in_three_rows(runs):
+    table = answer_table(worlds(runs))
+    assert len(table) == 3 and [*table.columns] == [
+        "question",
+        "answer",
+        "difference",
+        "seeds",
+        "L0",
+    ]
+    planted, model, price = table.itertuples()
+    assert planted.answer.startswith("lower on ReLU + L1 and TopK;") and planted.seeds == "5"
+    assert "lower by one of two measures on BatchTopK and JumpReLU" in planted.answer
+    assert planted.difference.startswith("raw absorption -0.118 to 0.005 (± at most 0.040);")
+    assert price.answer.startswith("planted world: lower on all 4 bases; language model: ")
+    assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (2, 5)
+
+
+def test_the_answer_changes_with_the_table(runs):
+    assert "disagree" not in answer_table(worlds(runs)).answer[1]
+    move(runs, "absorption", "topk+atm", "mean_full_absorption_score", 0.5)
+    assert "the two measures disagree on TopK" in answer_table(worlds(runs)).answer[1]
+
+
 def test_the_readme_holds_the_committed_sentences_and_tables():
     readme = (ROOT / "README.md").read_text()
-    first = readme.index("make reports")
-    for folder, planted in ((REPORTS, False), (REPORTS / "full", True)):
-        evidence = read_evidence(folder).of_world(planted)
-        lead, _ = split_sentences(verdict_sentences(evidence))
-        for said in [*lead, PUBLISHED_STANDING, mask_caption(evidence)]:
-            assert said in readme, said
-        for table in (mask_table(evidence), rival_table(evidence)):
-            for cell in table.to_numpy().ravel():
-                assert cell in readme, cell
-        assert readme.index(lead[0]) < first < readme.index("minus another SAE")
+    table = answer_table(
+        {
+            "Planted world": worlds(REPORTS / "full")["Planted world"],
+            "Language model": worlds(REPORTS)["Language model"],
+        }
+    )
+    for cell in [PUBLISHED_STANDING, *table.to_numpy().ravel()]:
+        assert cell in readme, cell
+    assert len(readme.splitlines()) < 200
+    assert readme.index(PUBLISHED_STANDING) < readme.index(table.answer[0])
+    assert readme.index(table.answer[2]) < readme.index("make reports") < readme.index("## The tut")
 
 
 def test_published_values_of_atm_are_called_secondary():

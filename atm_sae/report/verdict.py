@@ -31,6 +31,8 @@ __all__ = [
     "WORLDS",
     "PUBLISHED_STANDING",
     "LEAD",
+    "QUESTIONS",
+    "PRICE_QUESTION",
     "equal_l0_rows",
     "equal_l0_table",
     "seed_differences",
@@ -55,6 +57,7 @@ __all__ = [
     "layer_sentence",
     "rival_table",
     "verdict_sentences",
+    "answer_table",
 ]
 
 # %% ../../nbs/report/verdict.ipynb #cell-3
@@ -823,3 +826,90 @@ def verdict_sentences(
         head = f"**The best attempt** (lowest cost, exploratory): {method_name(best)}"
         sentences.append(_pair_sentence(evidence, best, base, head))
     return [sentence for sentence in sentences if sentence]
+
+
+# %% ../../nbs/report/verdict.ipynb #cell-37
+QUESTIONS = {
+    "Planted world": "Does the mask lower absorption in the planted world?",
+    "Language model": "Does it lower absorption on a real language model?",
+}
+PRICE_QUESTION = "What does it cost in explained variance?"
+_LOWER = {"less": "lower", "more": "higher"}
+
+
+def _finding(sides: Sequence[str]) -> str:
+    "What the measures show of one base together."
+    shown = {*sides} - {"none"}
+    if not shown:
+        return "no difference shown"
+    if len(shown) > 1:
+        return "the two measures disagree"
+    word = _LOWER[shown.pop()]
+    return f"{word} by one of two measures" if "none" in sides else word
+
+
+def _findings(lines: Sequence[Mapping[tuple[str, str], Any]]) -> str:
+    "The bases, grouped by what the measures, a mapping each, show of them."
+    groups: dict[str, list[str]] = {}
+    for pair in lines[0]:
+        finding = _finding([effect_side(of[pair]) for of in lines])
+        groups.setdefault(finding, []).append(pair[1])
+    if len(groups) == 1 and len(lines[0]) > 1:
+        finding, n = next(iter(groups)), len(lines[0])
+        return f"{finding} on {'any of' if finding.startswith('no') else 'all'} {n} bases"
+    return "; ".join(f"{finding} on {_names(bases)}" for finding, bases in groups.items())
+
+
+def _span(lines: Iterable[Any]) -> str:
+    "The smallest and the largest difference, and the widest half interval."
+    lines = list(lines)
+    means = sorted(line.mean for line in lines)
+    half = max((line.high - line.low) / 2 for line in lines)
+    return f"{means[0]:.3f} to {means[-1]:.3f} (± at most {format_number(half, 2)})"
+
+
+def _answer(effects: pd.DataFrame, measures: Mapping[str, Measure]) -> dict[str, str]:
+    "The cells of one world, {name of a measure: measure}; empty if one was not measured."
+    found = [effect_lines(effects, measure) for measure in measures.values()]
+    if not all(found):
+        return {}
+    spans = [f"{name} {_span(of.values())}".strip() for name, of in zip(measures, found)]
+    lines = pd.DataFrame([line for of in found for line in of.values()])
+    return {
+        "answer": _findings(found),
+        "difference": "; ".join(spans),
+        "seeds": f"{lines.n.min():g}",
+        "L0": _l0_range(lines),
+    }
+
+
+def _absorbed(world: str, effects: pd.DataFrame) -> dict[str, str]:
+    "The row on absorption in one world."
+    measures = {
+        measure.words.removeprefix("by ").removeprefix("the "): measure for measure in WORLDS[world]
+    }
+    cells = _answer(effects, measures)
+    return {"question": QUESTIONS[world]} | cells if cells else {}
+
+
+def _price(effects: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    "The row on explained variance in all worlds."
+    measures = {"Planted world": PLANTED_FVU, "Language model": MODEL_FVU}
+    cells = {}
+    for world, of in effects.items():
+        explained = of.assign(mean=-of["mean"], low=-of.high, high=-of.low)
+        cells[world.lower()] = _answer(explained, {"": measures[world]})
+    table = pd.DataFrame({world: found for world, found in cells.items() if found})
+    if table.empty:
+        return {}
+    joined = table.apply(lambda row: "; ".join(f"{w}: {cell}" for w, cell in row.items()), axis=1)
+    return {"question": PRICE_QUESTION} | joined.to_dict()
+
+
+def answer_table(
+    evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
+) -> pd.DataFrame:
+    "Three rows: does the mask lower absorption in each world, and what does it cost?"
+    effects = {world: mask_effects(of) for world, of in evidence.items()}
+    rows = [_absorbed(world, of) for world, of in effects.items()]
+    return pd.DataFrame([row for row in [*rows, _price(effects)] if row])
