@@ -622,7 +622,7 @@ class Options:
     protocol: str = "exact"  # of absorption, one of PROTOCOLS
 
     def __post_init__(self) -> None:
-        from atm_sae.evals.released import find_protocol
+        from atm_sae.evals.absorption import find_protocol
 
         find_protocol(self.protocol)
 

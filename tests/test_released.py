@@ -10,7 +10,8 @@ from scipy import sparse
 
 from atm_sae.core import generator
 from atm_sae.evals import released as rl
-from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption
+from atm_sae.evals.absorption import AbsorptionConfig, Exact, evaluate_absorption, find_protocol
+from atm_sae.evals.absorption import best_single_latent_f1, word_latents
 from atm_sae.evals.first_letter import LETTERS, task_from_activations
 from atm_sae.evals.released import (
     LETTER_SCHEDULE,
@@ -18,7 +19,6 @@ from atm_sae.evals.released import (
     Released,
     Schedule,
     epoch_order,
-    find_protocol,
     first_weights,
     logit_slopes,
     positive_weights,
@@ -263,7 +263,7 @@ def test_outliers_are_left_out_of_the_probes(task):
 
 
 def test_the_protocol_is_chosen_by_name(task):
-    assert find_protocol("exact") is None and find_protocol("saebench") == Released()
+    assert find_protocol("exact") == Exact() and find_protocol("saebench") == Released()
     assert find_protocol(QUICK) is QUICK
     message = "unknown protocol 'released': choose one of exact, saebench"
     with pytest.raises(ValueError, match=message):
@@ -286,6 +286,24 @@ def test_absorption_that_is_known_exactly(task, absorbed):
         mean_absorption_fraction_score=exact.fraction,
         n_letters=26,
     )
+
+
+def test_words_are_encoded_once_for_both_protocols_and_the_best_latents(task, monkeypatch):
+    spoilt = replace(task, x=task.x.clone())
+    spoilt.x[0] *= 1000  # an outlier
+    sae = Alphabet(5)
+    apart = [evaluate_absorption(sae, spoilt, protocol=each) for each in ("exact", QUICK)]
+    best, calls, encode = best_single_latent_f1(sae, spoilt), [], sae.encode
+    sae.encode = lambda x: calls.append(len(x)) or encode(x)
+    latents = word_latents(sae, spoilt)
+    together = [evaluate_absorption(sae, latents, protocol=each) for each in ("exact", QUICK)]
+    assert best_single_latent_f1(sae, latents).equals(best)
+    assert sum(calls) == len(latents.z.indptr) - 1
+    for one, other in zip(apart, together):
+        assert one.letters.equals(other.letters) and one.words.equals(other.words)
+        assert one.config == other.config
+    with pytest.raises(ValueError, match="latents are of another SAE: call word_latents"):
+        evaluate_absorption(Alphabet(5), latents)
 
 
 def test_same_seed_same_score_other_seed_other_score(task):

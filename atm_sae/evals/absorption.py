@@ -6,12 +6,16 @@
 __all__ = [
     "SAEBENCH_THRESHOLDS",
     "Indices",
+    "PROTOCOLS",
     "METRIC_NAMES",
     "AbsorptionConfig",
     "full_absorption",
     "absorbed_projection",
     "absorption_fraction",
     "rank_latents",
+    "AbsorptionProtocol",
+    "Exact",
+    "find_protocol",
     "main_latents",
     "letter_gap",
     "word_gaps",
@@ -19,6 +23,8 @@ __all__ = [
     "dominant_absorber",
     "ablation_absorbed",
     "encode_words",
+    "WordLatents",
+    "word_latents",
     "letter_words",
     "AbsorptionResult",
     "describe_sae",
@@ -31,8 +37,8 @@ __all__ = [
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
@@ -54,7 +60,7 @@ from .first_letter import LETTERS, FirstLetterTask
 from .metrics import Dictionary, Encoder, ordinary_rows
 from .probes import f1_score, fit_l1_probes, fit_logistic
 from .swap import SwapResult, block_inputs, swapped_logits
-from .released import Released, find_protocol, rank_released, released_task
+from .released import Released
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-12
@@ -147,7 +153,81 @@ def rank_latents(
     return [best[W[best[:, i], i] > 0, i] for i in range(W.shape[1])]
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-29
+# %% ../../nbs/evals/absorption.ipynb #cell-30
+class AbsorptionProtocol(Protocol):
+    "The steps in which protocols differ."
+
+    @property
+    def name(self) -> str:
+        "Of tables and results."
+
+    def task(self, task: FirstLetterTask) -> FirstLetterTask:
+        "The task with this protocol's probes."
+
+    def min_letters(self, least: int) -> int:
+        "How many letters must count; `least` is the limit of the protocol `exact`."
+
+    def rank(
+        self,
+        z: sparse.csr_matrix,  # (n, d_sae) latents of the training words
+        letter: Tensor,  # (n,) their letters
+        wanted: Sequence[int],  # letters to rank for
+        seed: int,
+        n: int,  # how many to return for each letter, at most
+        l1_share: float,  # strength of the L1 penalty, where there is one
+    ) -> list[np.ndarray]:
+        "Latents of each wanted letter, best first."
+
+    def setting(self) -> dict[str, Any]:
+        "What results say about the probes."
+
+
+@dataclass(frozen=True)
+class Exact:
+    "Probes at their optimum."
+
+    name: ClassVar[str] = "exact"
+
+    def task(self, task: FirstLetterTask) -> FirstLetterTask:
+        "The task itself: its probes are at their optimum."
+        return task
+
+    def min_letters(self, least: int) -> int:
+        "The limit itself."
+        return least
+
+    def rank(
+        self,
+        z: sparse.csr_matrix,  # (n, d_sae) latents of the training words
+        letter: Tensor,  # (n,) their letters
+        wanted: Sequence[int],  # letters to rank for
+        seed: int,  # not needed: the optimum does not depend on it
+        n: int,  # how many to return for each letter, at most
+        l1_share: float,  # strength of the L1 penalty, as a share of l1_max
+    ) -> list[np.ndarray]:
+        "Latents of each wanted letter, best first."
+        return rank_latents(z, letter[:, None].numpy() == wanted, l1_share, n)
+
+    def setting(self) -> dict[str, Any]:
+        "Nothing: `l2` of the task and `l1_share` say all."
+        return {}
+
+
+PROTOCOLS: dict[str, AbsorptionProtocol] = dict(exact=Exact(), saebench=Released())
+
+
+def find_protocol(
+    protocol: str | AbsorptionProtocol,  # one of PROTOCOLS, or SAEBench's with other schedules
+) -> AbsorptionProtocol:
+    "What the name means. ValueError for an unknown name."
+    if not isinstance(protocol, str):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+# %% ../../nbs/evals/absorption.ipynb #cell-31
 def main_latents(
     z_train: Tensor,  # (letters, n, k) ranked latents on training words, padded with zeros
     Y_train: Tensor,  # (letters, n) bool
@@ -172,7 +252,7 @@ def main_latents(
     return number, best, found
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-33
+# %% ../../nbs/evals/absorption.ipynb #cell-35
 def letter_gap(
     logits: Tensor,  # (n, 26) of the answers
     letter: Tensor,  # (n,) 0..25
@@ -182,7 +262,7 @@ def letter_gap(
     return right - (logits.sum(1) - right) / 25
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-35
+# %% ../../nbs/evals/absorption.ipynb #cell-37
 def _prompts(task: FirstLetterTask) -> tuple[Tensor, int]:
     "Tokens of the task's prompts and the position of the word; ValueError if it has none."
     if task.tokens is None or task.at is None:
@@ -211,7 +291,7 @@ def word_gaps(
     return letter_gap(swapped_logits(lm, tokens, past, *place), letter).view(n, points)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-36
+# %% ../../nbs/evals/absorption.ipynb #cell-38
 def integrated_effects(
     sae: Encoder,  # anything with encode, W_dec
     lm: LM,  # the task's LM
@@ -236,7 +316,7 @@ def integrated_effects(
     return (z * (mean @ W_dec.T)).float().cpu()
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-40
+# %% ../../nbs/evals/absorption.ipynb #cell-42
 def dominant_absorber(
     effects: Tensor,  # (n, d_sae)
     c: Tensor,  # (d_sae,) or (n, d_sae), cosines with the probe
@@ -249,7 +329,7 @@ def dominant_absorber(
     return (top.values[:, 0] - top.values[:, 1] >= margin) & (c_top >= cos)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-42
+# %% ../../nbs/evals/absorption.ipynb #cell-44
 def ablation_absorbed(
     sae: Encoder,  # anything with encode, W_dec
     lm: LM,  # the task's LM
@@ -275,7 +355,7 @@ def ablation_absorbed(
     return torch.cat(absorbed)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-44
+# %% ../../nbs/evals/absorption.ipynb #cell-46
 _ENTRIES = 2**24  # of a dense array that is held at a time
 
 
@@ -301,13 +381,7 @@ def encode_words(
     return z, F.normalize(W_dec.float(), dim=1).cpu()
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-45
-def _ordinary_words(sae: Dictionary, task: FirstLetterTask) -> FirstLetterTask:
-    "The task without the words whose activation is an outlier for this SAE."
-    ordinary = ordinary_rows(sae, task.x)
-    return task if ordinary.all() else task.only(ordinary)
-
-
+# %% ../../nbs/evals/absorption.ipynb #cell-47
 def _check_fits(sae: Dictionary, task: FirstLetterTask) -> None:
     "ValueError if the SAE reads another width, model or hook than the task."
     if sae.W_dec.shape[1] != task.d_in:
@@ -325,12 +399,9 @@ def _check_fits(sae: Dictionary, task: FirstLetterTask) -> None:
         )
 
 
-def _letters_that_count(
-    task: FirstLetterTask, config: AbsorptionConfig, released: Released | None
-) -> list[int]:
+def _letters_that_count(task: FirstLetterTask, config: AbsorptionConfig, needed: int) -> list[int]:
     "Indices of the letters whose probe is good; ValueError if there are too few."
     counts = [i for i in range(26) if task.f1[i] > config.min_f1 and task.hits[i].any()]
-    needed = 1 if released else config.min_letters
     if len(counts) < needed:
         failed = ", ".join(f"{LETTERS[i]} {task.f1[i]:.2f}" for i in range(26) if i not in counts)
         raise ValueError(
@@ -341,22 +412,52 @@ def _letters_that_count(
     return counts
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-47
+# %% ../../nbs/evals/absorption.ipynb #cell-49
+@dataclass(frozen=True)
+class WordLatents:
+    "A task, and the latents of its words by one SAE."
+
+    sae: Encoder = field(repr=False)
+    task: FirstLetterTask  # with all its words
+    ordinary: Tensor = field(repr=False)  # (words,) bool: the activation is no outlier for the SAE
+    z: sparse.csr_matrix = field(repr=False)  # (ordinary words, d_sae)
+    W_dec: Tensor = field(repr=False)  # (d_sae, d_in) unit decoder rows
+
+    def ordinary_part(self, task: FirstLetterTask) -> FirstLetterTask:
+        "The ordinary words of a task with the same words."
+        return task if self.ordinary.all() else task.only(self.ordinary)
+
+
+def word_latents(
+    sae: Encoder,  # anything with encode, W_dec (d_sae, d_in)
+    task: FirstLetterTask | WordLatents,  # latents that are there already are returned
+    batch_size: int = 1024,  # words encoded at a time
+) -> WordLatents:
+    """Encode the words of a task whose activation is no outlier.
+
+    ValueError if the SAE does not fit the task, or the latents are those of another SAE."""
+    if isinstance(task, WordLatents):
+        if task.sae is not sae:
+            raise ValueError("these latents are of another SAE: call word_latents(sae, task)")
+        return task
+    _check_fits(sae, task)
+    ordinary = ordinary_rows(sae, task.x)
+    x = task.x if ordinary.all() else task.x[ordinary]
+    return WordLatents(sae, task, ordinary, *encode_words(sae, x, batch_size))
+
+
+# %% ../../nbs/evals/absorption.ipynb #cell-51
 def _ranked(
     z: sparse.csr_matrix,
     W_dec: Tensor,
     task: FirstLetterTask,
     counts: list[int],
     config: AbsorptionConfig,
-    released: Released | None,
+    protocol: AbsorptionProtocol,
 ) -> tuple[list[np.ndarray], Tensor]:
     "Ranked latents of each letter in counts, and their values (letters, n, k), padded with zeros."
-    train, n = ~task.test.numpy(), config.max_k
-    letter = task.letter[~task.test]
-    if released:
-        ranked = rank_released(z[train], letter, counts, task.seed, released.ranking, n)
-    else:
-        ranked = rank_latents(z[train], letter[:, None].numpy() == counts, config.l1_share, n)
+    train, letter = ~task.test.numpy(), task.letter[~task.test]
+    ranked = protocol.rank(z[train], letter, counts, task.seed, config.max_k, config.l1_share)
     for j, i in enumerate(counts):
         if not len(ranked[j]):
             ranked[j] = np.array([int((W_dec @ task.directions[i]).argmax())])
@@ -366,7 +467,7 @@ def _ranked(
     return ranked, values
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-48
+# %% ../../nbs/evals/absorption.ipynb #cell-52
 def _score_words(
     z: sparse.csr_matrix,
     rows: np.ndarray,
@@ -446,7 +547,7 @@ def _letter_row(
     return row
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-49
+# %% ../../nbs/evals/absorption.ipynb #cell-53
 def _with_ablation(
     words: pd.DataFrame, sae: Encoder, lm: LM, task: FirstLetterTask, limit: int
 ) -> pd.DataFrame:
@@ -465,17 +566,16 @@ def _with_ablation(
 
 
 def _score_task(
-    sae: Encoder,
-    task: FirstLetterTask,
+    latents: WordLatents,
     config: AbsorptionConfig,
     lm: LM | None,
-    batch_size: int,
-    released: Released | None,
+    protocol: AbsorptionProtocol,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     "One evaluation: the table of letters and the table of words."
-    counts = _letters_that_count(task, config, released)
-    z, W_dec = encode_words(sae, task.x, batch_size)
-    ranked, values = _ranked(z, W_dec, task, counts, config, released)
+    task = latents.ordinary_part(protocol.task(latents.task))
+    sae, z, W_dec = latents.sae, latents.z, latents.W_dec
+    counts = _letters_that_count(task, config, protocol.min_letters(config.min_letters))
+    ranked, values = _ranked(z, W_dec, task, counts, config, protocol)
     Y, test = task.letter == torch.tensor(counts)[:, None], task.test
     number, f1, detected = main_latents(
         values[:, ~test], Y[:, ~test], values[:, test], Y[:, test], config.jump
@@ -498,7 +598,7 @@ def _score_task(
     return pd.DataFrame(rows).assign(eval_seed=task.seed), words
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-51
+# %% ../../nbs/evals/absorption.ipynb #cell-55
 METRIC_NAMES = dict(
     exact=("mean_full_absorption_score", "mean_absorption_fraction_score", "n_letters"),
     saebench=("saebench_full_absorption", "saebench_absorption_fraction", "saebench_letters"),
@@ -586,7 +686,7 @@ class AbsorptionResult:
         return f"AbsorptionResult({scores}; {about})"
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-52
+# %% ../../nbs/evals/absorption.ipynb #cell-56
 def describe_sae(sae: Dictionary) -> dict[str, Any]:
     "The SAE's configuration as plain data; at least its sizes."
     config = getattr(sae, "config", None)
@@ -594,7 +694,7 @@ def describe_sae(sae: Dictionary) -> dict[str, Any]:
     return sizes | to_plain(config) if is_dataclass(config) else sizes
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-53
+# %% ../../nbs/evals/absorption.ipynb #cell-57
 def _check_tasks(tasks: Sequence[FirstLetterTask]) -> None:
     "ValueError unless there are tasks, of one model and site, each with a seed of its own."
     if not tasks:
@@ -617,55 +717,60 @@ def _warn_not_read(task: FirstLetterTask) -> None:
         warnings.warn(task.swap.problem, WordNotRead, stacklevel=4)
 
 
+def _setting(tasks: list[FirstLetterTask], n_outliers: int, protocol: str) -> dict[str, Any]:
+    "What the scores depend on, besides thresholds and the protocol's own settings."
+    first = tasks[0]
+    return dict(
+        model=first.model,
+        layer=first.layer,
+        site=first.site,
+        seeds=[task.seed for task in tasks],
+        position=first.position,
+        n_words=len(first.words),
+        n_outliers=n_outliers,
+        l2=first.l2,
+        n_icl=first.n_icl,
+        max_words=first.max_words,
+        spaced=first.spaced,
+        group=first.group,
+        protocol=protocol,
+        swap=to_plain(first.swap),
+    )
+
+
 @one_thread()
 def evaluate_absorption(
     sae: Encoder,  # anything with encode, W_dec (d_sae, d_in)
-    tasks: FirstLetterTask | Sequence[FirstLetterTask],  # one, or one for each evaluation seed
+    tasks: FirstLetterTask
+    | WordLatents
+    | Sequence[FirstLetterTask | WordLatents],  # one, or one for each evaluation seed
     config: AbsorptionConfig = SAEBENCH_THRESHOLDS,
     lm: LM | None = None,  # the tasks' LM: adds the third score, the rate of Chanin et al.
     batch_size: int = 1024,  # words encoded at a time
-    protocol: str | Released = "exact",  # or "saebench": probes as SAEBench 0.6.0 trains them
+    protocol: str
+    | AbsorptionProtocol = "exact",  # or "saebench": probes as SAEBench 0.6.0 trains them
 ) -> AbsorptionResult:
     """Score an SAE on the first-letter task, without the words whose activation is an outlier.
 
     The result's `config["n_outliers"]` counts these, over all tasks. Warns with `WordNotRead`
     where the model does not read the word (`config["swap"]`).
     ValueError if it does not fit the task, or too few letters have a good probe."""
-    tasks = [tasks] if isinstance(tasks, FirstLetterTask) else list(tasks)
-    _check_tasks(tasks)
-    for task in tasks:
+    given = [tasks] if isinstance(tasks, FirstLetterTask | WordLatents) else list(tasks)
+    whole = [each.task if isinstance(each, WordLatents) else each for each in given]
+    _check_tasks(whole)
+    for task in whole:
         _check_fits(sae, task)
-    _warn_not_read(tasks[0])
-    released = find_protocol(protocol)
-    if released:
-        tasks = [released_task(task, released.letters) for task in tasks]
-    n_words = [len(task.words) for task in tasks]
-    tasks = [_ordinary_words(sae, task) for task in tasks]
-    parts = [_score_task(sae, task, config, lm, batch_size, released) for task in tasks]
+    _warn_not_read(whole[0])
+    chosen = find_protocol(protocol)
+    latents = [word_latents(sae, each, batch_size) for each in given]
+    parts = [_score_task(each, config, lm, chosen) for each in latents]
     letters, words = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
-    first = tasks[0]
-    setting = dict(
-        model=first.model,
-        layer=first.layer,
-        site=first.site,
-        seeds=[task.seed for task in tasks],
-        position=first.position,
-        n_words=n_words[0],
-        n_outliers=sum(n_words) - sum(len(task.words) for task in tasks),
-        l2=first.l2,
-        n_icl=first.n_icl,
-        max_words=first.max_words,
-        spaced=first.spaced,
-        group=first.group,
-        protocol="saebench" if released else "exact",
-        swap=to_plain(first.swap),
-    )
-    if released:  # these say how, in place of both penalties
-        setting |= dict(l2=None, l1_share=None, min_letters=1, probes=to_plain(released))
+    n_outliers = sum(int((~each.ordinary).sum()) for each in latents)
+    setting = _setting(whole, n_outliers, chosen.name) | chosen.setting()
     return AbsorptionResult(letters, words, to_plain(config) | setting, describe_sae(sae))
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-63
+# %% ../../nbs/evals/absorption.ipynb #cell-67
 def _f1_of_all(active: sparse.csr_matrix, Y: np.ndarray) -> np.ndarray:
     "F1 (26, d_sae) of every latent as a detector of every letter; Y (n, 26) is 1 or 0."
     total = Y.sum(0)[:, None] + np.asarray(active.sum(0))
@@ -674,14 +779,13 @@ def _f1_of_all(active: sparse.csr_matrix, Y: np.ndarray) -> np.ndarray:
 
 def best_single_latent_f1(
     sae: Encoder,  # anything with encode, W_dec
-    task: FirstLetterTask,
+    task: FirstLetterTask | WordLatents,
 ) -> pd.DataFrame:  # columns letter, latent, f1
     "How well one active latent detects each letter; chosen on training, scored on test words."
-    task = _ordinary_words(sae, task)
-    z, _ = encode_words(sae, task.x)
-    z.data = np.abs(z.data) > _ZERO
-    active, test = z.astype(np.float32), task.test.numpy()
-    Y = np.eye(26, dtype=np.float32)[task.letter.numpy()]
+    latents = word_latents(sae, task)
+    words, active = latents.ordinary_part(latents.task), latents.z.astype(np.float32)
+    active.data = (np.abs(latents.z.data) > _ZERO).astype(np.float32)
+    test, Y = words.test.numpy(), np.eye(26, dtype=np.float32)[words.letter.numpy()]
     latent = _f1_of_all(active[~test], Y[~test]).argmax(1)
     f1 = _f1_of_all(active[test], Y[test])[np.arange(26), latent]
     return pd.DataFrame({"letter": list(LETTERS), "latent": latent, "f1": f1})

@@ -7,7 +7,6 @@ __all__ = [
     "LETTER_SCHEDULE",
     "RANKING_SCHEDULE",
     "Inputs",
-    "PROTOCOLS",
     "Schedule",
     "positive_weights",
     "logit_slopes",
@@ -17,13 +16,12 @@ __all__ = [
     "released_task",
     "rank_released",
     "Released",
-    "find_protocol",
 ]
 
 # %% ../../nbs/evals/released.ipynb #cell-2
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import generator, is_outlier, norm_limit, one_thread
+from ..core import generator, is_outlier, norm_limit, one_thread, to_plain
 from .first_letter import FirstLetterTask
 from .probes import f1_score
 
@@ -209,16 +207,28 @@ class Released:
     letters: Schedule = LETTER_SCHEDULE
     ranking: Schedule = RANKING_SCHEDULE
 
+    name: ClassVar[str] = "saebench"
 
-PROTOCOLS: dict[str, Released | None] = dict(exact=None, saebench=Released())
+    def task(self, task: FirstLetterTask) -> FirstLetterTask:
+        "The task with this protocol's probes."
+        return released_task(task, self.letters)
 
+    def min_letters(self, least: int) -> int:
+        "How many letters must count; `least` is the limit of the protocol `exact`."
+        return 1
 
-def find_protocol(
-    protocol: str | Released,  # one of PROTOCOLS, or SAEBench's with other schedules
-) -> Released | None:
-    "What the name means; None for `exact`. ValueError for an unknown name."
-    if isinstance(protocol, Released):
-        return protocol
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[protocol]
+    def rank(
+        self,
+        z: sparse.csr_matrix,  # (n, d_sae) latents of the training words
+        letter: Tensor,  # (n,) their letters
+        wanted: Sequence[int],  # letters to rank for
+        seed: int,
+        n: int,  # how many to return for each letter
+        l1_share: float,  # of the protocol `exact` alone
+    ) -> list[np.ndarray]:
+        "Latents of each wanted letter, best first."
+        return rank_released(z, letter, wanted, seed, self.ranking, n)
+
+    def setting(self) -> dict[str, Any]:
+        "What results say about the probes."
+        return dict(l2=None, l1_share=None, min_letters=1, probes=to_plain(self))
