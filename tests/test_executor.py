@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -391,6 +392,35 @@ def test_a_job_that_exits_is_an_error():
     "As a success it would end the process that asked for it, with status 0."
     outcomes = [*run_jobs(leave, [1, 2], workers=2)]
     assert [str(o.error) for o in outcomes] == ["SystemExit: 0"] * 2
+
+
+def test_each_worker_reads_the_function_once(tmp_path):
+    "With all that it holds, such as a language model; a job sends its item alone."
+
+    class Data:
+        def __setstate__(self, state):
+            self.read_by = os.getpid()
+            (tmp_path / f"{time.monotonic_ns()}-{os.getpid()}").touch()
+
+        def __getstate__(self):
+            return {}
+
+        def job(self, number):
+            return number, self.read_by == os.getpid(), os.getpid()
+
+    found = [o.result for o in run_jobs(Data().job, range(8), workers=2)]
+    assert sorted(number for number, _, _ in found) == [*range(8)] and all(
+        here for _, here, _ in found
+    )
+    assert len([*tmp_path.iterdir()]) == len({pid for _, _, pid in found})
+
+
+def test_a_function_that_cannot_be_pickled_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match="cannot pickle"):
+        [*run_jobs(lambda number: lock, [1, 2], workers=2)]
+    assert not [*tmp_path.glob("atm-sae-*")]  # nothing is left behind
 
 
 UNGUARDED = """

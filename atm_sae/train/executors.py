@@ -32,12 +32,14 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend.reduction import dump
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
@@ -129,6 +131,9 @@ def run_in_turn(
 
 
 # %% ../../nbs/train/executors.ipynb #cell-11
+_FUNCTION = "function.pickle"  # of the jobs, in the folder that the workers share
+
+
 def _end_with(parent: int, folder: str) -> None:
     "End this process, and remove a folder, once its parent is another one than `parent`."
 
@@ -147,30 +152,45 @@ def _start_worker(parent: int, environment: dict[str, str], folder: str) -> None
     _end_with(parent, folder)
 
 
-def _numbered_attempt(
-    function: Callable[[Item], Result], item: Item, number: int, begun: Path
-) -> tuple[int, Result | None, Exception | None]:
-    "The number of a job and its outcome. While it runs, `begun` holds a file of that name."
-    note = begun / str(number)
+@lru_cache(maxsize=1)
+def _read_function(path: Path) -> Callable[[Any], Any]:
+    "The function of the jobs, read once in a worker."
+    with path.open("rb") as file:
+        return pickle.load(file)
+
+
+def _call(path: Path, item: Any) -> Any:
+    "What the function in a file returns."
+    return _read_function(path)(item)
+
+
+def _numbered_attempt(item: Any, number: int, folder: Path) -> tuple[int, Any, Exception | None]:
+    "The number of a job and its outcome. While it runs, `folder` holds the file NUMBER.begun."
+    note = folder / f"{number}.begun"
     note.touch()
-    result, error = attempt(function, item)
+    result, error = attempt(partial(_call, folder / _FUNCTION), item)
     note.unlink()
     return number, result, error
 
 
-def _lost_worker(error: BrokenProcessPool, items: Sequence[Any], begun: Path) -> LostWorker:
+def _lost_worker(error: BrokenProcessPool, items: Sequence[Any], folder: Path) -> LostWorker:
     "The error that tells which jobs were running, and the exit codes if they are known."
     codes = re.search(r"exit codes of the workers are (\{.*\})", str(error))
     how = f" ({codes[1]})" if codes else ""
-    running = [items[number] for number in sorted(int(note.name) for note in begun.iterdir())]
+    running = [
+        items[number] for number in sorted(int(note.stem) for note in folder.glob("*.begun"))
+    ]
     return LostWorker(f"a worker process was killed{how}, perhaps for want of memory", running)
 
 
 def run_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Generator[Outcome[Item, Result], None, None]:
-    "Jobs in processes of this machine, each with one thread. LostWorker if one is killed."
-    begun = TemporaryDirectory(prefix="atm-sae-")
+    """Jobs in processes of this machine, each with one thread. LostWorker if one is killed.
+
+    Each worker reads the function once, with all data that it holds."""
+    scratch = TemporaryDirectory(prefix="atm-sae-")
+    folder = Path(scratch.name)
     pool = Parallel(
         n_jobs=workers,
         backend="loky",
@@ -179,21 +199,23 @@ def run_in_processes(
         pre_dispatch="all",
         inner_max_num_threads=1,
         initializer=_start_worker,
-        initargs=(os.getpid(), dict(os.environ), begun.name),
+        initargs=(os.getpid(), dict(os.environ), scratch.name),
     )
+    with (folder / _FUNCTION).open("wb") as file:
+        dump(function, file)  # as loky pickles jobs: lambdas and functions of a notebook too
     job = delayed(_numbered_attempt)
-    outcomes = pool(job(function, item, i, Path(begun.name)) for i, item in enumerate(items))
+    outcomes = pool(job(item, i, folder) for i, item in enumerate(items))
     try:
         for number, result, error in outcomes:
             yield Outcome(items[number], result, error)
     except BrokenProcessPool as e:
-        raise _lost_worker(e, items, Path(begun.name)) from e
+        raise _lost_worker(e, items, folder) from e
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that jobs were cancelled
             outcomes.close()
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
-        begun.cleanup()
+        scratch.cleanup()
 
 
 # %% ../../nbs/train/executors.ipynb #cell-13
