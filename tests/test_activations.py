@@ -679,6 +679,11 @@ def test_copies_share_weights_and_not_hooks(lm):
     with_hook.remove()
 
 
+def test_a_gpu_runs_one_model(lm, monkeypatch):
+    monkeypatch.setattr(type(lm), "device", torch.device("meta"))
+    assert module.share_weights(lm, 4) == [lm]
+
+
 def test_in_order_keeps_the_order_and_passes_errors_on():
     def inverse(model, i):
         time.sleep(0.01 * (i == 1))

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -150,6 +151,41 @@ def test_checksum_follows_the_weights(copy, tmp_path):
     assert model_checksum(copy) == plain
     save_lm(tiny_lm(seed=1), copy)
     assert model_checksum(copy) != plain
+
+
+def test_a_large_model_is_hashed_once_in_a_cache(copy, cache, monkeypatch):
+    "Until a file is written again, even with the same size and time."
+    monkeypatch.setattr(module, "_NOTED_BYTES", 1)
+    monkeypatch.setattr(module, "_SETTLED_SECONDS", -1)
+    hashed = []
+    sha256 = module.file_sha256
+    monkeypatch.setattr(module, "file_sha256", lambda path: hashed.append(path) or sha256(path))
+
+    def checksum():
+        "As another process finds it."
+        hashed.clear()
+        module._files_checksum.cache_clear()
+        return model_checksum(copy)
+
+    first = checksum()
+    assert hashed and checksum() == first and not hashed
+    (note,) = (cache / "checksums").iterdir()
+    note.write_text(note.read_text().replace(first, "0" * 64))  # damaged
+    assert checksum() == first and hashed
+    weights = copy / "model.safetensors"
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert checksum() != first
+
+
+def test_fresh_and_small_files_are_hashed_in_each_process(copy, cache, monkeypatch):
+    model_checksum(copy)
+    monkeypatch.setattr(module, "_NOTED_BYTES", 1)
+    module._files_checksum.cache_clear()
+    model_checksum(copy)
+    assert not (cache / "checksums").exists()
 
 
 READ = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atm_sae.core import generator
-from atm_sae.data.lm import next_token_losses, splice, tiny_lm
+from atm_sae.data.lm import hook_layer, next_token_losses, splice, tiny_lm
 from atm_sae.evals.metrics import (
     activation_frequency,
     best_detectors,
@@ -22,6 +22,8 @@ from atm_sae.evals.metrics import (
     ordinary_rows,
     outlier_limit,
     spliced_metrics,
+    spliced_reference,
+    spliced_scores,
 )
 from atm_sae.data.planted import PlantedWorld, WorldConfig
 from atm_sae.sae.sae import SAE, SAEConfig
@@ -219,6 +221,55 @@ def test_original_loss_is_the_models_own(lm, tokens):
     assert m["ce_orig"] == pytest.approx(
         float(next_token_losses(lm, tokens)[ordinary[:, :-1] & ordinary[:, 1:]].mean()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "mlp_out", "resid_post"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_reference_gives_the_numbers_of_whole_passes(lm, tokens, layer, site, monkeypatch):
+    reference = spliced_reference(lm, layer, tokens, 3, site)
+    assert all(batch.inputs.keys() == {layer, 2} for batch in reference.batches)
+    monkeypatch.setattr("atm_sae.evals.metrics._can_skip", lambda *args: False)
+    whole = spliced_reference(lm, layer, tokens, 3, site)
+    assert all(batch.inputs.keys() == {0} for batch in whole.batches)
+    limited = nothing(32)
+    limited.max_norm = float(whole.batches[0].x.norm(dim=-1).median())
+    for sae in (both_signs(32), nothing(32), limited):
+        assert spliced_scores(sae, reference) == spliced_scores(sae, whole)
+
+
+def test_a_reference_runs_the_untouched_model_once(lm, tokens):
+    "And the later passes begin at the SAE's block."
+    reference, ran = spliced_reference(lm, 1, tokens), []
+    first = spliced_scores(both_signs(32), reference)
+    hooks = [
+        hook_layer(lm, i).self_attn.register_forward_hook(
+            lambda *args, i=i: ran.append((i, args[2][0].shape[0]))
+        )
+        for i in range(3)
+    ]
+    try:
+        again = spliced_scores(both_signs(32), reference)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert again == first and [i for i, n in ran if n == len(tokens)] == [1, 2]
+
+
+def test_blocks_are_not_skipped_where_later_ones_need_more(tokens):
+    "Models whose late blocks use keys of early ones, such as Gemma-3n."
+    lm, early = tiny_lm(), []
+
+    def keep(block, args, output):
+        early[:] = [output[0]]
+
+    def add(block, args, output):
+        return (output[0] + early[0] if early else output[0], *output[1:])
+
+    hook_layer(lm, 0).self_attn.register_forward_hook(keep)
+    hook_layer(lm, 2).self_attn.register_forward_hook(add)
+    hook_layer(lm, 2).register_forward_hook(lambda *args: early.clear())
+    reference = spliced_reference(lm, 1, tokens)
+    assert reference.batches[0].inputs.keys() == {0}
 
 
 def test_special_positions_keep_their_stream(lm, tokens):

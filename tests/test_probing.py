@@ -1,7 +1,10 @@
 """Sparse probing: tasks, pooling, selection and probes by hand; the evaluation, its cache, its
 messages."""
 
+import tempfile
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -373,6 +376,58 @@ def test_cache(lm, tasks, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="probing.safetensors is truncated or changed"):
         get_probing(lm, 1, tasks)
+
+
+class NotCached:
+    "An artefact that is built at each call."
+
+    def ensure(self, build, save):
+        folder = Path(tempfile.mkdtemp())
+        save(build(), folder)
+        return folder
+
+
+def test_the_number_of_threads_changes_no_byte(lm, tasks, data, monkeypatch):
+    used, read, before = set(), pr.read_site, torch.get_num_threads()
+
+    def note(*args):
+        used.add((threading.get_ident(), torch.get_num_threads()))
+        return read(*args)
+
+    monkeypatch.setattr(pr, "read_site", note)
+    monkeypatch.setattr(pr, "probing_artefact", lambda *args: NotCached())
+    torch.set_num_threads(3)
+    try:
+        found = get_probing(lm, 1, tasks, 32)
+    finally:
+        torch.set_num_threads(before)
+    one = build_probing(lm, 1, tasks, 32)
+    assert len(used) > 1 and {n for _, n in used} == {1}
+    assert torch.equal(found.x, one.x) and torch.equal(found.lengths, one.lengths)
+
+
+def test_a_model_given_by_name_has_the_fastest_dtype(lm, tasks, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pr, "load_lm", lambda *args: asked.append(args) or lm)
+    monkeypatch.setattr(pr, "probing_artefact", lambda *args: NotCached())
+    get_probing("tiny", 1, tasks[:1])
+    assert [args[:2] for args in asked] == [("tiny", "auto")]
+
+
+def test_channels_are_probed_once_for_equal_outliers(lm, tasks, monkeypatch):
+    data, probed = build_probing(lm, 1, tasks, 32), []
+    monkeypatch.setattr(
+        pr,
+        "_accuracies",
+        lambda prefix, *args, f=pr._accuracies: probed.append(prefix) or f(prefix, *args),
+    )
+    sae, limited = Toy(torch.eye(32), torch.eye(32)), Toy(torch.eye(32), torch.eye(32))
+    limited.max_norm = float(data.x.norm(dim=1).median())
+    first, groups = score_probing(sae, data).tasks, len({task.group for task in tasks})
+    assert score_probing(sae, data).tasks.equals(first) and probed.count("llm") == groups
+    again = score_probing(limited, data).tasks
+    assert probed.count("llm") == 2 * groups
+    assert again.equals(score_probing(limited, replace(data)).tasks)
 
 
 # ---- properties

@@ -511,7 +511,7 @@ def build_cache(
     about |= dict(model_checksum=lm.checksum, spec=to_plain(spec))
     inputs = [about, job.n_rows, job.rows_per_shard, job.batch_size, text]
     left = f"complete shards stay in {building_folder(folder)}, and the next run goes on from there"
-    models = share_weights(lm, torch.get_num_threads() if lm.device.type == "cpu" else 1)
+    models = share_weights(lm, torch.get_num_threads())
     with explain_disk_errors(folder, left), one_thread():
         n_activations = job.n_rows * (job.rows.context - 1)
         _check_room(folder, n_activations * row_bytes(lm.d_model, dtype))

@@ -409,17 +409,39 @@ def _is_read(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() not in _NOT_READ and not described
 
 
+_NOTED_BYTES = 2**26  # smaller models are hashed in each process
+_SETTLED_SECONDS = 10  # a file that changed later may change again within its clock's resolution
+
+
+def _file_state(path: Path) -> tuple[int, ...]:
+    "What changes when a file is written: size, both times, and inode."
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
 @lru_cache(maxsize=8)
-def _files_checksum(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    "SHA-256 over (name, size, mtime) of files; size and mtime only end the reuse of old hashes."
-    return stable_hash({name: file_sha256(folder / name) for name, _, _ in files}, n=64)
+def _files_checksum(folder: Path, files: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    "SHA-256 over the contents of files; their states only end the reuse of old hashes."
+    about = dict(folder=str(folder.resolve()), files=[[name, *state] for name, state in files])
+    place = cache_dir() / "checksums" / f"{stable_hash(about)}.json"
+    with suppress(FileNotFoundError, ValueError):  # not there, or damaged
+        note = read_object(place)
+        if note.get("seal") == stable_hash([about, note.get("checksum")]):
+            return note["checksum"]
+    checksum = stable_hash({name: file_sha256(folder / name) for name, _ in files}, n=64)
+    last = max((time_ns for _, state in files for time_ns in state[1:3]), default=0)
+    settled = time.time_ns() - last > _SETTLED_SECONDS * 10**9
+    if settled and sum(state[0] for _, state in files) >= _NOTED_BYTES:
+        write_json(place, about | dict(checksum=checksum, seal=stable_hash([about, checksum])))
+    return checksum
 
 
 def _folder_checksum(folder: Path) -> str:
     "SHA-256 over the files that make a model what it is: configuration, weights, tokenizer."
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    files = [(p.relative_to(folder).as_posix(), p.stat()) for p in sorted(found) if _is_read(p)]
-    return _files_checksum(folder, tuple((name, s.st_size, s.st_mtime_ns) for name, s in files))
+    read = [path for path in sorted(found) if _is_read(path)]
+    files = tuple((path.relative_to(folder).as_posix(), _file_state(path)) for path in read)
+    return _files_checksum(folder, files)
 
 
 @cache
@@ -921,7 +943,11 @@ _Result = TypeVar("_Result")
 
 
 def share_weights(lm: LM, n: int) -> list[LM]:
-    "The model and `n - 1` copies with the same weights, but hooks of their own: one for a thread."
+    """The model and `n - 1` copies with the same weights, but hooks of their own: one for a thread.
+
+    On a GPU the model alone: its kernels run one after another."""
+    if lm.device.type != "cpu":
+        return [lm]
     weights = {id(x): x for x in (*lm.model.parameters(), *lm.model.buffers())}
     copies = (copy.deepcopy(lm.model, dict(weights)) for _ in range(n - 1))
     return [lm, *(replace(lm, model=model) for model in copies)]
@@ -1061,7 +1087,7 @@ def read_after_prefix(
         return _read_rows(lm, tokens[rows, start:], layer, site, past)
 
     batches = list(_prefix_batches(which, batch_size))
-    models = share_weights(lm, threads if lm.device.type == "cpu" else 1)
+    models = share_weights(lm, threads)
     out = torch.cat(list(in_order(read, models, batches)))
     return out[torch.cat(batches).argsort().to(out.device)]
 

@@ -11,6 +11,9 @@ __all__ = [
     "ordinary_rows",
     "reconstruction_metrics",
     "activation_frequency",
+    "SplicedReference",
+    "spliced_reference",
+    "spliced_scores",
     "spliced_metrics",
     "match_latents",
     "detection_counts",
@@ -25,6 +28,8 @@ __all__ = [
 
 # %% ../../nbs/evals/metrics.ipynb #cell-3
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,10 +40,27 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import check_activations, check_rows, generator, is_outlier, norm_limit
-from ..data.lm import LM, check_hook, check_tokens, splice
+from atm_sae.core import (
+    check_activations,
+    check_rows,
+    generator,
+    is_outlier,
+    norm_limit,
+    one_thread,
+)
+from atm_sae.data.lm import (
+    LM,
+    check_hook,
+    check_tokens,
+    hook_site,
+    in_order,
+    residual_stream,
+    share_weights,
+    splice,
+)
 from ..data.planted import PlantedWorld
 from ..data.text import special_ids
+from .swap import captured, from_block
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-6
@@ -89,6 +111,7 @@ def ordinary_rows(
 # %% ../../nbs/evals/metrics.ipynb #cell-13
 def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
     "Sums over one batch of all that the averages are made of."
+    active = z != 0
     x, z, x_hat = x.double(), z.double(), x_hat.double()
     return dict(
         n=len(x),
@@ -98,9 +121,9 @@ def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
         x_hat2=x_hat.square().sum(),
         dot=(x * x_hat).sum(),
         cosine=F.cosine_similarity(x, x_hat, dim=1).sum(),
-        l0=(z != 0).sum(),
+        l0=active.sum(),
         l1=z.abs().sum(),
-        active=(z != 0).sum(0),
+        active=active.sum(0),
     )
 
 
@@ -201,45 +224,121 @@ def _log_probabilities(lm: LM, rows: Tensor) -> Tensor:
     return logits[:, :-1].float().log_softmax(-1)
 
 
-def _original(
-    sae: Autoencoder, lm: LM, layer: int, rows: Tensor, ordinary: Tensor, site: str
-) -> tuple[Tensor, Tensor]:
-    "Log-probabilities of the untouched model; ordinary tokens whose activation is no outlier."
-    replaced = torch.zeros_like(ordinary)
-
-    def find(resid: Tensor) -> Tensor:
-        x = resid[ordinary]
-        replaced[ordinary] = ~is_outlier(x, outlier_limit(sae, x))
-        return resid
-
-    with splice(lm, layer, find, site):
-        return _log_probabilities(lm, rows), replaced
-
-
 def _ce_and_kl(logp: Tensor, targets: Tensor, original: Tensor) -> Tensor:
     "Cross-entropy of the targets and KL divergence from the original distribution, by position."
     ce = -logp.gather(-1, targets[..., None])[..., 0]
     return torch.stack([ce, (original.exp() * (original - logp)).sum(-1)])
 
 
+@dataclass(frozen=True)
+class _Batch:
+    "Rows of tokens, and what the untouched model computes on them."
+
+    rows: Tensor  # (n, context) token ids
+    ordinary: Tensor  # (n, context) bool: no special token
+    x: Tensor  # (n, context, d_in) activations of the site
+    inputs: dict[int, Tensor]  # {block: (n, context, d_model) what it reads}
+    bounds: dict[int, Tensor] = field(default_factory=dict)  # of `_bounds`
+
+
+@dataclass(frozen=True)
+class SplicedReference:
+    "The untouched model on held-out tokens, the same for all SAEs of a site."
+
+    lm: LM = field(repr=False)
+    layer: int
+    site: str
+    batches: list[_Batch] = field(repr=False)
+    original: dict[int, Tensor] = field(default_factory=dict, repr=False)  # of `_original`
+
+
 @torch.no_grad()
-def _spliced_sums(
-    sae: Autoencoder, lm: LM, layer: int, tokens: Tensor, batch_size: int, site: str
-) -> tuple[Tensor, int, int]:
+def _can_skip(lm: LM, layers: list[int], rows: Tensor) -> bool:
+    "True if passes that begin with each of some blocks give what whole passes give."
+    with captured(lm, layers, "resid_pre") as inputs:
+        whole = lm.model(input_ids=rows, use_cache=False).logits
+    for layer in layers:
+        with from_block(lm, layer, inputs[layer]):
+            if not torch.equal(lm.model(input_ids=rows, use_cache=False).logits, whole):
+                return False
+    return True
+
+
+def spliced_reference(
+    lm: LM,
+    layer: int,  # the SAEs' layer
+    tokens: Tensor,  # (n, context) held-out token ids
+    batch_size: int = 8,  # rows at a time
+    site: str = "resid_post",  # the SAEs' site, one of SITES of `lm`
+) -> SplicedReference:
+    "What `spliced_scores` needs of the untouched model."
+    hook_site(lm, layer, site)
+    check_tokens(lm, tokens)
+    tokens = tokens.to(lm.device)
+
+    @torch.no_grad()
+    def read(lm: LM, rows: Tensor) -> _Batch:
+        with captured(lm, blocks, "resid_pre") as inputs, captured(lm, [layer], site) as x:
+            residual_stream(lm, rows, max(layer, blocks[-1]))
+        return _Batch(rows, _ordinary(lm, rows), x[layer], inputs)
+
+    with one_thread() as threads:
+        blocks = sorted({layer, lm.n_layers - 1})
+        if not _can_skip(lm, blocks, tokens[:1]):
+            blocks = [0]
+        batches = in_order(read, share_weights(lm, threads), tokens.split(batch_size))
+        return SplicedReference(lm, layer, site, list(batches))
+
+
+def _run(
+    reference: SplicedReference, batch: _Batch, layer: int, fn: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    "Log-probabilities of a pass from block `layer` on, or an earlier one; `fn` of `splice`."
+    lm, first = reference.lm, max(block for block in batch.inputs if block <= layer)
+    with ExitStack() as stack:
+        stack.enter_context(from_block(lm, first, batch.inputs[first]))
+        if fn is not None:
+            stack.enter_context(splice(lm, reference.layer, fn, reference.site))
+        return _log_probabilities(lm, batch.rows)
+
+
+def _original(reference: SplicedReference, number: int) -> Tensor:
+    "Log-probabilities of the untouched model; only those of the last batch are kept."
+    kept = reference.original
+    if number not in kept:
+        kept.clear()
+        batch = reference.batches[number]
+        kept[number] = _run(reference, batch, reference.lm.n_layers - 1, None)
+    return kept[number]
+
+
+def _bounds(reference: SplicedReference, number: int, replaced: Tensor) -> Tensor:
+    "CE and KL (2, 2, n, context - 1) of the untouched model and of zeros, by position."
+    batch, targets = reference.batches[number], reference.batches[number].rows[:, 1:]
+    n = int(replaced.sum())  # names the tokens: those whose norm is at most some limit
+    if n not in batch.bounds:
+        original = _original(reference, number)
+        zero = _run(reference, batch, reference.layer, _replace(None, replaced))
+        both = [_ce_and_kl(logp, targets, original) for logp in (original, zero)]
+        batch.bounds[n] = torch.stack(both)
+    return batch.bounds[n]
+
+
+@torch.no_grad()
+def _spliced_sums(sae: Autoencoder, reference: SplicedReference) -> tuple[Tensor, int, int]:
     "Sums (3, 2) of CE and KL for model, SAE and zeros; number of positions, and of outliers."
-    total = torch.zeros(3, 2, dtype=torch.float64, device=lm.device)
+    total = torch.zeros(3, 2, dtype=torch.float64, device=reference.lm.device)
     n, n_outliers = 0, 0
-    for rows in tokens.to(lm.device).split(batch_size):
-        ordinary, targets = _ordinary(lm, rows), rows[:, 1:]
-        original, replaced = _original(sae, lm, layer, rows, ordinary, site)
-        counts = replaced[:, :-1] & ordinary[:, 1:]
-        found = [_ce_and_kl(original, targets, original)]
-        for which in (sae, None):
-            with splice(lm, layer, _replace(which, replaced), site):
-                found.append(_ce_and_kl(_log_probabilities(lm, rows), targets, original))
-        total += torch.stack(found)[:, :, counts].double().sum(-1)
+    for number, batch in enumerate(reference.batches):
+        x, replaced = batch.x[batch.ordinary], batch.ordinary.clone()
+        replaced[batch.ordinary] = ~is_outlier(x, outlier_limit(sae, x))
+        counts = replaced[:, :-1] & batch.ordinary[:, 1:]
+        orig, zero = _bounds(reference, number, replaced)
+        logp = _run(reference, batch, reference.layer, _replace(sae, replaced))
+        found = _ce_and_kl(logp, batch.rows[:, 1:], _original(reference, number))
+        total += torch.stack([orig, found, zero])[:, :, counts].double().sum(-1)
         n += int(counts.sum())
-        n_outliers += int((ordinary & ~replaced).sum())
+        n_outliers += int((batch.ordinary & ~replaced).sum())
     return total, n, n_outliers
 
 
@@ -248,24 +347,22 @@ def _recovered(gain: float, most: float) -> float:
     return gain / most if most else float("nan")
 
 
-def spliced_metrics(
-    sae: Autoencoder,  # anything with encode, decode, W_dec
-    lm: LM,
-    layer: int,  # the SAE's layer
-    tokens: Tensor,  # (n, context) held-out token ids
-    batch_size: int = 8,  # rows at a time
-    site: str = "resid_post",  # the SAE's site, one of SITES of `lm`
-) -> dict[str, float]:
-    """CE loss score and KL score of an SAE spliced into its model, and the losses they come from.
-
-    A score is NaN where zeros in the place of the activations change no loss."""
+def _check_fits(sae: Autoencoder, lm: LM, layer: int, site: str) -> None:
+    "ValueError for an SAE of another width or another site."
     if sae.W_dec.shape[1] != lm.d_model:
         raise ValueError(
             f"the SAE reads width {sae.W_dec.shape[1]}, {lm.name} has width {lm.d_model}"
         )
     check_hook(sae, layer, site)
-    check_tokens(lm, tokens)
-    total, n, n_outliers = _spliced_sums(sae, lm, layer, tokens, batch_size, site)
+
+
+def spliced_scores(
+    sae: Autoencoder,  # anything with encode, decode, W_dec
+    reference: SplicedReference,  # of the SAE's model, layer and site
+) -> dict[str, float]:
+    """`spliced_metrics` on the tokens of a reference, which is computed once for many SAEs."""
+    _check_fits(sae, reference.lm, reference.layer, reference.site)
+    total, n, n_outliers = _spliced_sums(sae, reference)
     if not n:
         raise ValueError(
             "the tokens hold no two ordinary tokens in a row: there is no loss to measure"
@@ -282,6 +379,21 @@ def spliced_metrics(
         n_tokens=n,
         n_outliers=n_outliers,
     )
+
+
+def spliced_metrics(
+    sae: Autoencoder,  # anything with encode, decode, W_dec
+    lm: LM,
+    layer: int,  # the SAE's layer
+    tokens: Tensor,  # (n, context) held-out token ids
+    batch_size: int = 8,  # rows at a time
+    site: str = "resid_post",  # the SAE's site, one of SITES of `lm`
+) -> dict[str, float]:
+    """CE loss score and KL score of an SAE spliced into its model, and the losses they come from.
+
+    A score is NaN where zeros in the place of the activations change no loss."""
+    _check_fits(sae, lm, layer, site)
+    return spliced_scores(sae, spliced_reference(lm, layer, tokens, batch_size, site))
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-32

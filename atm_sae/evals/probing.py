@@ -26,8 +26,9 @@ __all__ = [
 ]
 
 # %% ../../nbs/evals/probing.ipynb #cell-3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -42,8 +43,8 @@ from atm_sae.artefacts import (
     stable_hash,
     write_json,
 )
-from ..core import generator, one_thread
-from ..data.lm import LM, Site, check_hook, load_lm, read_site
+from ..core import generator, one_thread, pick_device
+from ..data.lm import LM, Site, check_hook, in_order, load_lm, read_site, share_weights
 from atm_sae.data.text import (
     bos_eos,
     checked_texts,
@@ -191,6 +192,7 @@ class ProbingData:
     lengths: Tensor = field(repr=False)  # (n_texts,) how many rows of x each text has
     texts: dict[str, int] = field(repr=False)  # {text: its number}
     name: str = ""  # model, layer and site
+    raw: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # `_raw_rows`
 
 
 def _all_texts(tasks: Iterable[ProbingTask]) -> dict[str, int]:
@@ -220,8 +222,14 @@ def build_probing(
         )
     x, start = torch.empty(int(lengths.sum()), lm.d_model), lengths.cumsum(0) - lengths
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        for i, part in zip(batch, _read_batch(lm, layer, site, [rows[i] for i in batch])):
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def read(lm: LM, batch: list[int]) -> list[Tensor]:
+        return _read_batch(lm, layer, site, [rows[i] for i in batch])
+
+    with one_thread() as threads:
+        parts = in_order(read, share_weights(lm, threads), batches)
+        for i, part in zip(chain.from_iterable(batches), chain.from_iterable(parts)):
             x[start[i] : start[i] + len(part)] = part
     return ProbingData(tasks, x, lengths, texts, f"{lm.name} {Site(layer, site)}")
 
@@ -273,16 +281,15 @@ def probing_artefact(
     )
 
 
-@one_thread()
 def get_probing(
-    lm: LM | Path | str,  # an LM, or its name for `load_lm`
+    lm: LM | Path | str,  # an LM, or its name for `load_lm`, computed in dtype 'auto'
     layer: int,  # block
     tasks: list[ProbingTask],  # of `probing_tasks` or `dataset_tasks`
     context: int = 128,  # tokens of a text, at most
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
 ) -> ProbingData:
     "The data from the cache, or built and put there."
-    lm = load_lm(lm) if isinstance(lm, (str, Path)) else lm
+    lm = load_lm(lm, "auto", pick_device()) if isinstance(lm, (str, Path)) else lm
     artefact = probing_artefact(lm, layer, tasks, context, site)
 
     def build() -> ProbingData:
@@ -416,20 +423,24 @@ def probe_accuracy(
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-55
-def _task_row(
-    task: ProbingTask, features: Mapping[str, Tensor], texts: Mapping[str, int], ks: Sequence[int]
-) -> dict[str, Any]:
-    "Accuracies of one task; features is {prefix: (n_texts, d)}."
-    train = torch.tensor([texts[t] for t in task.train_texts])
-    test = torch.tensor([texts[t] for t in task.test_texts])
-    y, y_test = torch.tensor(task.train_labels), torch.tensor(task.test_labels)
-    row: dict[str, Any] = dict(task=task.name, group=task.group, n_train=len(y), n_test=len(y_test))
-    for prefix, f in features.items():
-        x, x_test = f[train], f[test]
+def _accuracies(
+    prefix: str,  # of the names
+    x: Tensor,  # (n_texts, d) features
+    data: ProbingData,
+    ks: Sequence[int],
+) -> list[dict[str, float]]:
+    "Of each task, the accuracies of probes on k features, and on all."
+    found = []
+    for task in data.tasks:
+        train = torch.tensor([data.texts[text] for text in task.train_texts])
+        test = torch.tensor([data.texts[text] for text in task.test_texts])
+        y, y_test = torch.tensor(task.train_labels), torch.tensor(task.test_labels)
+        row = {}
         for k in (*ks, None):
             name = f"{prefix}_test_accuracy" if k is None else f"{prefix}_top_{k}_test_accuracy"
-            row[name] = probe_accuracy(x, y, x_test, y_test, k)
-    return row
+            row[name] = probe_accuracy(x[train], y, x[test], y_test, k)
+        found.append(row)
+    return found
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-57
@@ -448,13 +459,30 @@ def _only(data: ProbingData, tasks: list[ProbingTask]) -> ProbingData:
     return ProbingData(tasks, torch.cat([rows[i] for i in at]), data.lengths[at], texts, data.name)
 
 
+def _raw_rows(whole: ProbingData, kept: ProbingData, ks: Sequence[int]) -> list[dict[str, float]]:
+    "Accuracies on raw channels of a group's ordinary tokens, once for SAEs with equal outliers."
+    key = (
+        kept.tasks[0].group,
+        len(kept.x),
+        *ks,
+    )  # outliers are the longest: their number is enough
+    if key not in whole.raw:
+        whole.raw[key] = _accuracies("llm", mean_pool(kept.x, kept.lengths), kept, ks)
+    return whole.raw[key]
+
+
+@one_thread()
 def _group_rows(
-    sae: Encoder, data: ProbingData, ks: Sequence[int]
+    sae: Encoder, data: ProbingData, whole: ProbingData, ks: Sequence[int]
 ) -> tuple[list[dict[str, Any]], int]:
-    "Accuracies of each task, all texts of data pooled once; how many tokens are outliers."
+    "Accuracies of each task of a group, all its texts pooled once; how many tokens are outliers."
     kept = _without_outliers(sae, data)
-    features = dict(sae=_pooled(sae, kept), llm=mean_pool(kept.x, kept.lengths))
-    rows = [_task_row(task, features, data.texts, ks) for task in data.tasks]
+    found = _accuracies("sae", _pooled(sae, kept), kept, ks)
+    rows: list[dict[str, Any]] = []
+    for task, latents, channels in zip(data.tasks, found, _raw_rows(whole, kept, ks)):
+        about = dict(task=task.name, group=task.group)
+        sizes = dict(n_train=len(task.train_texts), n_test=len(task.test_texts))
+        rows.append(about | sizes | latents | channels)
     return rows, len(data.x) - len(kept.x)
 
 
@@ -478,7 +506,6 @@ class ProbingResult:
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-61
-@one_thread()
 def score_probing(
     sae: Encoder,  # anything with encode, W_dec
     data: ProbingData,
@@ -486,21 +513,20 @@ def score_probing(
 ) -> ProbingResult:
     "Accuracies of probes on an SAE's latents (sae_...) and on raw residual channels (llm_...)."
     groups = _groups(data.tasks)
-    return ProbingResult.of(_group_rows(sae, _only(data, group), ks) for group in groups)
+    return ProbingResult.of(_group_rows(sae, _only(data, group), data, ks) for group in groups)
 
 
-@one_thread()
 def evaluate_probing(
     sae: Encoder,  # anything with encode, W_dec
-    lm: LM | Path | str,  # an LM, or its name for `load_lm`
+    lm: LM | Path | str,  # an LM, or its name for `load_lm`, computed in dtype 'auto'
     layer: int,  # the SAE's layer
     tasks: list[ProbingTask] | None = None,  # of `dataset_tasks`, say; None: the 35 of GROUPS
     ks: Sequence[int] = (1, 2, 5),  # how many latents the probe may see
     site: str = "resid_post",  # the SAE's site, one of SITES of `lm`
 ) -> ProbingResult:
     "Sparse probing of an SAE, one group at a time; the texts' activations come from the cache."
-    lm = load_lm(lm) if isinstance(lm, (str, Path)) else lm
+    lm = load_lm(lm, "auto", pick_device()) if isinstance(lm, (str, Path)) else lm
     groups = _groups(probing_tasks() if tasks is None else tasks)
     check_hook(sae, layer, site)
     data = (get_probing(lm, layer, group, site=site) for group in groups)
-    return ProbingResult.of(_group_rows(sae, part, ks) for part in data)
+    return ProbingResult.of(_group_rows(sae, part, part, ks) for part in data)
