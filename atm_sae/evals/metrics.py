@@ -396,7 +396,7 @@ def spliced_metrics(
     return spliced_scores(sae, spliced_reference(lm, layer, tokens, batch_size, site))
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-32
+# %% ../../nbs/evals/metrics.ipynb #cell-34
 def match_latents(cosines: Tensor) -> tuple[Tensor, float]:
     "The latent of each feature (-1: none) and the mean |cosine|; cosines (n_latents, n_features)."
     i, j = linear_sum_assignment(-np.asarray(cosines))
@@ -405,7 +405,7 @@ def match_latents(cosines: Tensor) -> tuple[Tensor, float]:
     return latent, float(np.abs(np.asarray(cosines)[i, j]).mean())
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-36
+# %% ../../nbs/evals/metrics.ipynb #cell-38
 def detection_counts(
     active: Tensor,  # (n, d_sae) bool: active latents
     on: Tensor,  # (n, n_features) bool: features that are on
@@ -437,7 +437,7 @@ def best_detectors(
     return pd.DataFrame({k: v.numpy() for k, v in table.items()})
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-40
+# %% ../../nbs/evals/metrics.ipynb #cell-42
 def miss_rates(
     active: Tensor,  # (n,) bool: the parent's latent is active
     parent: Tensor,  # (n,) bool: the parent is on
@@ -448,7 +448,7 @@ def miss_rates(
     return float(with_child.float().mean()), float(alone.float().mean())
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-44
+# %% ../../nbs/evals/metrics.ipynb #cell-46
 def _feature_kinds(world: PlantedWorld) -> np.ndarray:
     "'parent', 'child' or 'free' for each feature."
     return np.where(world.is_parent, "parent", np.where(world.parent >= 0, "child", "free"))
@@ -501,7 +501,7 @@ def _planted_sample(
     return x, a[ordinary] > 0, active, cosines
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-45
+# %% ../../nbs/evals/metrics.ipynb #cell-47
 def planted_table(
     sae: Autoencoder,  # anything with encode, decode, W_dec
     world: PlantedWorld,  # the PlantedWorld that it was trained on
@@ -535,7 +535,7 @@ def planted_metrics(
     )
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-53
+# %% ../../nbs/evals/metrics.ipynb #cell-55
 @torch.no_grad()
 def dictionary_agreement(
     sae_a: Dictionary,  # anything with W_dec
@@ -558,7 +558,7 @@ def dictionary_agreement(
     return dict(mean_best_cosine=float(best), mcc=match_latents(cosines)[1], n_a=len(A), n_b=len(B))
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-57
+# %% ../../nbs/evals/metrics.ipynb #cell-59
 def late_movement(
     values: ArrayLike,  # recorded over training, in order: threshold, mask rate, ...
     share: float = 0.1,  # the part at the end that is looked at
