@@ -196,7 +196,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    "Remove what killed processes left beside `path`."
+    "Remove temporary files that killed processes left next to `path`."
     pattern = rf"\.{re.escape(path.stem)}\.([^.]+)-(\d+)-\w+\.part{re.escape(path.suffix)}"
     for other in path.parent.glob(f".*.part{glob.escape(path.suffix)}"):
         found = re.fullmatch(pattern, other.name)
@@ -217,7 +217,7 @@ def _flush(path: Path) -> None:
 # %% ../nbs/core/artefacts.ipynb #cell-23
 @contextlib.contextmanager
 def _part_of(path: Path) -> Iterator[Path]:
-    "Yields a temporary path beside `path`, to be renamed in the block; removed on failure."
+    "Yields a temporary path next to `path`, to be renamed in the block; removed on failure."
     part = _beside(path)
     with explain_disk_errors(path):
         try:
@@ -231,7 +231,7 @@ def _part_of(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    "Yields a temporary path beside `path`; renamed to `path` on success, removed on failure."
+    "Yields a temporary path next to `path`; renamed to it on success, removed on failure."
     path = Path(path)
     with _part_of(path) as part:
         yield part
@@ -261,7 +261,7 @@ def swap_folder(new: Path, path: Path) -> None:
 # %% ../nbs/core/artefacts.ipynb #cell-31
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    "Yields a temporary folder beside `path`; renamed to it on success, removed on failure."
+    "Yields a temporary folder next to `path`; renamed to it on success, removed on failure."
     path = Path(path)
     with _part_of(path) as part:
         part.mkdir()
@@ -273,7 +273,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 # %% ../nbs/core/artefacts.ipynb #cell-35
 def to_finite(obj: Any) -> Any:
-    "Plain data with NaN and infinities as None, as strict JSON wants it."
+    "Plain data with NaN and infinities as None, which strict JSON requires."
     if isinstance(obj, dict):
         return {k: to_finite(v) for k, v in obj.items()}
     if isinstance(obj, list):
@@ -362,7 +362,7 @@ def computing_versions(packages: Collection[str]) -> dict[str, str | None]:
 def artefact_closure(
     *makers: str,  # places of the functions that make it
     choose: Mapping[str, Collection[str]],
-    cut: Collection[str],  # beside the getters and the files that write it
+    cut: Collection[str],  # in addition to the getters and the files that write it
     spec_types: Collection[str],
 ) -> Closure:
     "The code that makes an artefact, see `code_closure`."
@@ -399,7 +399,7 @@ class Artefact:
     device: str = "cpu"
     dtype: str = "float32"
     choose: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see `code_closure`
-    cut: tuple[str, ...] = ()  # places that are not followed, beside the getters
+    cut: tuple[str, ...] = ()  # places that are not followed, in addition to the getters
     spec_types: tuple[str, ...] = ()  # dataclasses whose fields `spec` holds in a dict
 
     def _kinds(self) -> tuple[str, ...]:
@@ -436,7 +436,7 @@ class Artefact:
         return file_lock(cache_dir() / "locks" / f"{self.kind}-{self.key}.lock")
 
     def content(self) -> str | None:
-        "SHA-256 of what is in it, known even after its folder was deleted; None if never made."
+        "SHA-256 of its content, also after its folder was deleted; None if never made."
         for path in (self.folder / "artefact.json", self._record):
             if path.is_file():
                 return read_json(path)["content"]

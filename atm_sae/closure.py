@@ -227,7 +227,7 @@ def _choose(source: str, keys: Collection[str]) -> str:
 # %% ../nbs/core/closure.ipynb #cell-15
 @dataclass(frozen=True)
 class _Facts:
-    "What the walk needs to know about one definition."
+    "The information about one definition that the search uses."
 
     digest: str
     imports: Mapping[str, tuple[str, str]]  # in its body

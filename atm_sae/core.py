@@ -303,7 +303,7 @@ _ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what stands for a byte that is not UTF-8
+_NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and surrogates of bytes that are not UTF-8
 
 
 def _encoding(path: Path) -> str:

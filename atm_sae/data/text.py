@@ -260,7 +260,7 @@ def dataset_rows(
     name: str,  # id on the Hub, e.g. 'fancyzhx/ag_news'
     split: str = "train",  # part of the data set
     config: str | None = None,  # its configuration, where it has several
-    files: str = "",  # its Parquet files, where the library does not find them by itself
+    files: str = "",  # its Parquet files, if the library does not find them
     source: Path | str | None = None,  # folder with copies in subfolders named ID; None: the Hub
     start: int = 0,  # rows to pass over
     revision: str | None = None,  # commit of the Hub; None: the newest
@@ -400,7 +400,7 @@ def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> 
 
 
 def bos_eos(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int]:
-    "Ids that begin a row and end a document; one stands in if the other is missing."
+    "Ids that begin a row and end a document; if one is missing, the other is used for both."
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None:
         raise ValueError(
