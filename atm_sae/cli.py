@@ -137,8 +137,11 @@ def _table(rows: Sequence[Mapping[str, object]]) -> str:
 
 # %% ../nbs/cli.ipynb #cell-11
 def _complete_method(incomplete: str) -> list[str]:
-    "Names of methods that begin so."
-    return [name for name in METHODS if name.startswith(incomplete)]
+    "Names of methods that begin so. bash inserts them as they are, so their spaces are escaped."
+    found = [name for name in METHODS if name.startswith(incomplete)]
+    if os.environ.get("_ATM_SAE_COMPLETE") == "complete_bash":
+        return [name.replace(" ", "\\ ") for name in found]
+    return found
 
 
 def _complete_format(incomplete: str) -> list[str]:
@@ -620,6 +623,8 @@ class Options:
     eval_seeds: int = 1
     saebench: Path | None = None  # folder for SAEBench's files
     protocol: str = "exact"  # of absorption, one of PROTOCOLS
+    max_words: int | None = None  # of absorption: a random part of the words
+    spaced: bool = False  # of absorption: only words with a leading space
 
     def __post_init__(self) -> None:
         from atm_sae.evals.absorption import find_protocol
@@ -629,6 +634,12 @@ class Options:
     def about(self, s: Subject) -> dict[str, Any]:
         "What every writer of SAEBench's files takes."
         return dict(path=self.saebench, method=s.method, name=s.name)
+
+
+def _place(data: "ActivationSpec", lm: "LM") -> dict[str, Any]:
+    "What an SAE reads, and the numbers that the model computed in."
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    return dict(model=data.model, layer=data.layer, site=data.site, lm_dtype=dtype)
 
 
 def _core(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str, Any]:
@@ -643,8 +654,7 @@ def _core(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str,
     spliced = spliced_metrics(s.sae, lm, data.layer, tokens, site=data.site)
     if o.saebench:
         frequency = activation_frequency(s.sae, x)
-        place: dict[str, Any] = dict(model=data.model, layer=data.layer, site=data.site)
-        core_json(plain, s.sae, spliced, frequency, **place, **o.about(s))
+        core_json(plain, s.sae, spliced, frequency, **_place(data, lm), **o.about(s))
     return spliced | plain | dict(target_l0=s.sae.config.l0)
 
 
@@ -654,7 +664,8 @@ def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dic
     from atm_sae.evals.first_letter import get_tasks
     from atm_sae.evals.saebench import absorption_json
 
-    tasks = get_tasks(lm, data.layer, range(o.eval_seeds), site=data.site)
+    which: dict[str, Any] = dict(max_words=o.max_words, spaced=o.spaced)
+    tasks = get_tasks(lm, data.layer, range(o.eval_seeds), site=data.site, **which)
     result = evaluate_absorption(s.sae, tasks, protocol=o.protocol)
     if o.saebench:
         absorption_json(result, **o.about(s))
@@ -664,7 +675,7 @@ def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dic
         scores = {f"{o.protocol}_{name}": value for name, value in scores.items()}
     letters, words = result.letters.first_letter.nunique(), len(result.words)
     counts = dict(n_letters=letters, n_words=words, n_outliers=result.config["n_outliers"])
-    return scores | counts | dict(eval_seeds=o.eval_seeds, protocol=o.protocol)
+    return scores | counts | which | dict(eval_seeds=o.eval_seeds, protocol=o.protocol)
 
 
 def _probing(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str, Any]:
@@ -674,8 +685,7 @@ def _probing(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[s
 
     result = evaluate_probing(s.sae, lm, data.layer, site=data.site)
     if o.saebench:
-        place: dict[str, Any] = dict(model=data.model, layer=data.layer, site=data.site)
-        probing_json(result, s.sae, **place, **o.about(s))
+        probing_json(result, s.sae, **_place(data, lm), **o.about(s))
     return result.summary | dict(n_tasks=len(result.tasks), n_outliers=result.n_outliers)
 
 
@@ -698,6 +708,11 @@ def _planted(
     "Scores of an SAE of the planted world; ValueError for what needs a language model."
     if o.saebench:
         raise ValueError("--saebench: SAEBench has no planted world; leave the option out")
+    if o.max_words is not None or o.spaced:
+        raise ValueError(
+            "--max-words and --spaced choose words of a model, and the planted world has none; "
+            "leave them out"
+        )
     if "probing" in (metrics or ""):
         raise ValueError(
             "--metrics probing: the planted world has no texts to probe; ask for core or absorption"
@@ -766,6 +781,14 @@ SHOWN = (
 )
 
 
+def _scored_words(absorption: Mapping[str, Any]) -> str:
+    "Which words absorption was scored on."
+    kind = " with a leading space" if absorption["spaced"] else ""
+    limit = absorption["max_words"]
+    of = "of the whole vocabulary" if limit is None else f"out of {limit:,} drawn at random"
+    return f"absorption was scored on {absorption['n_words']:,} test words{kind}, {of}"
+
+
 def _show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
     "The table of evaluated SAEs, with the columns for which there is a number."
     found = [{s.head: row.get(s.part, {}).get(s.name) for s in SHOWN} for row in rows]
@@ -774,6 +797,8 @@ def _show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
     numbers = [{head: f[head] for head in heads} for f in found]
     print(_table([n | f for n, f in zip(named, numbers, strict=True)]))
     for row in rows:
+        if "n_words" in row.get("absorption", {}):
+            print(f"{row['sae']}: {_scored_words(row['absorption'])}")
         parts = {name: row[name].get("n_outliers") for name in _METRICS if name in row}
         left_out = [f"{number:,} ({name})" for name, number in parts.items() if number]
         if left_out:
@@ -784,6 +809,8 @@ def _show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
 _METRICS_HELP = "Of core, absorption and probing, with commas; by default all that apply."
 _TOKENS_HELP = "Tokens to run, of which the last tenth measures; for SAEs without a record."
 _PROTOCOL_HELP = "Probes of absorption: exact, or saebench, as SAEBench 0.6.0 trains them."
+_WORDS_HELP = "Score absorption on a random part of the model's words, at most so many."
+_SPACED_HELP = "Score absorption on words with a leading space only."
 _EVALUATE = (
     "my-sae --metrics core,absorption --eval-seeds 3 --saebench results --json > scores.json"
 )
@@ -795,6 +822,8 @@ def evaluate(
     metrics: Annotated[str | None, _option(_METRICS_HELP)] = None,
     eval_seeds: Annotated[int, _option("Score absorption with so many seeds.", min=1)] = 1,
     protocol: Annotated[str, _option(_PROTOCOL_HELP, metavar="exact|saebench")] = "exact",
+    max_words: Annotated[int | None, _option(_WORDS_HELP, min=1)] = None,
+    spaced: Annotated[bool, typer.Option("--spaced", help=_SPACED_HELP)] = False,
     model: Annotated[
         str | None, _option("`planted`, or a model; by default the SAE's.", PLACE)
     ] = None,
@@ -818,7 +847,7 @@ def evaluate(
     "Measure SAEs: reconstruction, feature absorption, sparse probing."
     from tqdm import tqdm
 
-    n, options = len(_wanted(metrics)), Options(eval_seeds, saebench, protocol)
+    n, options = len(_wanted(metrics)), Options(eval_seeds, saebench, protocol, max_words, spaced)
     reads = Reads(model, layer, site, tokens)
     subjects = [_subject(s, reads, subfolder, revision) for s in sae]
     if saebench:

@@ -30,6 +30,7 @@ from atm_sae.evals.absorption import (
 )
 from atm_sae.evals.first_letter import (
     LETTERS,
+    TaskSpec,
     build_task,
     find_words,
     first_letter_prompts,
@@ -457,14 +458,14 @@ def test_tasks_that_cannot_be_scored_together(task):
     ):
         evaluate_absorption(sae, [task, task])
     with pytest.raises(ValueError, match="different places.*score them apart"):
-        evaluate_absorption(sae, [task, replace(task, layer=1, seed=1)])
+        evaluate_absorption(sae, [task, replace(task, spec=TaskSpec(layer=1, seed=1))])
 
 
 def test_tasks_of_several_seeds_have_other_prompts(lm, tmp_path, monkeypatch):
     monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
     first, second = get_tasks("nano-gemma2", 0, [0, 1], n_icl=1, max_words=40)
     assert (first.seed, second.seed) == (0, 1) and not second.words.equals(first.words)
-    assert (second.n_icl, second.max_words) == (1, 40)
+    assert (second.spec.n_icl, second.spec.max_words) == (1, 40)
     assert torch.equal(second.x, get_task("nano-gemma2", 0, seed=1, n_icl=1, max_words=40).x)
 
 
@@ -595,16 +596,46 @@ def test_activations_are_those_at_the_word(lm, group):
 
 def test_only_words_with_a_leading_space(lm):
     task = build_task(lm, 1, n_icl=1, max_words=60, spaced=True)
-    assert len(task.words) == 60 and task.words.text.str.startswith(" ").all() and task.spaced
+    assert len(task.words) == 60 and task.words.text.str.startswith(" ").all() and task.spec.spaced
     every = build_task(lm, 1, n_icl=1, max_words=60)
-    assert not every.words.text.str.startswith(" ").all() and not every.spaced
+    assert not every.words.text.str.startswith(" ").all() and not every.spec.spaced
     result = evaluate_absorption(halves_of(32), task, AbsorptionConfig(min_f1=0, min_letters=1))
     assert (result.config["spaced"], result.config["group"]) == (True, 32)
 
 
+def test_the_task_keeps_its_spec(lm, tmp_path):
+    task = build_task(lm, 1, 3, n_icl=2, max_words=60, site="mlp_out", group=7)
+    spec = TaskSpec(1, 3, 2, 60, "mlp_out", False, 7)
+    assert task.spec == spec and (task.layer, task.site, task.seed) == (1, "mlp_out", 3)
+    assert task.choices == dict(n_icl=2, max_words=60, spaced=False, group=7)
+    assert task.lm_dtype == "float32"
+    fl.save_task(task, tmp_path)
+    again = fl.load_task(tmp_path)
+    assert (again.spec, again.lm_dtype, again.l2) == (spec, "float32", 1.0)
+    with pytest.raises(TypeError, match="max_word"):
+        build_task(lm, 1, max_word=60)
+
+
+def test_no_prompts_no_lines(task):
+    assert task.tokens is None and task.choices["n_icl"] is task.choices["group"] is None
+
+
+def test_a_model_by_its_name_is_loaded_in_the_fastest_dtype(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, dtype):
+        asked.append((name, dtype))
+        return tiny_lm()
+
+    monkeypatch.setattr(fl, "load_lm", load)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path))
+    get_task("tiny", 1, n_icl=1, max_words=60)
+    assert asked == [("tiny", "auto")]
+
+
 def test_which_words_and_groups_are_part_of_the_name(lm):
     ways = (dict(), dict(spaced=True), dict(group=1), dict(max_words=60))
-    assert len({fl.task_artefact(lm, 1, **way).key for way in ways}) == 4
+    assert len({fl.task_artefact(lm, TaskSpec(1, **way)).key for way in ways}) == 4
 
 
 # effects --------------------------------------------------------------------
@@ -812,9 +843,9 @@ def test_a_result_prints_its_scores(task):
 
 
 def test_all_words_unless_fewer_are_wanted(lm):
-    everything = fl._vocabulary(lm, 0, None)
+    everything = fl._vocabulary(lm, TaskSpec())
     assert everything.equals(word_vocabulary(lm.tokenizer))
-    assert len(fl._vocabulary(lm, 0, 7)) == 7
+    assert len(fl._vocabulary(lm, TaskSpec(max_words=7))) == 7
 
 
 def test_a_tokenizer_without_word_tokens_has_no_task(lm, monkeypatch):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -635,10 +636,13 @@ def letters(monkeypatch):
         }
     )
     tasks = [task_from_activations(x, words, seed, model="tiny", layer=1) for seed in range(2)]
-    monkeypatch.setattr(
-        "atm_sae.evals.first_letter.get_tasks",
-        lambda lm, layer, seeds, site: [tasks[i] for i in seeds],
-    )
+    tasks[0].asked = []
+
+    def found(lm, layer, seeds, site, **which):
+        tasks[0].asked.append(which)
+        return [tasks[i] for i in seeds]
+
+    monkeypatch.setattr("atm_sae.evals.first_letter.get_tasks", found)
     return tasks
 
 
@@ -695,6 +699,19 @@ def test_evaluate_by_the_protocol_of_saebench(model, foreign, letters):
     assert status != 0 and "unknown protocol 'published': choose one of exact, saebench" in err
 
 
+def test_the_words_that_are_scored_can_be_chosen_and_are_named(model, foreign, letters):
+    args = ["evaluate", foreign[1], "--model", model, "--tokens", 3000, "--metrics", "absorption"]
+    (row,) = json.loads(done(*args, "--max-words", 400, "--spaced", "--json", "-q"))
+    found = row["absorption"]
+    assert (found["max_words"], found["spaced"]) == (400, True)
+    n = found["n_words"]
+    said = done(*args, "--max-words", 400, "--spaced", "-q")
+    assert f"scored on {n} test words with a leading space, out of 400 drawn at random" in said
+    assert f"scored on {n} test words, of the whole vocabulary" in done(*args, "-q")
+    chosen, usual = dict(max_words=400, spaced=True), dict(max_words=None, spaced=False)
+    assert letters[0].asked == [chosen, chosen, usual]
+
+
 def of_site(hook_name):
     "The folder of an SAE of another site, without a record."
     place = dict(model_name="tiny", hook_name=hook_name)
@@ -712,7 +729,7 @@ def test_the_site_of_an_sae_is_read(model, monkeypatch):
     monkeypatch.setattr("atm_sae.evals.probing.evaluate_probing", note)
     monkeypatch.setattr(
         "atm_sae.evals.first_letter.get_tasks",
-        lambda lm, layer, seeds, site: note(0, lm, layer, site=site),
+        lambda lm, layer, seeds, site, **which: note(0, lm, layer, site=site),
     )
     folder = of_site("blocks.1.hook_mlp_out")
     args = ("--model", model, "--tokens", 3000, "--metrics")
@@ -756,6 +773,7 @@ def test_a_hook_that_cannot_be_read_is_refused(model, metric):
         ),
         (["{planted}", "--metrics", "probing"], "the planted world has no texts"),
         (["{planted}", "--saebench", "x"], "SAEBench has no planted world"),
+        (["{planted}", "--spaced"], "choose words of a model, and the planted world has none"),
         (["{planted}", "--model", "{model}"], "give --model and --layer"),
         (
             [
@@ -977,6 +995,14 @@ def test_completion_of_names():
     assert completed("export a b --format g").split() == [
         "gemma-scope"
     ] and "evaluate" in completed("ev")
+
+
+def test_a_method_with_a_space_is_one_word():
+    "bash inserts the line as it is; zsh and fish quote it themselves."
+    (line,) = completed("train frozen").splitlines()
+    assert shlex.split(line) == ["frozen decoder"]
+    assert completed("train frozen", "fish").strip() == "frozen decoder"
+    assert '"frozen decoder"' in completed("train frozen", "zsh")
 
 
 @pytest.mark.parametrize(

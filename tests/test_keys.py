@@ -13,7 +13,7 @@ from atm_sae import ActivationSpec, WorldConfig, artefacts, closure, recipe
 from atm_sae.artefacts import write_json
 from atm_sae.data.activations import activation_artefact
 from atm_sae.data.lm import load_lm, model_checksum
-from atm_sae.evals.first_letter import task_artefact
+from atm_sae.evals.first_letter import TaskSpec, task_artefact
 from atm_sae.evals.probing import ProbingTask, probing_artefact
 from atm_sae.report.manifest import (
     changed_parts,
@@ -29,7 +29,7 @@ from atm_sae.train.runs import run_artefact
 PACKAGE = Path(str(files("atm_sae")))
 ROOT = PACKAGE.parent
 WORLD, STORE = WorldConfig(), ActivationSpec(n_tokens=20_000)
-OBJECTS = ("planted", "letters")  # one reads planted worlds alone, one the language model
+OBJECTS = ("planted", "absorption")  # one reads planted worlds alone, one the language model
 
 
 def specs(store=STORE):
@@ -62,7 +62,7 @@ def put_activations(store=STORE, content="the same bytes"):
 def all_artefacts(lm, store=STORE):
     "One artefact of each kind, and several runs."
     questions = [ProbingTask("toy", "toy", ("a", "b"), (True, False), ("c", "d"), (True, False))]
-    found = {"activations": activation_artefact(store), "task": task_artefact(lm, 2)}
+    found = {"activations": activation_artefact(store), "task": task_artefact(lm, TaskSpec(2))}
     found["probing"] = probing_artefact(lm, 2, questions)
     return found | {name: run_artefact(spec) for name, spec in specs(store).items()}
 
@@ -73,7 +73,7 @@ def keys_of(found):
 
 def read_by(name, found):
     "The artefacts that an object opens."
-    kinds = {"planted": PLANTED, "letters": ["activations", "task", *LM]}
+    kinds = {"planted": PLANTED, "absorption": ["activations", "task", *LM]}
     return [found[n] for n in kinds[name]]
 
 
@@ -159,28 +159,28 @@ CASES = {
     ),
     "loop": ("train/loop.py", "fused=True", "fused=False", RUNS, BOTH),
     "planted world": ("data/planted.py", "torch.randn(", "torch.rand(", PLANTED, ["planted"]),
-    "text": ("data/text.py", "len(d) > 60", "len(d) > 61", ["activations"], ["letters"]),
+    "text": ("data/text.py", "len(d) > 60", "len(d) > 61", ["activations"], ["absorption"]),
     "what a run reads": (
         "data/batches.py",
         "CacheBatches(cache, batch_size, seed)",
         "CacheBatches(cache, batch_size, seed, stop=0.8)",
         LM,
-        ["letters"],
+        ["absorption"],
     ),
     "rows of a cache": (
         "data/activations.py",
         "return -(-spec.n_tokens // spec.context)",
         "return spec.n_tokens // spec.context",
         ["activations"],
-        ["letters"],
+        ["absorption"],
     ),
-    "order of a cache": ("data/batches.py", '"epoch"', '"round"', LM, ["letters"]),
+    "order of a cache": ("data/batches.py", '"epoch"', '"round"', LM, ["absorption"]),
     "probes": (
         "evals/first_letter.py",
         "share: float = 0.2",
         "share: float = 0.3",
         ["task"],
-        ["letters"],
+        ["absorption"],
     ),
 }
 

@@ -287,7 +287,6 @@ def test_every_object_of_the_verdict_uses_the_frozen_settings():
         "planted",
         "masking",
         "dynamics",
-        "letters",
         "noise",
         "stability",
         "case_study",

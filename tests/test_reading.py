@@ -20,7 +20,9 @@ from atm_sae.data.lm import (
 from atm_sae.data.letters import answer_tokens
 from atm_sae.evals.first_letter import (
     LETTERS,
+    TaskSpec,
     build_task,
+    letter_indices,
     load_task,
     save_task,
     task_from_activations,
@@ -38,8 +40,6 @@ from atm_sae.evals.swap import (
     swapped_logits,
 )
 
-LETTERS_OF = {name: i for i, name in enumerate(LETTERS)}
-
 
 @pytest.fixture(scope="module")
 def nano():
@@ -48,15 +48,15 @@ def nano():
 
 @pytest.fixture(scope="module")
 def prompts(nano):
-    words, tokens, at = word_prompts(nano, max_words=600)
-    return words, tokens, int(at[0]), torch.tensor([LETTERS_OF[name] for name in words.letter])
+    words, tokens, at = word_prompts(nano, TaskSpec(max_words=600))
+    return words, tokens, int(at[0]), letter_indices(words.letter)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out", "resid_post"])
 def test_a_pass_from_a_block_is_the_whole_pass(lm, layer, site):
     "Blocks that are skipped and a prefix that is run once change nothing."
-    _, tokens, at = word_prompts(lm, n_icl=2, max_words=40)
+    _, tokens, at = word_prompts(lm, TaskSpec(n_icl=2, max_words=40))
     tokens, start = tokens[:6].long(), int(at[0])
     stream = torch.randn(6, lm.d_model, generator=torch.Generator().manual_seed(0))
     with splice(lm, layer, lambda x: x.index_put((torch.arange(6), at[:6]), stream), site):
@@ -131,8 +131,8 @@ def test_the_exchange_is_that_of_whole_prompts(nano, prompts):
 
 
 def test_no_pair_counts_for_a_model_that_cannot_spell(lm):
-    words, tokens, at = word_prompts(lm, n_icl=2, max_words=60)
-    letter = torch.tensor([LETTERS_OF[name] for name in words.letter])
+    words, tokens, at = word_prompts(lm, TaskSpec(n_icl=2, max_words=60))
+    letter = letter_indices(words.letter)
     (result,) = swap_words(lm, tokens, int(at[0]), letter, [1], n_pairs=8)
     assert result.n == 0 and math.isnan(result.swapped) and not result.reads_word
 
@@ -151,6 +151,40 @@ def test_activations_of_several_blocks(nano, prompts):
     assert table.n_letters[0] == (task.f1 > 0.6).sum()
 
 
+def test_only_blocks_up_to_the_last_are_run_and_each_prefix_once(nano, prompts, monkeypatch):
+    _, tokens, start, _ = prompts
+    run = []
+    for i, block in enumerate(nano.model.model.layers):
+        forward = block.forward
+
+        def counted(x, *args, i=i, forward=forward, **more):
+            run.append((i, *x.shape[:2]))
+            return forward(x, *args, **more)
+
+        monkeypatch.setattr(block, "forward", counted)
+    word_activations(nano, tokens, start, [0, 2], batch_size=50)
+    assert {i for i, _, _ in run} == {0, 1, 2}
+    prefixes = tokens[:, :start].unique(dim=0)
+    assert sum(n for i, n, length in run if i == 0 and length == start) == len(prefixes)
+    assert sum(n for i, n, length in run if i == 0 and length == 1) == len(tokens)
+
+
+def test_probes_do_not_depend_on_threads():
+    g = torch.Generator().manual_seed(0)
+    letter = torch.arange(26).repeat_interleave(10)
+    words = pd.DataFrame(dict(text="word", letter=[LETTERS[i] for i in letter]))
+    signal = 3 * torch.nn.functional.one_hot(letter, 26)
+    streams = {i: signal + torch.randn(260, 26, generator=g) for i in (5, 1, 3)}
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        table = probe_scores(streams, words)
+    finally:
+        torch.set_num_threads(usual)
+    assert table.layer.tolist() == [5, 1, 3] and table.equals(probe_scores(streams, words))
+    assert table.probe_f1.nunique() == 3
+
+
 def test_the_rule_of_choice():
     "Of ten blocks: 6 and 8 do not read the word, 0 has too few letters; half have run after 4."
     table = pd.DataFrame(
@@ -164,8 +198,7 @@ def test_the_rule_of_choice():
     assert choose_layer(table, n_layers=6) == 2  # 3 of 6
     assert choose_layer(table, n_layers=8) == 2  # 3 and 5 of 8 are equally near: the earlier one
     assert choose_layer(table.assign(n_letters=[26, 19, 19, 26, 26]), n_layers=10) == 2
-    with pytest.raises(ValueError, match="of the blocks 8, 6 none"):
-        choose_layer(table[table.layer > 4], n_layers=10)
+    assert choose_layer(table[table.layer > 4], n_layers=10) is None
 
 
 def test_intervals_of_the_table():
@@ -186,6 +219,10 @@ def test_the_task_keeps_the_result(nano, tmp_path):
     assert load_task(tmp_path).swap == task.swap
     save_task(replace(task, swap=None), tmp_path)
     assert load_task(tmp_path).swap is None
+
+
+def at_seed(task, seed):
+    return replace(task, spec=replace(task.spec, seed=seed))
 
 
 def silent_task(task):
@@ -235,7 +272,7 @@ def test_a_sample_of_the_candidates_stands_for_all(lm, monkeypatch):
 
     def rate(limit, seed=0):
         config = AbsorptionConfig(min_letters=1, max_candidates=limit)
-        return evaluate_absorption(Silent(), replace(task, seed=seed), config, lm=lm)
+        return evaluate_absorption(Silent(), at_seed(task, seed), config, lm=lm)
 
     whole = rate(1000)
     n = int(whole.words.candidate.sum())

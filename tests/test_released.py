@@ -12,7 +12,7 @@ from atm_sae.core import generator
 from atm_sae.evals import released as rl
 from atm_sae.evals.absorption import AbsorptionConfig, Exact, evaluate_absorption, find_protocol
 from atm_sae.evals.absorption import best_single_latent_f1, word_latents
-from atm_sae.evals.first_letter import LETTERS, task_from_activations
+from atm_sae.evals.first_letter import LETTERS, TaskSpec, task_from_activations
 from atm_sae.evals.released import (
     LETTER_SCHEDULE,
     RANKING_SCHEDULE,
@@ -239,7 +239,7 @@ def test_probes_are_seeded_by_the_task(task):
     Y = task.letter[~task.test][:, None] == torch.arange(26)
     W, b = train_probes(task.x[~task.test], Y, QUICK.letters, g)
     assert torch.equal(probes.W, W.T) and torch.equal(probes.b, b)
-    other = released_task(replace(task, seed=1), QUICK.letters)
+    other = released_task(replace(task, spec=TaskSpec(seed=1)), QUICK.letters)
     assert not torch.equal(other.W, probes.W)
 
 
@@ -314,7 +314,8 @@ def test_same_seed_same_score_other_seed_other_score(task):
     sae.W_dec, sae.b = sae.W_enc.T.contiguous(), -2.0
     few = replace(QUICK, ranking=RANKING_SCHEDULE)
     one, again, other = (
-        evaluate_absorption(sae, replace(task, seed=seed), protocol=few) for seed in (0, 0, 1)
+        evaluate_absorption(sae, replace(task, spec=TaskSpec(seed=seed)), protocol=few)
+        for seed in (0, 0, 1)
     )
     assert one.letters.equals(again.letters) and one.fraction != other.fraction
 

@@ -59,6 +59,7 @@ CONFIG = dict(
     site="resid_post",
     seeds=[7],
     position=-6,
+    lm_dtype="bfloat16",
     protocol="exact",
 )
 
@@ -396,7 +397,7 @@ def test_absorption_settings_and_letters():
         max_k_value=10,
         prompt_template="{word} has the first letter:",
         prompt_token_pos=-6,
-        llm_dtype="float32",
+        llm_dtype="bfloat16",
         min_GT_probe_f1=0.6,
         min_feats_for_eval=20,
     )
@@ -445,7 +446,7 @@ def test_letters_of_several_seeds_become_one_entry():
 
 
 def test_probing_details_are_means_of_groups():
-    out = probing_json(probing_result(), SAE_DICT, seed=3, **WHERE)
+    out = probing_json(probing_result(), SAE_DICT, seed=3, lm_dtype="bfloat16", **WHERE)
     assert [d["dataset_name"] for d in out["eval_result_details"]] == ["mail", "maths"]
     assert out["eval_result_details"][0]["sae_top_1_test_accuracy"] == pytest.approx(0.7) and out[
         "eval_result_details"
@@ -455,7 +456,7 @@ def test_probing_details_are_means_of_groups():
         dataset_names=["mail", "maths"],
         probe_train_set_size=60,
         probe_test_set_size=20,
-        llm_dtype="float32",
+        llm_dtype="bfloat16",
         model_name="nano",
         k_values=[1, 3],
     )
@@ -463,6 +464,25 @@ def test_probing_details_are_means_of_groups():
         "sae_top_3_test_accuracy" not in out["eval_result_metrics"]["sae"]
         and out["eval_result_unstructured"]["summary"]["sae_top_3_test_accuracy"] == 0.5
     )
+
+
+def test_the_dtype_is_the_models_or_is_not_there():
+    config = core_json(RECONSTRUCTION, SAE_DICT, lm_dtype="float16", **WHERE)["eval_config"]
+    assert config["llm_dtype"] == "float16"
+    for out in ours()[1:]:  # probing and core, of which nothing is known
+        assert "llm_dtype" not in out["eval_config"]
+
+
+def test_the_protocol_of_each_file(tmp_path):
+    ours(tmp_path)
+    published = FIXTURES / "example"
+    tables = (read_saebench(folder).set_index("eval_type") for folder in (tmp_path, published))
+    found = [table.protocol.fillna("").to_dict() for table in tables]
+    nothing = dict(sparse_probing="", core="")
+    assert found == [
+        dict(absorption_first_letter="exact") | nothing,
+        dict(absorption_first_letter="saebench") | nothing,
+    ]
 
 
 def test_core_says_minus_one_where_nothing_is_known():

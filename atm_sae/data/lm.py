@@ -27,6 +27,7 @@ __all__ = [
     "check_hook",
     "hook_site",
     "check_tokens",
+    "read_rows",
     "read_site",
     "residual_stream",
     "compile_blocks",
@@ -37,6 +38,8 @@ __all__ = [
     "last_logits",
     "next_token_logits",
     "prefix_cache",
+    "prefix_batches",
+    "map_after_prefix",
     "read_after_prefix",
     "splice",
 ]
@@ -852,10 +855,14 @@ def check_tokens(lm: LM, tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def _read_rows(
-    lm: LM, tokens: Tensor, layer: int, site: str, past: "DynamicCache | None" = None
-) -> Tensor:
-    "Activations of a site, with the forward pass stopped behind it; `past` is of `prefix_cache`."
+def read_rows(
+    lm: LM,  # an LM
+    tokens: Tensor,  # (n, context) token ids, those after `past`
+    layer: int,  # which block
+    site: str = "resid_post",  # which of its vectors, one of SITES
+    past: "DynamicCache | None" = None,  # keys and values of earlier tokens; it is changed
+) -> Tensor:  # (n, context, d_in)
+    "The activations of a site in one batch; the forward pass is stopped there."
     kept: list[Tensor] = []
     end = "resid_pre" if site == "resid_pre" else "resid_post"
 
@@ -887,7 +894,7 @@ def read_site(
     out = []
     for i in range(0, len(tokens), batch_size or max(len(tokens), 1)):
         rows = slice(i, i + (batch_size or len(tokens)))
-        x = _read_rows(lm, tokens[rows], layer, site)
+        x = read_rows(lm, tokens[rows], layer, site)
         if at is not None:
             row = torch.arange(len(x), device=x.device)
             x = x[row, at[rows].to(x.device)]
@@ -1054,8 +1061,11 @@ def prefix_cache(
     return past
 
 
-def _prefix_batches(which: Tensor, batch_size: int) -> Iterator[Tensor]:
-    "Indices of rows, prefix by prefix; a batch ends where a prefix does, unless it has too many."
+def prefix_batches(
+    which: Tensor,  # (n,) number of each row's prefix
+    batch_size: int,  # rows in a batch, at most
+) -> Iterator[Tensor]:  # indices of rows
+    "Rows prefix by prefix; a batch ends where a prefix does, unless the prefix has too many rows."
     order = which.argsort(stable=True)
     ends = which.bincount().cumsum(0)
     start = 0
@@ -1064,6 +1074,28 @@ def _prefix_batches(which: Tensor, batch_size: int) -> Iterator[Tensor]:
         stop = int(whole[-1]) if len(whole) else start + batch_size
         yield order[start:stop]
         start = stop
+
+
+def map_after_prefix(
+    function: Callable[[LM, Tensor, "DynamicCache"], Tensor],  # of model, tokens, keys and values
+    lm: LM,  # an LM that reads keys and values
+    tokens: Tensor,  # (n, context) token ids
+    start: int,  # length of the prefix
+    layer: int | None = None,  # the last block that is run on the prefixes; None: all blocks
+    batch_size: int = 64,  # rows to run at a time
+    threads: int = 1,  # that run batches; the numbers do not depend on it
+) -> Tensor:  # (n, ...) results of the rows, in their order
+    "`function` of the tokens from `start` on, in batches; rows with the same prefix share its run."
+    _, which = tokens[:, :start].unique(dim=0, return_inverse=True)
+    batches = list(prefix_batches(which, batch_size))
+
+    def run(lm: LM, rows: Tensor) -> Tensor:
+        past = prefix_cache(lm, tokens[rows, :start], layer)
+        return function(lm, tokens[rows, start:], past)
+
+    models = share_weights(lm, threads)
+    out = torch.cat(list(in_order(run, models, batches)))
+    return out[torch.cat(batches).argsort().to(out.device)]
 
 
 def read_after_prefix(
@@ -1078,18 +1110,14 @@ def read_after_prefix(
     "The activations of `read_site` from `start` on; rows with the same prefix share its run."
     hook_site(lm, layer, site)
     check_tokens(lm, tokens)
-    distinct, which = tokens[:, :start].unique(dim=0, return_inverse=True)
-    if start == 0 or len(distinct) == len(tokens) or not _takes_cache(lm):
+    shared = len(tokens[:, :start].unique(dim=0)) < len(tokens)
+    if start == 0 or not shared or not _takes_cache(lm):
         return read_site(lm, tokens, layer, site, batch_size)[:, start:]
 
-    def read(lm: LM, rows: Tensor) -> Tensor:
-        past = prefix_cache(lm, tokens[rows, :start], layer)
-        return _read_rows(lm, tokens[rows, start:], layer, site, past)
+    def read(lm: LM, rows: Tensor, past: "DynamicCache") -> Tensor:
+        return read_rows(lm, rows, layer, site, past)
 
-    batches = list(_prefix_batches(which, batch_size))
-    models = share_weights(lm, threads)
-    out = torch.cat(list(in_order(read, models, batches)))
-    return out[torch.cat(batches).argsort().to(out.device)]
+    return map_after_prefix(read, lm, tokens, start, layer, batch_size, threads)
 
 
 # %% ../../nbs/data/lm.ipynb #cell-71

@@ -729,10 +729,8 @@ def _setting(tasks: list[FirstLetterTask], n_outliers: int, protocol: str) -> di
         n_words=len(first.words),
         n_outliers=n_outliers,
         l2=first.l2,
-        n_icl=first.n_icl,
-        max_words=first.max_words,
-        spaced=first.spaced,
-        group=first.group,
+        **first.choices,
+        lm_dtype=first.lm_dtype,
         protocol=protocol,
         swap=to_plain(first.swap),
     )

@@ -8,10 +8,12 @@ __all__ = [
     "PROMPT",
     "ANSWER",
     "GROUP",
+    "letter_indices",
     "first_letter_prompts",
     "find_words",
     "stratified_split",
     "fit_letter_probes",
+    "TaskSpec",
     "FirstLetterTask",
     "task_from_activations",
     "word_prompts",
@@ -27,7 +29,7 @@ __all__ = [
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,13 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PROMPT = "\n{word} has the first letter:"  # a line of the prompt
 ANSWER = " {letter}"  # and its end, where it is given
 GROUP = 32  # words whose prompts have the same answered lines
+
+
+def letter_indices(
+    letters: Iterable[str],  # upper-case letters
+) -> Tensor:  # 0..25
+    "Places of letters in the alphabet."
+    return torch.tensor([LETTERS.index(letter) for letter in letters], dtype=torch.long)
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-7
@@ -154,9 +163,22 @@ def fit_letter_probes(
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-24
+@dataclass(frozen=True)
+class TaskSpec:
+    "What determines the task of a language model."
+
+    layer: int = 0  # block
+    seed: int = 0  # of words, prompts and split
+    n_icl: int = 10  # answered lines in each prompt
+    max_words: int | None = None  # a random part of a large vocabulary
+    site: str = "resid_post"  # which of the block's vectors, one of SITES of `lm`
+    spaced: bool = False  # only words with a leading space
+    group: int = GROUP  # words that share their answered lines
+
+
 @dataclass
 class FirstLetterTask:
-    "The first-letter task of one model, layer, site and seed."
+    "The first-letter task of one model and `TaskSpec`, or of given activations."
 
     words: pd.DataFrame = field(repr=False)  # columns token_id, text, letter, test
     x: Tensor = field(repr=False)  # (n, d_in) activations at the words
@@ -164,19 +186,36 @@ class FirstLetterTask:
     b: Tensor = field(repr=False)  # (26,) their biases
     f1: Tensor = field(repr=False)  # (26,) their F1 on test words
     model: str = ""  # whose activations these are
-    layer: int = 0
-    seed: int = 0  # of prompts and split
+    spec: TaskSpec = TaskSpec()  # n_icl and group count only if there are prompts
     tokens: Tensor | None = field(default=None, repr=False)  # (n, length) prompts, if there are any
     at: Tensor | None = field(default=None, repr=False)  # (n,) position of the word, always equal
     l2: float = 1.0  # penalty of the probes
-    n_icl: int | None = None  # answered lines in each prompt, if there are prompts
-    max_words: int | None = None  # limit on the number of words, if there was one
-    site: str = "resid_post"  # which vectors of the layer's block
-    spaced: bool = False  # only words with a leading space
-    group: int | None = None  # words that share their answered lines, if there are prompts
+    lm_dtype: str | None = None  # numbers that the model computed in, if one did
     swap: SwapResult | None = None  # whether the model reads the word here, if there are prompts
     # what was computed from the task and is kept with it, in memory only
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def layer(self) -> int:
+        "Block whose vectors were read."
+        return self.spec.layer
+
+    @property
+    def site(self) -> str:
+        "Which of the block's vectors."
+        return self.spec.site
+
+    @property
+    def seed(self) -> int:
+        "Seed of words, prompts and split."
+        return self.spec.seed
+
+    @property
+    def choices(self) -> dict[str, int | bool | None]:
+        "n_icl, max_words, spaced and group; n_icl and group are None without prompts."
+        spec, prompts = self.spec, self.tokens is not None
+        n_icl, group = (spec.n_icl, spec.group) if prompts else (None, None)
+        return dict(n_icl=n_icl, max_words=spec.max_words, spaced=spec.spaced, group=group)
 
     @property
     def d_in(self) -> int:
@@ -204,7 +243,7 @@ class FirstLetterTask:
     @cached_property
     def letter(self) -> Tensor:
         "Letters (n,) of the words, 0..25."
-        return torch.tensor([LETTERS.index(letter) for letter in self.words.letter])
+        return letter_indices(self.words.letter)
 
     @cached_property
     def test(self) -> Tensor:
@@ -228,20 +267,16 @@ def task_from_activations(
     l2: float = 1.0,  # the probes' penalty
     *,
     model: str = "",  # whose activations these are
-    layer: int = 0,
     tokens: Tensor | None = None,  # (n, length) prompts
     at: Tensor | None = None,  # (n,) position of the word in each
-    n_icl: int | None = None,  # answered lines in each prompt
-    max_words: int | None = None,  # limit on the number of words
-    site: str = "resid_post",  # which vectors of the layer's block
-    spaced: bool = False,  # only words with a leading space
-    group: int | None = None,  # words that share their answered lines
+    lm_dtype: str | None = None,  # numbers that the model computed in
+    **settings: Any,  # further fields of `TaskSpec`: layer, site, ...
 ) -> FirstLetterTask:
     """Split the words, fit the probes, score them on the test words; outliers are left out of both.
 
     ValueError if x is not finite."""
     x = check_activations(x, None, "activations at the words").float()
-    letter = torch.tensor([LETTERS.index(name) for name in words.letter])
+    letter = letter_indices(words.letter)
     test = stratified_split(letter, seed)
     ordinary = ~is_outlier(x, norm_limit(x))
     fitted, scored = ~test & ordinary, test & ordinary
@@ -249,33 +284,29 @@ def task_from_activations(
     hit = x[scored] @ W.T + b > 0
     f1 = f1_score(hit.T, F.one_hot(letter[scored], 26).T.bool()).float()
     words = words.assign(test=test.numpy()).reset_index(drop=True)
-    about = (model, layer, seed, tokens, at, l2, n_icl, max_words, site, spaced, group)
-    return FirstLetterTask(words, x, W, b, f1, *about)
+    spec = TaskSpec(seed=seed, **settings)
+    return FirstLetterTask(words, x, W, b, f1, model, spec, tokens, at, l2, lm_dtype)
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-29
-def _vocabulary(lm: LM, seed: int, max_words: int | None, spaced: bool = False) -> pd.DataFrame:
+def _vocabulary(lm: LM, spec: TaskSpec) -> pd.DataFrame:
     "The model's words, or a random part of them."
     words = word_vocabulary(lm.tokenizer)
-    if spaced:
+    if spec.spaced:
         words = words[words.text.str.startswith(" ")].reset_index(drop=True)
-    if max_words is None or max_words >= len(words):
+    if spec.max_words is None or spec.max_words >= len(words):
         return words
-    order = torch.randperm(len(words), generator=generator(seed, "words"))
-    return words.iloc[order[:max_words].sort().values.numpy()].reset_index(drop=True)
+    order = torch.randperm(len(words), generator=generator(spec.seed, "words"))
+    return words.iloc[order[: spec.max_words].sort().values.numpy()].reset_index(drop=True)
 
 
 def word_prompts(
     lm: LM,
-    seed: int = 0,  # which words, and which lines stand before them
-    n_icl: int = 10,  # answered lines in each prompt
-    max_words: int | None = None,  # a random part of a large vocabulary
-    spaced: bool = False,  # only words with a leading space
-    group: int = GROUP,  # words that share their answered lines
+    spec: TaskSpec,  # which words, and which lines before them
 ) -> tuple[pd.DataFrame, Tensor, Tensor]:  # words; tokens (n, length); position of the word (n,)
     "The prompts of the model's words; ValueError if most words are not one token there."
-    words = _vocabulary(lm, seed, max_words, spaced)
-    prompts, ends = first_letter_prompts(words, n_icl, seed, group)
+    words = _vocabulary(lm, spec)
+    prompts, ends = first_letter_prompts(words, spec.n_icl, spec.seed, spec.group)
     tokens, at, found = find_words(lm.tokenizer, prompts, ends, words.token_id)
     if len(tokens) < len(words) / 2:
         raise ValueError(
@@ -285,64 +316,41 @@ def word_prompts(
     return words[found.numpy()].reset_index(drop=True), tokens, at
 
 
-def _build_task(
-    lm: LM,
-    layer: int,
-    seed: int,
-    n_icl: int,
-    max_words: int | None,
-    batch_size: int,
-    site: str,
-    spaced: bool,
-    group: int,
-    threads: int,
-) -> FirstLetterTask:
-    "What `build_task` does; only the reading runs in several threads."
-    check_causal(lm, layer, site)
-    words, tokens, at = word_prompts(lm, seed, n_icl, max_words, spaced, group)
-    start = int(at[0])  # the same in all prompts
-    up_to_word = tokens[:, : start + 1].long()
-    x = read_after_prefix(lm, up_to_word, start, layer, site, batch_size, threads)
-    letter = torch.tensor([LETTERS.index(name) for name in words.letter])
-    task = task_from_activations(
-        x[:, 0].float().cpu(),
-        words,
-        seed,
-        model=lm.name,
-        layer=layer,
-        tokens=tokens,
-        at=at,
-        n_icl=n_icl,
-        max_words=max_words,
-        site=site,
-        spaced=spaced,
-        group=group,
-    )
-    (swap,) = swap_words(lm, tokens, start, letter, [layer], site, seed=seed)
-    return replace(task, swap=swap)
-
-
 def build_task(
     lm: LM,
     layer: int,  # block
-    seed: int = 0,  # of prompts and split
-    n_icl: int = 10,  # answered lines in each prompt
-    max_words: int | None = None,  # a random part of a large vocabulary
-    batch_size: int = 64,  # prompts at a time
-    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
-    spaced: bool = False,  # only words with a leading space
-    group: int = GROUP,  # words that share their answered lines
+    seed: int = 0,  # of words, prompts and split
+    **settings: Any,  # further fields of `TaskSpec`
 ) -> FirstLetterTask:
-    "Read the activations of the vocabulary's words and fit the probes."
-    with one_thread() as threads:
-        return _build_task(
-            lm, layer, seed, n_icl, max_words, batch_size, site, spaced, group, threads
+    "Read the activations of the vocabulary's words and fit the probes, all with one thread."
+    spec = TaskSpec(layer, seed, **settings)
+    with one_thread() as threads:  # batches are read in all of them
+        check_causal(lm, layer, spec.site)
+        words, tokens, at = word_prompts(lm, spec)
+        start = int(at[0])  # the same in all prompts
+        up_to_word = tokens[:, : start + 1].long()
+        x = read_after_prefix(lm, up_to_word, start, layer, spec.site, threads=threads)[:, 0]
+        task = task_from_activations(
+            x.float().cpu(),
+            words,
+            model=lm.name,
+            tokens=tokens,
+            at=at,
+            lm_dtype=_dtype_name(lm),
+            **asdict(spec),
         )
+        (swap,) = swap_words(lm, tokens, start, task.letter, [layer], spec.site, seed=seed)
+    return replace(task, swap=swap)
+
+
+def _dtype_name(lm: LM) -> str:
+    "Numbers that the model computes in: float32, bfloat16, ..."
+    return str(lm.model.dtype).removeprefix("torch.")
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-32
 _TENSORS = ("x", "W", "b", "f1", "tokens", "at")
-_VALUES = ("model", "layer", "site", "seed", "l2", "n_icl", "max_words", "spaced", "group")
+_VALUES = ("model", "l2", "lm_dtype")
 
 
 def save_task(task: FirstLetterTask, folder: Path | str) -> None:
@@ -353,7 +361,7 @@ def save_task(task: FirstLetterTask, folder: Path | str) -> None:
     tensors = {k: getattr(task, k) for k in _TENSORS}
     save_file({k: t.contiguous() for k, t in tensors.items() if t is not None}, file)
     info: dict[str, Any] = {k: getattr(task, k) for k in _VALUES}
-    info |= dict(sha256=file_sha256(file), words=task.words.to_dict("list"))
+    info |= dict(sha256=file_sha256(file), words=task.words.to_dict("list"), spec=asdict(task.spec))
     info["swap"] = None if task.swap is None else asdict(task.swap)
     write_json(Path(folder) / "task.json", info)
 
@@ -373,65 +381,47 @@ def load_task(folder: Path | str) -> FirstLetterTask:
     tensors: dict[str, Any] = load_file(file)
     swap = info.pop("swap")
     info["swap"] = None if swap is None else SwapResult(**swap)
+    info["spec"] = TaskSpec(**info.pop("spec"))
     return FirstLetterTask(pd.DataFrame(info.pop("words")), **tensors, **info)
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-34
-def task_artefact(
-    lm: LM,
-    layer: int,  # block
-    seed: int = 0,  # of prompts and split
-    n_icl: int = 10,  # answered lines in each prompt
-    max_words: int | None = None,  # a random part of a large vocabulary
-    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
-    spaced: bool = False,  # only words with a leading space
-    group: int = GROUP,  # words that share their answered lines
-) -> Artefact:
+def task_artefact(lm: LM, spec: TaskSpec) -> Artefact:
     "What names a task in the cache."
-    which = dict(max_words=max_words, spaced=spaced, group=group)
     return Artefact(
         "tasks",
-        dict(layer=layer, site=site, seed=seed, n_icl=n_icl) | which,
+        asdict(spec),
         ("evals.first_letter.build_task", "evals.first_letter.save_task", "data.lm.load_lm"),
         inputs=dict(model=lm.checksum),
         sources=dict(model=lm.name),
         device=lm.device.type,
-        dtype=str(lm.model.dtype).removeprefix("torch."),
+        dtype=_dtype_name(lm),
     )
 
 
 def get_task(
-    model: LM | Path | str,  # an LM, or its name as for `load_lm`
+    model: LM | Path | str,  # an LM, or its name as for `load_lm`, in the fastest dtype
     layer: int,  # block
-    seed: int = 0,  # of prompts and split
-    n_icl: int = 10,  # answered lines in each prompt
-    max_words: int | None = None,  # a random part of a large vocabulary
-    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
-    spaced: bool = False,  # only words with a leading space
-    group: int = GROUP,  # words that share their answered lines
+    seed: int = 0,  # of words, prompts and split
+    **settings: Any,  # further fields of `TaskSpec`
 ) -> FirstLetterTask:
     "The task from the cache, or built and put there."
-    lm = load_lm(model) if isinstance(model, (str, Path)) else model
-    artefact = task_artefact(lm, layer, seed, n_icl, max_words, site, spaced, group)
-
-    def build() -> FirstLetterTask:
-        return build_task(lm, layer, seed, n_icl, max_words, site=site, spaced=spaced, group=group)
-
-    return replace(load_task(artefact.ensure(build, save_task)), model=lm.name)
+    (task,) = get_tasks(model, layer, [seed], **settings)
+    return task
 
 
 # %% ../../nbs/evals/first_letter.ipynb #cell-36
 def get_tasks(
-    model: LM | Path | str,  # an LM, or its name as for `load_lm`
+    model: LM | Path | str,  # an LM, or its name as for `load_lm`, in the fastest dtype
     layer: int,  # block
     seeds: Sequence[int] = (0, 1, 2),  # one task for each
-    n_icl: int = 10,  # answered lines in each prompt
-    max_words: int | None = None,  # a random part of a large vocabulary
-    site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
-    spaced: bool = False,  # only words with a leading space
-    group: int = GROUP,  # words that share their answered lines
+    **settings: Any,  # further fields of `TaskSpec`
 ) -> list[FirstLetterTask]:
-    "The same task at several evaluation seeds."
-    lm = load_lm(model) if isinstance(model, (str, Path)) else model
-    which = (n_icl, max_words, site, spaced, group)
-    return [get_task(lm, layer, seed, *which) for seed in seeds]
+    "The same task at several evaluation seeds, each from the cache, or built and put there."
+    lm = load_lm(model, "auto") if isinstance(model, (str, Path)) else model
+    tasks = []
+    for seed in seeds:
+        artefact = task_artefact(lm, TaskSpec(layer, seed, **settings))
+        folder = artefact.ensure(partial(build_task, lm, layer, seed, **settings), save_task)
+        tasks.append(replace(load_task(folder), model=lm.name))
+    return tasks

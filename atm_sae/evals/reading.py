@@ -8,6 +8,8 @@ __all__ = ["DEPTH", "word_activations", "probe_scores", "swap_table", "choose_la
 # %% ../../nbs/evals/reading.ipynb #cell-3
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -15,10 +17,13 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from ..core import one_thread
-from ..data.lm import LM, in_order, last_logits, prefix_cache, share_weights
+from ..data.lm import LM, map_after_prefix, read_rows
 from .absorption import SAEBENCH_THRESHOLDS
 from .first_letter import task_from_activations
 from .swap import READS, SwapResult, captured
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 
 # %% ../../nbs/evals/reading.ipynb #cell-6
@@ -30,23 +35,19 @@ def word_activations(
     site: str = "resid_post",  # which of their vectors, one of SITES of `lm`
     batch_size: int = 128,  # words at a time
 ) -> dict[int, Tensor]:  # {block: (n, d_in)}
-    "Activations at the words, of all blocks in one pass."
-    _, which = tokens[:, :start].unique(dim=0, return_inverse=True)
-    order = which.argsort(stable=True)
+    "Activations at the words, of all blocks in one pass; blocks behind the last are not run."
+    last = max(layers)
 
-    @torch.no_grad()
-    def read(lm: LM, rows: Tensor) -> Tensor:
-        "(layers, words, d_in)"
-        past = prefix_cache(lm, tokens[rows, :start].long())
+    def read(lm: LM, words: Tensor, past: "DynamicCache") -> Tensor:
+        "(words, layers, d_in)"
         with captured(lm, layers, site) as streams:
-            last_logits(lm, tokens[rows, start : start + 1].long().to(lm.device), past)
-        return torch.stack([streams[layer][:, 0].cpu().float() for layer in layers])
+            read_rows(lm, words, last, past=past)
+        return torch.stack([streams[layer][:, 0].cpu().float() for layer in layers], 1)
 
+    up_to_word = tokens[:, : start + 1].long()
     with one_thread() as threads:
-        models = share_weights(lm, threads if lm.device.type == "cpu" else 1)
-        parts = list(in_order(read, models, order.split(batch_size)))
-    streams = torch.cat(parts, 1)[:, order.argsort()]
-    return dict(zip(layers, streams))
+        found = map_after_prefix(read, lm, up_to_word, start, last, batch_size, threads)
+    return dict(zip(layers, found.unbind(1)))
 
 
 # %% ../../nbs/evals/reading.ipynb #cell-7
@@ -54,16 +55,18 @@ def probe_scores(
     activations: Mapping[int, Tensor],  # {block: (n, d_in)} of `word_activations`
     words: pd.DataFrame,  # columns text and letter
     seed: int = 0,  # of the split into training and test words
-    min_f1: float = 0.6,  # a letter is found if the F1 of its probe exceeds this
+    min_f1: float = SAEBENCH_THRESHOLDS.min_f1,  # which the F1 of a letter that is found exceeds
 ) -> pd.DataFrame:  # columns layer, probe_f1 (mean over 26 letters), n_letters (found)
-    "How well letter probes read the first letter after each block, on test words."
-    lines = []
-    for layer, x in activations.items():
-        f1 = task_from_activations(x, words, seed).f1
-        lines.append(
-            dict(layer=layer, probe_f1=float(f1.mean()), n_letters=int((f1 > min_f1).sum()))
-        )
-    return pd.DataFrame(lines)
+    """How well letter probes read the first letter after each block, on test words.
+
+    Each thread fits the probes of one block at a time."""
+
+    def score(layer: int) -> dict[str, float]:
+        f1 = task_from_activations(activations[layer], words, seed).f1
+        return dict(layer=layer, probe_f1=float(f1.mean()), n_letters=int((f1 > min_f1).sum()))
+
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        return pd.DataFrame(pool.map(score, activations))
 
 
 # %% ../../nbs/evals/reading.ipynb #cell-11
@@ -96,17 +99,11 @@ DEPTH = 13 / 26  # share of the blocks that have run where the paper's SAEs read
 def choose_layer(
     table: pd.DataFrame,  # columns layer, swapped, n_letters
     n_layers: int,  # blocks of the model
-) -> int:
-    """The block nearest to `DEPTH` at which the model reads the word and the score has its letters.
-
-    ValueError if there is none."""
+) -> int | None:
+    "The block nearest to `DEPTH` that reads the word and has enough letters; None without one."
     needed = SAEBENCH_THRESHOLDS.min_letters
     found = table[(table.swapped >= READS) & (table.n_letters >= needed)].sort_values("layer")
     if found.empty:
-        tried = ", ".join(map(str, table.layer))
-        raise ValueError(
-            f"of the blocks {tried} none is one after which the model reads the word and {needed} "
-            "letters have a good probe: try earlier blocks, more words, or a model that can spell"
-        )
+        return None
     distance = ((found.layer + 1) / n_layers - DEPTH).abs().round(9)
     return int(found.layer[distance.idxmin()])

@@ -380,7 +380,7 @@ def absorption_json(
         max_k_value=c["max_k"],
         prompt_template=PROMPT.strip(),
         prompt_token_pos=c["position"],
-        llm_dtype="float32",
+        llm_dtype=c.get("lm_dtype"),
         min_GT_probe_f1=c["min_f1"],
         min_feats_for_eval=c["min_letters"],
     ) | _ranking_settings(c)
@@ -402,11 +402,17 @@ def absorption_json(
 
 
 # %% ../../nbs/evals/saebench.ipynb #cell-38
+def _dtype_entry(lm_dtype: str | None) -> dict[str, str]:
+    "The numbers that the language model computed in, by SAEBench's name; nothing if unknown."
+    return {} if lm_dtype is None else dict(llm_dtype=lm_dtype)
+
+
 def probing_json(
     result: ProbingResult,
     sae: Dictionary | dict,  # the SAE, or a dict that describes it
     path: Path | str | None = None,  # write it there: a .json file, or a folder of results
     seed: int = 0,  # of the tasks
+    lm_dtype: str | None = None,  # numbers that the language model computed in, such as bfloat16
     **more: Any,  # model, layer, method, release, name, ...: see `saebench_result`
 ) -> dict[str, Any]:
     "A sparse-probing result in SAEBench's form."
@@ -419,10 +425,9 @@ def probing_json(
         dataset_names=groups.dataset_name.tolist(),
         probe_train_set_size=tasks.n_train.max(),
         probe_test_set_size=tasks.n_test.max(),
-        llm_dtype="float32",
         model_name=more.get("model", ""),
         k_values=ks,
-    )
+    ) | _dtype_entry(lm_dtype)
     llm, known = ({k: v for k, v in result.summary.items() if k in names} for names in (_LLM, _SAE))
     return saebench_result(
         "sparse_probing",
@@ -492,20 +497,20 @@ def core_json(
     frequency: Tensor | None = None,  # (d_sae,) of `activation_frequency`
     path: Path | str | None = None,  # write it there: a .json file, or a folder of results
     dataset: str = "",  # name of the text
+    lm_dtype: str | None = None,  # numbers that the language model computed in, such as bfloat16
     **more: Any,  # model, layer, method, release, name, ...: see `saebench_result`
 ) -> dict[str, Any]:
     "Reconstruction, sparsity and effect on the model in SAEBench's form."
     there = spliced is not None
     config = dict(
         model_name=more.get("model", ""),
-        llm_dtype="float32",
         dataset=dataset,
         compute_kl=there,
         compute_ce_loss=there,
         compute_sparsity_metrics=True,
         compute_variance_metrics=True,
         exclude_special_tokens_from_reconstruction=True,
-    )
+    ) | _dtype_entry(lm_dtype)
     note = (
         "explained_variance is 1 - fvu; SAEBench 0.6.0 computes another quantity under that name. "
         "-1: not computed"
@@ -606,6 +611,16 @@ def _all_results(path: Path | str) -> list[tuple[Path, dict]]:
 
 
 # %% ../../nbs/evals/saebench.ipynb #cell-54
+def _protocol(r: dict, source: str) -> str | None:
+    "By which protocol absorption was scored: ours says it, SAEBench has its own; None for others."
+    if r["eval_type_id"] != "absorption_first_letter":
+        return None
+    if source == "SAEBench":
+        return "saebench"
+    settings = r.get("eval_result_unstructured")
+    return settings.get("protocol") if isinstance(settings, dict) else None
+
+
 def _identity(file: Path, r: dict) -> dict[str, Any]:
     "Which SAE and which evaluation a result is about."
     cfg = r.get("sae_cfg_dict") or {}
@@ -619,6 +634,7 @@ def _identity(file: Path, r: dict) -> dict[str, Any]:
         file=file.name,
         source=source,
         eval_type=r["eval_type_id"],
+        protocol=_protocol(r, source),
         release=r.get("sae_lens_release_id"),
         sae_id=r.get("sae_lens_id") or file.stem.removesuffix("_eval_results"),
         model=cfg.get("model_name") or (r.get("eval_config") or {}).get("model_name"),
@@ -632,7 +648,10 @@ def _identity(file: Path, r: dict) -> dict[str, Any]:
 def read_saebench(
     path: Path | str,  # a file, or a folder that is searched for .json files
 ) -> pd.DataFrame:
-    "A row for each result: source, eval_type, which SAE, and its metrics; NaN for missing ones."
+    """A row for each result: source, eval_type, protocol, which SAE, and its metrics.
+
+    NaN for missing metrics. `protocol` is that of absorption, exact or saebench: scores of the two
+    cannot be compared."""
     rows = [_identity(file, r) | _metrics(r) for file, r in _all_results(path)]
     return pd.DataFrame(rows).infer_objects()
 

@@ -19,7 +19,7 @@ __all__ = [
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..core import generator
 from ..data.letters import answer_tokens
-from ..data.lm import LM, hook_layer, last_logits, prefix_cache, splice
+from ..data.lm import LM, hook_layer, last_logits, prefix_cache, read_rows, splice
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -68,11 +68,6 @@ def _returns_tuple(lm: LM) -> bool:
     return found[0]
 
 
-class _Stop(Exception):
-    "Raised by a hook to end a forward pass at the block that is read."
-
-
-@torch.no_grad()
 def block_inputs(
     lm: LM,
     tokens: Tensor,  # (n, length) token ids, those after `past`
@@ -80,15 +75,7 @@ def block_inputs(
     layer: int,  # block
 ) -> Tensor:  # (n, length, d_model)
     "What a block reads; the block and those after it are not run."
-    found = []
-
-    def stop(x: Tensor) -> Tensor:
-        found.append(x.clone())
-        raise _Stop
-
-    with suppress(_Stop), splice(lm, layer, stop, "resid_pre"):
-        lm.model(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
-    return found[0]
+    return read_rows(lm, tokens, layer, "resid_pre", past)
 
 
 @contextmanager
@@ -116,10 +103,10 @@ def letter_logits(
     lm: LM,
     tokens: Tensor,  # (n, length) token ids, those after `past`
     past: "DynamicCache",  # keys and values of the tokens before; it is changed
+    answers: Sequence[int] | None = None,  # `answer_tokens` of the tokenizer, if they are at hand
 ) -> Tensor:  # (n, 26)
     "Logits of the answers ' A' to ' Z' at the end of each row."
-    letters = torch.tensor(answer_tokens(lm.tokenizer), device=lm.device)
-    return last_logits(lm, tokens, past)[:, letters]
+    return last_logits(lm, tokens, past)[:, answers or answer_tokens(lm.tokenizer)]
 
 
 def swapped_logits(
@@ -130,6 +117,7 @@ def swapped_logits(
     inputs: Tensor,  # (n, length, d_model) what the block reads
     stream: Tensor,  # (n, d_in) what replaces the site at the word
     site: str = "resid_post",  # which vectors of the block, one of SITES of `lm`
+    answers: Sequence[int] | None = None,  # `answer_tokens` of the tokenizer, if they are at hand
 ) -> Tensor:  # (n, 26)
     "`letter_logits` with other activations at the word."
 
@@ -137,7 +125,7 @@ def swapped_logits(
         return torch.cat([stream[:, None].to(x), x[:, 1:]], 1)
 
     with from_block(lm, layer, inputs), splice(lm, layer, put, site):
-        return letter_logits(lm, tokens, past)
+        return letter_logits(lm, tokens, past, answers)
 
 
 # %% ../../nbs/evals/swap.ipynb #cell-9
@@ -207,20 +195,20 @@ def _draw(lm: LM, tokens: Tensor, start: int, letter: Tensor, n: int, seed: int)
 
 @torch.no_grad()
 def _swap_batch(
-    lm: LM, pairs: _Pairs, layers: Sequence[int], site: str
+    lm: LM, pairs: _Pairs, layers: Sequence[int], site: str, answers: Sequence[int]
 ) -> tuple[Tensor, Tensor]:  # (2, n) bool, (2, layers)
     "Right answers without an exchange; numbers of answers with the own and the other letter."
     past = prefix_cache(lm, pairs.prefix)
     with captured(lm, layers, "resid_pre") as inputs:
-        own = letter_logits(lm, pairs.own, copy.deepcopy(past)).argmax(1)
+        own = letter_logits(lm, pairs.own, copy.deepcopy(past), answers).argmax(1)
     with captured(lm, layers, site) as streams:
-        there = letter_logits(lm, pairs.there, copy.deepcopy(past)).argmax(1)
+        there = letter_logits(lm, pairs.there, copy.deepcopy(past), answers).argmax(1)
     right = torch.stack([own, there]) == pairs.letters
     both = right.all(0).nonzero()[:, 0]
     counts = torch.zeros(2, len(layers), dtype=torch.long)
     past.batch_select_indices(both)
     for i, layer in enumerate(layers if len(both) else ()):
-        place = (layer, inputs[layer][both], streams[layer][both, 0], site)
+        place = (layer, inputs[layer][both], streams[layer][both, 0], site, answers)
         answer = swapped_logits(lm, pairs.own[both], copy.deepcopy(past), *place).argmax(1)
         counts[:, i] = (answer == pairs.letters[:, both]).sum(1)
     return right, counts
@@ -239,7 +227,8 @@ def swap_words(
 ) -> list[SwapResult]:  # one for each block
     "Exchange the activations of pairs of words after each block, and count the answers."
     parts = _draw(lm, tokens, start, letter, n_pairs, seed).split(batch_size)
-    found = [_swap_batch(lm, part, layers, site) for part in parts]
+    answers = answer_tokens(lm.tokenizer)
+    found = [_swap_batch(lm, part, layers, site, answers) for part in parts]
     right = torch.cat([batch[0] for batch in found], 1)
     n, counts = int(right.all(0).sum()), torch.stack([batch[1] for batch in found]).sum(0)
     own, swapped = (counts / n).tolist() if n else [[math.nan] * len(layers)] * 2
