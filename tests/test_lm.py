@@ -25,6 +25,7 @@ from atm_sae.data.lm import (
     next_token_logits,
     next_token_losses,
     other_place,
+    map_after_prefix,
     prefix_cache,
     read_after_prefix,
     read_site,
@@ -679,6 +680,18 @@ def test_each_prefix_is_run_once(lm, tokens, monkeypatch):
     run.clear()
     read_after_prefix(lm, tokens, 8, 1)  # nothing is shared
     assert run == [(5, 12)]
+
+
+def test_results_after_prefixes_are_in_the_order_of_the_rows(lm, tokens):
+    rows, lengths = rows_with_prefixes(tokens), []
+
+    def rest(lm, after, past):
+        lengths.append((len(after), past.get_seq_length()))
+        return after
+
+    found = map_after_prefix(rest, lm, rows, 8, batch_size=4)
+    assert torch.equal(found, rows[:, 8:])
+    assert sorted(lengths) == [(2, 8), (4, 8)]
 
 
 def test_a_prefix_longer_than_the_sliding_window(lm):

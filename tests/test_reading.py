@@ -130,6 +130,20 @@ def test_the_exchange_is_that_of_whole_prompts(nano, prompts):
     assert result.right == pytest.approx((first == pairs.letters[0]).float().mean().item())
 
 
+def test_the_answers_tokens_are_found_once(lm, monkeypatch):
+    words, tokens, at = word_prompts(lm, TaskSpec(n_icl=2, max_words=60))
+    calls = []
+
+    def counted(tokenizer):
+        calls.append(tokenizer)
+        return answer_tokens(tokenizer)
+
+    monkeypatch.setattr(swap, "answer_tokens", counted)
+    letter = letter_indices(words.letter)
+    swap_words(lm, tokens, int(at[0]), letter, [0, 1], n_pairs=12, batch_size=4)
+    assert len(calls) == 1
+
+
 def test_no_pair_counts_for_a_model_that_cannot_spell(lm):
     words, tokens, at = word_prompts(lm, TaskSpec(n_icl=2, max_words=60))
     letter = letter_indices(words.letter)
