@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import threading
 import warnings
 from dataclasses import replace
 
@@ -128,6 +129,28 @@ def test_the_exchange_is_that_of_whole_prompts(nano, prompts):
     assert result.swapped == pytest.approx((answer == pairs.letters[1])[both].float().mean().item())
     assert result.own == pytest.approx((answer == pairs.letters[0])[both].float().mean().item())
     assert result.right == pytest.approx((first == pairs.letters[0]).float().mean().item())
+
+
+def test_the_exchange_does_not_depend_on_threads(nano, prompts, monkeypatch):
+    _, tokens, start, letter = prompts
+    batch, used, usual = swap._swap_batch, set(), torch.get_num_threads()
+
+    def noted(*args):
+        used.add((threading.get_ident(), torch.get_num_threads()))
+        return batch(*args)
+
+    monkeypatch.setattr(swap, "_swap_batch", noted)
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            more = dict(n_pairs=48, batch_size=6)
+            found.append(swap_words(nano, tokens, start, letter, [0, 1], **more))
+            assert len(used) > 1 or threads == 1
+    finally:
+        torch.set_num_threads(usual)
+    assert found[0] == found[1] and found[0][0].n > 40
+    assert {threads for _, threads in used} == {1}
 
 
 def test_the_answers_tokens_are_found_once(lm, monkeypatch):

@@ -27,9 +27,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core import generator
+from ..core import generator, one_thread
 from ..data.letters import answer_tokens
-from ..data.lm import LM, hook_layer, last_logits, prefix_cache, read_rows, splice
+from atm_sae.data.lm import (
+    LM,
+    hook_layer,
+    in_order,
+    last_logits,
+    prefix_cache,
+    read_rows,
+    share_weights,
+    splice,
+)
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -225,10 +234,17 @@ def swap_words(
     seed: int = 0,  # which words
     batch_size: int = 64,  # prompts at a time
 ) -> list[SwapResult]:  # one for each block
-    "Exchange the activations of pairs of words after each block, and count the answers."
+    """Exchange the activations of pairs of words after each block, and count the answers.
+
+    Batches run in threads; the numbers do not depend on how many there are."""
     parts = _draw(lm, tokens, start, letter, n_pairs, seed).split(batch_size)
     answers = answer_tokens(lm.tokenizer)
-    found = [_swap_batch(lm, part, layers, site, answers) for part in parts]
+
+    def run(lm: LM, part: _Pairs) -> tuple[Tensor, Tensor]:
+        return _swap_batch(lm, part, layers, site, answers)
+
+    with one_thread() as threads:  # each runs whole batches
+        found = list(in_order(run, share_weights(lm, threads), parts))
     right = torch.cat([batch[0] for batch in found], 1)
     n, counts = int(right.all(0).sum()), torch.stack([batch[1] for batch in found]).sum(0)
     own, swapped = (counts / n).tolist() if n else [[math.nan] * len(layers)] * 2
