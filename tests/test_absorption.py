@@ -372,7 +372,7 @@ def test_outliers_are_left_out_of_probes_and_scores(task):
     rest = task_from_activations(x[~loud], words[~loud.numpy()].reset_index(drop=True))
     assert torch.nn.functional.cosine_similarity(spoilt.W, rest.W).min() > 0.95
     sae = alphabet_sae(5)
-    result = evaluate_absorption(sae, [spoilt, replace(spoilt, seed=1)])
+    result = evaluate_absorption(sae, [spoilt, replace(spoilt, spec=TaskSpec(seed=1))])
     clean = evaluate_absorption(sae, spoilt.only(~loud))
     assert result.config["n_outliers"] == 2 * int(loud.sum()) and result.config["n_words"] == 520
     assert clean.config["n_outliers"] == 0 and result.full == clean.full
