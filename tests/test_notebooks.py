@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 from forks import forked
@@ -60,3 +61,29 @@ def test_a_notebook_is_executed_without_a_network(tmp_path):
     execute(path)
     (cell,) = json.loads(path.read_text())["cells"]
     assert "".join(cell["outputs"][0]["text"]).split() == ["ipc", sys.executable]
+
+
+# ---- the tutorial
+
+CHAPTERS = sorted((NBS / "tutorial").glob("[0-9]_*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_is_short_and_saved_with_its_pictures(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    lengths = [len(cell["source"]) for cell in codes]
+    assert len(cells) <= 40 and max(lengths) <= 30 and median(lengths) <= 6
+    assert not any("export" in "".join(cell["source"]) for cell in codes)
+    drawn = [any("image/png" in o.get("data", {}) for o in c.get("outputs", [])) for c in cells]
+    assert any(drawn[:10]), "no picture in the first ten cells"
+    assert not any(o["output_type"] == "error" for cell in codes for o in cell["outputs"])
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert text.startswith("# ") and "**It takes**" in text and "<details>" in text
+
+
+def test_each_chapter_ends_with_a_link_to_the_next():
+    assert [path.name[0] for path in CHAPTERS] == list("12345")[: len(CHAPTERS)]
+    for path, following in zip(CHAPTERS, CHAPTERS[1:]):
+        last = json.loads(path.read_text(encoding="utf-8"))["cells"][-1]["source"]
+        assert f"]({following.name})" in last[-1]
