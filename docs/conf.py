@@ -1,6 +1,7 @@
 "Settings of Sphinx for the site; docs/make_site.py says which folder it reads."
 
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,7 +23,9 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "ref.python"]
 
 html_theme = "furo"
 html_title = "atm-sae"
-html_static_path = [str(Path(__file__).parent / "site.css")]
+# the font of formulas: without one, browsers place exponents badly
+FONT = files("ziamath") / "fonts/STIXTwoMath-Regular.ttf"
+html_static_path = [str(Path(__file__).parent / "site.css"), str(FONT)]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False

@@ -260,7 +260,9 @@ def contents(root: Path, pages: Iterable[Page]) -> str:
     extra = [f"/{name}" for name in names if name.startswith("benchmarks/")]
     parts = {"Tutorial": tutorial, "Results": ["/results"]}
     parts |= {"Reference": ["/library", "/api/index", *model, *extra]}
-    lists = [toctree(p, f":hidden:\n:caption: {name}") for name, p in parts.items() if p]
+    lists = [
+        toctree(p, f":hidden:\n:titlesonly:\n:caption: {name}") for name, p in parts.items() if p
+    ]
     return "\n\n".join(lists)
 
 

@@ -189,7 +189,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
 
 
 @pytest.mark.skipif(
-    bool(missing("sphinx", "myst_nb", "furo", "latex2mathml")), reason="needs the extra `site`"
+    bool(missing("sphinx", "myst_nb", "furo", "ziamath")), reason="needs the extra `site`"
 )
 def test_a_site_without_network(project, browser, tmp_path):
     site = make_site.build(project, tmp_path / "site")
@@ -204,6 +204,10 @@ def test_a_site_without_network(project, browser, tmp_path):
     )
     page.goto((site / "index.html").as_uri())
     formulas = page.locator("math").evaluate_all("all => all.map(m => m.getBoundingClientRect())")
+    fonts = page.evaluate(
+        "document.fonts.ready.then(all => [...all].map(f => [f.family, f.status]))"
+    )
+    assert ['"STIX Two Math"', "loaded"] in fonts or ["STIX Two Math", "loaded"] in fonts
     assert len(formulas) == 2 and all(box["height"] > 10 and box["width"] > 5 for box in formulas)
     page.locator("article").get_by_role("link", name="own").click()
     assert page.url.endswith("tutorial/own.html#second-part")
@@ -223,7 +227,7 @@ def test_a_site_without_network(project, browser, tmp_path):
 
 
 @pytest.mark.skipif(
-    bool(missing("sphinx", "myst_nb", "furo", "latex2mathml")), reason="needs the extra `site`"
+    bool(missing("sphinx", "myst_nb", "furo", "ziamath")), reason="needs the extra `site`"
 )
 def test_a_link_that_leads_nowhere_keeps_the_old_site(project, tmp_path):
     (tmp_path / "site").mkdir()
