@@ -4,6 +4,7 @@ Pages are the notebooks with the outputs that they were saved with, the reports,
 the modules. A link to a file of the project leads to its page, or to a copy of the file."""
 
 import html
+import itertools
 import json
 import os
 import posixpath
@@ -199,12 +200,13 @@ def toctree(pages: Iterable[str], options: str = "") -> str:
 
 
 def part_notebooks(root: Path) -> dict[str, list[str]]:
-    "{part: pages of its notebooks}, in the order in which the index names them."
-    index = (root / "nbs/index.ipynb").read_text(encoding="utf-8")
+    "{part: pages of its notebooks}, in the order in which the index and the guide name them."
+    guide = [root / "nbs/index.ipynb", *sorted((root / "nbs/guide").glob("*.md"))]
+    index = "".join(path.read_text(encoding="utf-8") for path in guide)
     found = {}
     for part in PARTS:
         names = [f"{part}/{p.stem}" for p in sorted((root / "nbs" / part).glob("*.ipynb"))]
-        places = {name: index.find(f"({name}.ipynb)") for name in names}
+        places = {name: index.find(f"{name}.ipynb)") for name in names}
         found[part] = sorted(names, key=lambda name: (places[name] < 0, places[name]))
     found["cli"] = ["cli"] * (root / "nbs/cli.ipynb").exists()
     return {part: names for part, names in found.items() if names}
@@ -253,13 +255,16 @@ def write_results(root: Path, source: Path, pages: Iterable[Page]) -> None:
 
 
 def contents(root: Path, pages: Iterable[Page]) -> str:
-    "The contents of the site, for the sidebar."
-    names = [page.name for page in pages]
-    tutorial = [f"/{name}" for name in names if name.startswith("tutorial/")]
-    model = [f"/{name}" for name in names if name.startswith("organism/")]
-    extra = [f"/{name}" for name in names if name.startswith("benchmarks/")]
-    parts = {"Tutorial": tutorial, "Results": ["/results"]}
-    parts |= {"Reference": ["/library", "/api/index", *model, *extra]}
+    "The contents of the site, for the sidebar: every page that no other list names."
+    listed = {"index", *(name for names in part_notebooks(root).values() for name in names)}
+    folders: dict[str, list[str]] = {}
+    for page in pages:
+        folder = page.name.partition("/")[0]
+        if page.name not in listed and folder not in ("experiments", "reports"):
+            folders.setdefault(folder, []).append(f"/{page.name}")
+    parts = {"Tutorial": folders.pop("tutorial", []), "Results": ["/results"]}
+    parts |= {"Guide": folders.pop("guide", [])}
+    parts |= {"Reference": ["/library", "/api/index", *itertools.chain(*folders.values())]}
     lists = [
         toctree(p, f":hidden:\n:titlesonly:\n:caption: {name}") for name, p in parts.items() if p
     ]

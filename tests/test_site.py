@@ -130,6 +130,7 @@ def project(tmp_path):
     (root / "reports/notebooks/width.ipynb").write_text(json.dumps(notebook))
     texts = {
         "LICENSE": "free",
+        "nbs/guide/more.md": "# More\n",
         "atm_sae/width.py": SOURCE,
         "nbs/tutorial/own.md": "# Own\n\n## Second part\n\nHere, "
         "[a report](../../reports/index.html) and [settings](../experiments/manifest.yaml).",
@@ -209,6 +210,7 @@ def test_a_site_without_network(project, browser, tmp_path):
     )
     assert ['"STIX Two Math"', "loaded"] in fonts or ["STIX Two Math", "loaded"] in fonts
     assert len(formulas) == 2 and all(box["height"] > 10 and box["width"] > 5 for box in formulas)
+    assert page.locator(".sidebar-tree").get_by_role("link", name="More").count() == 1
     page.locator("article").get_by_role("link", name="own").click()
     assert page.url.endswith("tutorial/own.html#second-part")
     page.get_by_role("link", name="a report").click()
