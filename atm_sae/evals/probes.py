@@ -114,32 +114,33 @@ _MANY = 8  # products for one step, after which a better approximation of H is m
 
 
 def _near_curvature(X: Tensor, c: Tensor, gram: Tensor, penalty: Tensor) -> Tensor:
-    "Cholesky factors (m, d, d) of approximate curvatures; c (n, m), gram = X.T @ X."
-    factors = []
+    "Inverses (m, d, d) of approximate curvatures, float32; c (n, m), gram = X.T @ X."
+    inverses = []
     for weight in c.T:
         large = weight > 2 * weight.mean()  # half of the samples at most
         others = weight[~large].mean()
         part = X[large]
         H = (part * (weight[large] - others)[:, None]).T @ part + others * gram
-        factors.append(torch.linalg.cholesky(H + torch.diag(penalty[:, 0] + 1e-10)))
-    return torch.stack(factors)
+        factor = torch.linalg.cholesky(H + torch.diag(penalty[:, 0] + 1e-10))
+        inverses.append(torch.cholesky_inverse(factor).float())
+    return torch.stack(inverses)
 
 
-def _solved(factors: Tensor, g: Tensor) -> Tensor:
-    "The solutions (d, m) for g (d, m), one matrix each."
-    return torch.cholesky_solve(g.T[..., None], factors)[..., 0].T
+def _solved(inverses: Tensor, g: Tensor) -> Tensor:
+    "Approximate solutions (d, m) for g (d, m), one matrix each."
+    return (inverses @ g.T.float()[..., None])[..., 0].T.double()
 
 
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor],  # H @ v for each column
-    factors: Tensor,  # (m, d, d) Cholesky factors of matrices like H
+    inverses: Tensor,  # (m, d, d) inverses of matrices like H
     g: Tensor,  # (d, m)
     precision: Tensor,  # (m,) share of the error that may be left
 ) -> tuple[Tensor, int]:  # (d, m), number of products
     "Solve H @ step = g for each column."
 
     step, r, tiny = torch.zeros_like(g), g.clone(), torch.finfo(g.dtype).tiny
-    direction = z = _solved(factors, r)
+    direction = z = _solved(inverses, r)
     size = (r * z).sum(0)
     enough = precision**2 * size
     n_products = 0
@@ -148,7 +149,7 @@ def _conjugate_gradients(
         Hp = product(direction)
         along = torch.where(going, size / (direction * Hp).sum(0).clamp(min=tiny), 0)
         step, r = step + along * direction, r - along * Hp
-        z = _solved(factors, r)
+        z = _solved(inverses, r)
         new = (r * z).sum(0)
         direction = z + new / size.clamp(min=tiny) * direction
         size = new
@@ -184,7 +185,7 @@ class _SharedInputs:
         g = self.penalty * self.W - self.X.T @ (self.s * self.t * pi)
         return g, self.s * pi * (1 - pi)
 
-    def step(self, factors: Tensor) -> tuple[Tensor, int]:  # (m,), number of products
+    def step(self, inverses: Tensor) -> tuple[Tensor, int]:  # (m,), number of products
         "A Newton step, halved until the losses fall; by which share of them the whole one would."
         g, c = self.slopes()
         old = self.loss(self.W, self.M)
@@ -196,9 +197,9 @@ class _SharedInputs:
                 self.penalty * v + (self.single.T @ (single * (self.single @ v.float()))).double()
             )
 
-        rough = (g * _solved(factors, g)).sum(0) / old
+        rough = (g * _solved(inverses, g)).sum(0) / old
         precision = rough.sqrt().clamp(1e-4, 0.1)
-        step, n_products = _conjugate_gradients(product, factors, g, precision)
+        step, n_products = _conjugate_gradients(product, inverses, g, precision)
         dM = self.X @ step
 
         def after(size: Tensor) -> Tensor:
@@ -228,16 +229,16 @@ def fit_l2_probes(
     W = X.new_zeros(X.shape[1], Y.shape[1])
     problem = _SharedInputs(X, X.float(), penalty, 2.0 * Y.double() - 1, s, W, X @ W)
     gram, todo = X.T @ X, torch.arange(Y.shape[1], device=x.device)
-    factors, n_products = X.new_zeros(0), _MANY
+    inverses, n_products = X.new_zeros(0), _MANY
     for _ in range(100):
         if n_products >= _MANY:
-            factors = _near_curvature(X, problem.slopes()[1], gram, penalty)
-        lowered, n_products = problem.step(factors)
+            inverses = _near_curvature(X, problem.slopes()[1], gram, penalty)
+        lowered, n_products = problem.step(inverses)
         W[:, todo] = problem.W
         still = lowered > tol
         if not still.any():
             return W[:-1], W[-1]
-        todo, problem, factors = todo[still], problem.only(still), factors[still]
+        todo, problem, inverses = todo[still], problem.only(still), inverses[still]
     raise RuntimeError(f"{len(todo)} probes did not converge in 100 steps: raise l2")
 
 
