@@ -506,7 +506,7 @@ def test_agreement_ignores_norms_and_order():
 def test_agreement_messages():
     with pytest.raises(ValueError, match="widths 2 and 3"):
         dictionary_agreement(HALVES, Toy(torch.eye(3), torch.eye(3)))
-    with pytest.raises(ValueError, match="without living latents"):
+    with pytest.raises(ValueError, match="no latents that are alive"):
         dictionary_agreement(HALVES, HALVES, alive=([False] * 3, [True] * 3))
 
 

@@ -181,7 +181,7 @@ _LETTER_QUESTION = " has the first letter:"
 
 
 def without_copies(texts: Iterable[str]) -> Iterator[str]:
-    "The texts without long lines that an earlier text has; nothing of a text that is mostly lost."
+    "The texts without long lines of earlier texts; a text that loses more than half is dropped."
     seen: set[str] = set()
     for text in texts:
         lines = text.split("\n")
@@ -223,14 +223,14 @@ def installed_artefact(packages: Sequence[str] = PACKAGES) -> Artefact:
 
 
 def get_installed(packages: Sequence[str] = PACKAGES) -> tuple[Path, str]:
-    "The file of documents, made first if need be, and the checksum of its text."
+    "The file of documents, made if it is not in the cache, and the checksum of its text."
     artefact = installed_artefact(packages)
     folder = artefact.ensure(lambda: read_installed(packages), _save)
     return folder / "documents.jsonl", str(artefact.content())
 
 
 def installed_docs(
-    start: int = 0,  # documents to pass over
+    start: int = 0,  # number of documents to skip
     packages: Sequence[str] = PACKAGES,
 ) -> Iterator[str]:
     "The documents, one by one."

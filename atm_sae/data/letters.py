@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def word_vocabulary(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
 ) -> pd.DataFrame:  # columns token_id, text (with its leading space), letter ('A'..'Z')
-    "Every entry of the tokenizer that is a word: letters only, one token both ways."
+    "Every entry of the tokenizer that is a word: letters only, and encoded as this one token."
     texts, special = token_texts(tokenizer), set(special_ids(tokenizer))
     found = ((i, t) for i, t in enumerate(texts) if re.fullmatch(" ?[A-Za-z]+", t))
     words = [(i, t) for i, t in found if i not in special]
@@ -120,7 +120,7 @@ def answer_tokens(
 
 
 class _Pieces:
-    "Token ids that letter lines are built from."
+    "Token ids of the parts of letter lines."
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         texts = ["\n", " has the first letter:", ":", ","]
@@ -137,7 +137,7 @@ class _Pieces:
 
 # %% ../../nbs/data/letters.ipynb #cell-19
 class _Words:
-    "Words sorted by letter, with what is needed to draw them."
+    "Words sorted by letter, with their probabilities."
 
     def __init__(self, vocabulary: pd.DataFrame, counts: np.ndarray, config: LineConfig) -> None:
         token_ids = vocabulary.token_id.to_numpy()
@@ -213,7 +213,7 @@ def _list_rows(
 ) -> np.ndarray:
     "(n_rows, length): lines of newline, letter, colon and 4 to 8 words that start with the letter."
     head = pieces.heads.shape[1]
-    per_row = -(-length // (head + 4))  # enough even if every line is as short as can be
+    per_row = -(-length // (head + 4))  # enough even if every line has the least length
     share = np.sqrt(words.mass) / np.sqrt(words.mass).sum()
     letter = rng.choice(26, size=n_rows * per_row, p=share)
     n_words = rng.integers(4, 9, size=len(letter))
@@ -223,7 +223,7 @@ def _list_rows(
     out = np.zeros((n_rows, length), dtype=np.int64)
 
     def put(line: np.ndarray, position: np.ndarray, token: np.ndarray) -> None:
-        fits = position < length  # tokens behind the end of the row are dropped
+        fits = position < length  # tokens after the end of the row are dropped
         out[(line // per_row)[fits], position[fits]] = token[fits]
 
     for k in range(head):

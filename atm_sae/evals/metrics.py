@@ -110,7 +110,7 @@ def ordinary_rows(
 
 # %% ../../nbs/evals/metrics.ipynb #cell-13
 def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
-    "Sums over one batch of all that the averages are made of."
+    "The sums over one batch that the averages need."
     active = z != 0
     x, z, x_hat = x.double(), z.double(), x_hat.double()
     return dict(
@@ -410,7 +410,7 @@ def detection_counts(
     active: Tensor,  # (n, d_sae) bool: active latents
     on: Tensor,  # (n, n_features) bool: features that are on
 ) -> tuple[Tensor, Tensor, Tensor]:  # N_ij (d_sae, n_features), N_i (d_sae, 1), N_j (n_features,)
-    "Samples on which both, the latent and the feature are on."
+    "Numbers of samples on which both are active, the latent is active, and the feature is on."
     active, on = active.float(), on.float()
     return active.T @ on, active.sum(0)[:, None], on.sum(0)
 
@@ -552,7 +552,7 @@ def dictionary_agreement(
     if alive is not None:
         A, B = A[torch.as_tensor(alive[0])], B[torch.as_tensor(alive[1])]
     if not len(A) or not len(B):
-        raise ValueError("a dictionary without living latents agrees with nothing: check `alive`")
+        raise ValueError("a dictionary has no latents that are alive to compare: check `alive`")
     cosines = A @ B.T
     best = (cosines.max(1).values.mean() + cosines.max(0).values.mean()) / 2
     return dict(mean_best_cosine=float(best), mcc=match_latents(cosines)[1], n_a=len(A), n_b=len(B))
@@ -561,7 +561,7 @@ def dictionary_agreement(
 # %% ../../nbs/evals/metrics.ipynb #cell-59
 def late_movement(
     values: ArrayLike,  # recorded over training, in order: threshold, mask rate, ...
-    share: float = 0.1,  # the part at the end that is looked at
+    share: float = 0.1,  # of the values, at the end
 ) -> float:
     "Standard deviation over the end of a series, relative to its mean there."
     v = np.asarray(values, float)
