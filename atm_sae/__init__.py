@@ -1,4 +1,4 @@
-"""Sparse autoencoders with Adaptive Temporal Masking, and an exact test of feature absorption."""
+"""Sparse autoencoders with Adaptive Temporal Masking, and tests of feature absorption."""
 
 __version__ = "0.1.0"
 

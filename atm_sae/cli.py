@@ -106,7 +106,7 @@ _DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceb
 
 @app.callback()
 def _everywhere(version: _VersionFlag = False, debug: _DebugFlag = False) -> None:
-    "Sparse autoencoders with Adaptive Temporal Masking, and an exact test of feature absorption."
+    "Sparse autoencoders with Adaptive Temporal Masking, and tests of feature absorption."
 
 
 # %% ../nbs/cli.ipynb #cell-8

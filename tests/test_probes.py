@@ -185,6 +185,22 @@ def test_weighted_gram(share):
     assert np.allclose(weighted_gram(X, c, single=True), right, rtol=1e-5, atol=0)
 
 
+def test_curvature_that_is_singular_in_single_precision_is_made_in_double(monkeypatch):
+    "Always active latents are nearly equal inputs; rounding can make their H indefinite."
+    z, Y = sparse_inputs(200, 12)
+    z, exact = sparse.csr_matrix(z), weighted_gram
+    singles = []
+
+    def rounded(X, c, single=False):
+        singles.append(single)
+        H = exact(X, c)
+        return H - 2 * np.diag(H.diagonal()) if single else H
+
+    monkeypatch.setattr(probes, "weighted_gram", rounded)
+    W, b = fit_l1_probes(z, Y)
+    assert l1_error(z, Y, 0.01, W, b) < 1e-5 and {*singles} == {True, False}
+
+
 def test_a_step_with_signs_that_change_stops_at_zero():
     H, price = np.eye(2), np.array([1.0, 1])
     # the second weight, 1, would end at 1 - 3 + 1 = -1; a slope of 0.5 is no reason to leave zero

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -35,6 +36,7 @@ from atm_sae.report.verdict import (
     mask_table,
     mean_difference,
     mean_differences,
+    rate_sentence,
     read_evidence,
     rival_table,
     split_sentences,
@@ -187,7 +189,7 @@ def test_pairs_are_corrected_together():
         ((0.2, 0.1, 0.3), "more on ReLU + L1 by raw absorption and by absorption beyond misses"),
         (
             (0.01, -0.1, 0.12),
-            "no difference shown on ReLU + L1 (smallest detectable difference "
+            "no difference shown on ReLU + L1 (95% interval ± "
             "0.11 by raw absorption, 0.11 by absorption beyond misses)",
         ),
     ],
@@ -204,7 +206,7 @@ def test_two_measures_that_agree(bounds, words):
         (
             (0.0, -0.1, 0.1),
             "less by raw absorption, no difference shown by absorption beyond misses "
-            "(smallest detectable difference 0.10)",
+            "(95% interval ± 0.10)",
         ),
     ],
 )
@@ -507,25 +509,47 @@ def worlds(folder):
 
 def test_the_answer_in_three_rows(runs):
     table = answer_table(worlds(runs))
-    assert len(table) == 3 and [*table.columns] == [
-        "question",
-        "answer",
-        "difference",
-        "seeds",
-        "L0",
-    ]
-    planted, model, price = table.itertuples()
+    planted, model, price = table.itertuples(index=False)
     assert planted.answer.startswith("lower on ReLU + L1 and TopK;") and planted.seeds == "5"
-    assert "lower by one of two measures on BatchTopK and JumpReLU" in planted.answer
-    assert planted.difference.startswith("raw absorption -0.118 to 0.005 (± at most 0.040);")
+    assert "lower by one of two measures on BatchTopK and JumpReLU; on Matry" in planted.answer
+    assert planted[2].startswith("raw absorption -0.118 to 0.005 (± at most 0.040; bases 0.082 to")
     assert price.answer.startswith("planted world: lower on all 4 bases; language model: ")
+    assert model.answer.startswith("higher by one") and "too few seeds" not in model.answer
     assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (2, 5)
+
+
+def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
+    by_l0 = answer_table(worlds(runs))["bases at each L0"][0]
+    assert by_l0.startswith("raw absorption L0 4: lower on 4 of 4; L0 8: lower on 2 of 4;")
+    assert "L0 32: higher on 2 of 4" in by_l0
 
 
 def test_the_answer_changes_with_the_table(runs):
     assert "disagree" not in answer_table(worlds(runs)).answer[1]
     move(runs, "absorption", "topk+atm", "mean_full_absorption_score", 0.5)
     assert "the two measures disagree on TopK" in answer_table(worlds(runs)).answer[1]
+
+
+def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
+    path = runs / "tables/absorption-runs.csv"
+    table = pd.read_csv(path)
+    scores = ["mean_full_absorption_score", "mean_absorption_fraction_score"]
+    wide = 5 * (-1.0) ** table.seed
+    for score in scores:
+        table[score] += wide * table.method.str.contains("atm") + 0.001
+    table.to_csv(path, index=False)
+    answer = answer_table(worlds(runs)).answer[1]
+    assert answer == (
+        "no difference shown on any of 4 bases: too few seeds, the intervals are wider than the "
+        "scores"
+    )
+
+
+def test_the_rates_of_base_and_mask_are_said_where_they_differ(runs):
+    evidence = read_evidence(runs)
+    said = rate_sentence(evidence, "planted")
+    assert "× 2.6 on ReLU + L1, × 4.2 on TopK" in said and "JumpReLU" not in said
+    assert rate_sentence(replace(evidence, tuned={}), "planted") == ""
 
 
 def test_the_readme_holds_the_committed_sentences_and_tables():

@@ -362,6 +362,21 @@ def _line_search(
     return size
 
 
+def _model_minimum(
+    X: sparse.csc_matrix,  # (n, a) active inputs
+    c: np.ndarray,  # (n,) curvatures of the samples
+    g: np.ndarray,  # (a,) slope of the loss at w
+    w: np.ndarray,  # (a,)
+    price: np.ndarray,  # (a,) of each weight's size
+    single: bool,  # curvature in single precision
+) -> np.ndarray:  # (a,)
+    "The minimum of the quadratic model; LinAlgError if H is singular in this precision."
+    H = weighted_gram(X, c, single)
+    rounding = 1e-5 if single else 1e-10  # more than that of H, relative to its diagonal
+    H[np.diag_indices(len(w))] += rounding * H.diagonal() + 1e-9
+    return solve_signs(H, g, w, price)
+
+
 def _l1_step(
     X: sparse.csc_matrix,  # (n, a) active inputs, the first is 1
     t: np.ndarray,  # (n,) labels +-1
@@ -374,12 +389,12 @@ def _l1_step(
 ) -> tuple[np.ndarray, np.ndarray]:  # the new w and margins
     "Towards the minimum of the quadratic model of one question's loss, as far as the loss falls."
     p = expit(-t * margins)
-    H = weighted_gram(X, s * p * (1 - p), single)
-    rounding = 1e-5 if single else 1e-10  # more than that of H, relative to its diagonal
-    H[np.diag_indices(len(w))] += rounding * H.diagonal() + 1e-9
     price = np.full(len(w), strength)
     price[0] = 0
-    d = solve_signs(H, g, w, price) - w
+    try:
+        d = _model_minimum(X, s * p * (1 - p), g, w, price, single) - w
+    except np.linalg.LinAlgError:  # so many inputs are alike that H needs double precision
+        d = _model_minimum(X, s * p * (1 - p), g, w, price, single=False) - w
     change = X @ d
 
     def loss(size: float) -> float:

@@ -58,6 +58,7 @@ __all__ = [
     "rival_table",
     "verdict_sentences",
     "answer_table",
+    "rate_sentence",
 ]
 
 # %% ../../nbs/report/verdict.ipynb #cell-3
@@ -505,14 +506,20 @@ def effect_cell(line: Any) -> str:
     return f"{bold}{margin} ({line.agree}/{line.n})"
 
 
+def _rate_ratio(evidence: Evidence, world: str, a: str, b: str) -> float:
+    "Learning rate of a, in units of that of b."
+    settings = evidence.tuned.get(world, {})
+    one, other = (float(settings.get(m, {}).get("lr_scale", 1)) for m in (a, b))
+    return one / other
+
+
 def _rate_note(evidence: Evidence, a: str, b: str) -> str:
     "Says in which world a has another learning rate than b, if it has."
     rows = {"planted": evidence.planted, "model": evidence.letters}
     notes = {}
     for world in (world for world in rows if len(rows[world])):
-        settings = evidence.tuned.get(world, {})
-        one, other = (float(settings.get(m, {}).get("lr_scale", 1)) for m in (a, b))
-        notes[world] = "" if one == other else f"learning rate × {one / other:.2g}"
+        ratio = _rate_ratio(evidence, world, a, b)
+        notes[world] = "" if ratio == 1 else f"learning rate × {ratio:.2g}"
     if len({*notes.values()}) == 1:
         note = next(iter(notes.values()))
         return f" ({note})" if note else ""
@@ -555,8 +562,8 @@ def mask_caption(
         "Base with the mask minus base, at equal L0, with the settings in the manifest. A cell is "
         "mean ± half of the 95% interval (paired t over seeds, corrected by Holm over the bases); "
         f"in brackets, how many of {seeds} seeds have the sign of the mean. **less** and **more**: "
-        "the interval excludes 0. No word: no difference shown, and the number after ± is the "
-        "smallest detectable difference. FVU: fraction of variance unexplained. Mean over L0 "
+        "the interval excludes 0. No word: no difference shown. A measured difference above the "
+        "number after ± would have excluded 0. FVU: fraction of variance unexplained. Mean over L0 "
         f"{' and '.join(ranges)}, where both reach it.{_agreement_note(effects)}"
     )
 
@@ -588,12 +595,12 @@ def _resolution(
     lines: Sequence[Sequence[Any]],  # of each measure
     words: Sequence[str],  # for each measure
 ) -> str:
-    "The smallest difference that each of these lines would have shown."
+    "Half of the widest interval of each of these lines."
     halves = [max((line.high - line.low) / 2 for line in found) for found in lines]
     if any(math.isnan(half) for half in halves):
         return "one seed gives no interval"
     least = [f"{format_number(h, 2)} {w}".strip() for h, w in zip(halves, words)]
-    return f"smallest detectable difference {', '.join(least)}"
+    return f"95% interval ± {', '.join(least)}"
 
 
 def _one_measure(side: str, lines: Sequence[Any], measure: Measure) -> str:
@@ -860,56 +867,128 @@ def _findings(lines: Sequence[Mapping[tuple[str, str], Any]]) -> str:
     return "; ".join(f"{finding} on {_names(bases)}" for finding, bases in groups.items())
 
 
-def _span(lines: Iterable[Any]) -> str:
-    "The smallest and the largest difference, and the widest half interval."
-    lines = list(lines)
-    means = sorted(line.mean for line in lines)
-    half = max((line.high - line.low) / 2 for line in lines)
-    return f"{means[0]:.3f} to {means[-1]:.3f} (± at most {format_number(half, 2)})"
+@dataclass(frozen=True)
+class _Part:
+    "What one measure shows of all bases; with `sign` -1, of one minus the metric."
+
+    name: str
+    lines: Mapping[tuple[str, str], Any]  # {(masked, base): line of a table of effects}
+    read: pd.DataFrame  # `equal_l0_rows` of its world
+    metric: str
+    sign: int = 1
+
+    @property
+    def half(self) -> float:
+        "Half of the widest interval."
+        return max((line.high - line.low) / 2 for line in self.lines.values())
+
+    @property
+    def levels(self) -> list[float]:
+        "The bases' own values, in ascending order, where the differences were read."
+        found = []
+        for (_, base), line in self.lines.items():
+            inside = self.read.sparsity.between(line.l0_low, line.l0_high)
+            found.append(self.read[inside & (self.read.method == base)][self.metric].mean())
+        return sorted(found if self.sign > 0 else [1 - value for value in found])
+
+    def span(self) -> str:
+        "The smallest and the largest difference, the widest half interval, the bases' values."
+        low, *_, high = sorted([line.mean for line in self.lines.values()] * 2)
+        about = f"± at most {format_number(self.half, 2)}; bases"
+        ends = [f"{value:.3f}" for value in (self.levels[0], self.levels[-1])]
+        text = f"{low:.3f} to {high:.3f} ({about} {' to '.join(dict.fromkeys(ends))})"
+        return f"{self.name} {text}".strip()
+
+    def by_l0(self) -> str:
+        "On how many bases each L0 shows a lower or a higher value; not corrected."
+        sides: dict[float, list[str]] = {}
+        for a, b in self.lines:
+            for l0, values in (
+                self.sign * seed_differences(self.read, a, b, self.metric)
+            ).iterrows():
+                side = SIDES[claim_verdict(t_interval(values)[:3])]
+                sides.setdefault(float(str(l0)), []).append(side)
+        counts = []
+        for l0, found in sorted(sides.items()):
+            words = [f"{_LOWER[side]} on {found.count(side)}" for side in _LOWER if side in found]
+            counts.append(f"L0 {l0:g}: {', '.join(words) or 'none'} of {len(found)}")
+        return f"{self.name} {'; '.join(counts)}".strip()
 
 
-def _answer(effects: pd.DataFrame, measures: Mapping[str, Measure]) -> dict[str, str]:
-    "The cells of one world, {name of a measure: measure}; empty if one was not measured."
-    found = [effect_lines(effects, measure) for measure in measures.values()]
-    if not all(found):
-        return {}
-    spans = [f"{name} {_span(of.values())}".strip() for name, of in zip(measures, found)]
-    lines = pd.DataFrame([line for of in found for line in of.values()])
+def _parts(evidence: Evidence, measures: Mapping[str, Measure], sign: int = 1) -> list[_Part]:
+    "A part for each measure, {name: measure}; empty if one of them was not measured."
+    effects = mask_effects(evidence)
+    if sign < 0:
+        effects = effects.assign(mean=-effects["mean"], low=-effects.high, high=-effects.low)
+    parts = []
+    for name, measure in measures.items():
+        read = evidence.planted if measure.planted else evidence.letters
+        parts.append(_Part(name, effect_lines(effects, measure), read, measure.metric, sign))
+    return parts if all(part.lines for part in parts) else []
+
+
+def _cells(parts: Sequence[_Part]) -> dict[str, str]:
+    "The cells of one world."
+    n = min(line.n for part in parts for line in part.lines.values())
     return {
-        "answer": _findings(found),
-        "difference": "; ".join(spans),
-        "seeds": f"{lines.n.min():g}",
-        "L0": _l0_range(lines),
+        "answer": _findings([part.lines for part in parts]),
+        "difference, mean over L0": "; ".join(part.span() for part in parts),
+        "bases at each L0": parts[0].by_l0(),
+        "seeds": f"{n:g}",
     }
 
 
-def _absorbed(world: str, effects: pd.DataFrame) -> dict[str, str]:
-    "The row on absorption in one world."
+def _absorbed(world: str, evidence: Evidence) -> dict[str, str]:
+    "The row on absorption in one world; empty if it was not measured."
     measures = {
         measure.words.removeprefix("by ").removeprefix("the "): measure for measure in WORLDS[world]
     }
-    cells = _answer(effects, measures)
-    return {"question": QUESTIONS[world]} | cells if cells else {}
+    parts = _parts(evidence, measures)
+    if not parts:
+        return {}
+    cells = _cells(parts)
+    sides = {effect_side(line) for part in parts for line in part.lines.values()}
+    if sides == {"none"} and all(part.half > part.levels[-1] for part in parts):
+        cells["answer"] += ": too few seeds, the intervals are wider than the scores"
+    bases = [base for base, masked in MASKED.items() if masked in evidence.unmasked]
+    if bases and world == "Planted world":
+        cells["answer"] += f"; on {_names(bases)} tuning chose no mask"
+    return {"question": QUESTIONS[world]} | cells
 
 
-def _price(effects: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
     "The row on explained variance in all worlds."
     measures = {"Planted world": PLANTED_FVU, "Language model": MODEL_FVU}
-    cells = {}
-    for world, of in effects.items():
-        explained = of.assign(mean=-of["mean"], low=-of.high, high=-of.low)
-        cells[world.lower()] = _answer(explained, {"": measures[world]})
-    table = pd.DataFrame({world: found for world, found in cells.items() if found})
-    if table.empty:
+    parts = {w: _parts(of, {"": measures[w]}, sign=-1) for w, of in evidence.items()}
+    cells = {world.lower(): _cells(found) for world, found in parts.items() if found}
+    if not cells:
         return {}
-    joined = table.apply(lambda row: "; ".join(f"{w}: {cell}" for w, cell in row.items()), axis=1)
-    return {"question": PRICE_QUESTION} | joined.to_dict()
+    joined = {
+        column: "; ".join(f"{world}: {of[column]}" for world, of in cells.items())
+        for column in next(iter(cells.values()))
+    }
+    return {"question": PRICE_QUESTION} | joined
 
 
 def answer_table(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> pd.DataFrame:
     "Three rows: does the mask lower absorption in each world, and what does it cost?"
-    effects = {world: mask_effects(of) for world, of in evidence.items()}
-    rows = [_absorbed(world, of) for world, of in effects.items()]
-    return pd.DataFrame([row for row in [*rows, _price(effects)] if row])
+    rows = [_absorbed(world, of) for world, of in evidence.items()]
+    return pd.DataFrame([row for row in [*rows, _price(evidence)] if row])
+
+
+def rate_sentence(
+    evidence: Evidence,
+    world: str,  # planted or model
+) -> str:
+    "Says on which bases the mask has another learning rate than the base; empty if on none."
+    pairs = evidence.pairs((masked, base) for base, masked in MASKED.items())
+    ratios = {base: _rate_ratio(evidence, world, masked, base) for masked, base in pairs}
+    parts = [f"× {ratio:.2g} on {method_name(b)}" for b, ratio in ratios.items() if ratio != 1]
+    if not parts:
+        return ""
+    return (
+        "Base and masked form have their own tuned learning rates; with the mask it is "
+        f"{', '.join(parts)}."
+    )
