@@ -280,7 +280,8 @@ def test_templates_are_package_data():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = settings["package-data"]["atm_sae.report"]
     files = sorted(p.name for p in (ROOT / "atm_sae/report/templates").iterdir())
-    assert files == ["index.md.j2", "page.css", "page.html.j2", "page.js"]
+    pages = ["index.md.j2", "page.css", "page.html.j2", "page.js"]
+    assert files == ["experiment.ipynb", "experiment.yaml", *pages]
     assert all(any(fnmatch(f"templates/{f}", p) for p in patterns) for f in files)
     assert sorted(templates().list_templates()) == files
 
