@@ -893,10 +893,10 @@ class _Part:
 
     def span(self) -> str:
         "The smallest and the largest difference, the widest half interval, the bases' values."
-        low, *_, high = sorted([line.mean for line in self.lines.values()] * 2)
+        means = [line.mean for line in self.lines.values()]
         about = f"± at most {format_number(self.half, 2)}; bases"
         ends = [f"{value:.3f}" for value in (self.levels[0], self.levels[-1])]
-        text = f"{low:.3f} to {high:.3f} ({about} {' to '.join(dict.fromkeys(ends))})"
+        text = f"{min(means):.3f} to {max(means):.3f} ({about} {' to '.join(dict.fromkeys(ends))})"
         return f"{self.name} {text}".strip()
 
     def by_l0(self) -> str:
