@@ -12,6 +12,15 @@ from readme import ROOT
 
 from atm_sae.report import verdict
 from atm_sae.report.manifest import load_manifest, object_states
+from atm_sae.report.answer import (
+    answer_caption,
+    answer_lines,
+    answer_table,
+    l0_lines,
+    rate_sentence,
+    read_answer,
+    write_answer,
+)
 from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
 from atm_sae.report.tables import read_summary
 from atm_sae.report.verdict import (
@@ -24,7 +33,6 @@ from atm_sae.report.verdict import (
     LEAD,
     PUBLISHED_STANDING,
     RAW,
-    answer_table,
     compare_pairs,
     describe_effects,
     equal_explained_table,
@@ -36,7 +44,6 @@ from atm_sae.report.verdict import (
     mask_table,
     mean_difference,
     mean_differences,
-    rate_sentence,
     read_evidence,
     rival_table,
     split_sentences,
@@ -470,7 +477,7 @@ def test_the_layer_sentence_follows_the_swap(tmp_path):
 
 def test_sentences_that_lead(before):
     said = ["**Reconstruction cost**: a.", "**Stability**: b.", "**Planted world**, c."]
-    assert split_sentences(said) == (["**Planted world**, c.", "**Stability**: b."], said[:1])
+    assert split_sentences(said) == (["**Stability**: b."], [said[0], said[2]])
     assert {*LEAD} - {"The layer"} <= before.keys()
 
 
@@ -488,7 +495,7 @@ def test_the_pages_hold_the_sentences_and_change_with_them(tmp_path):
 
     before, markdown, html, results = pages()
     lead, rest = verdict_lines([results])
-    assert len(lead) + len(rest) == len(before) >= 6 and lead[0][0] == "Planted world (default)"
+    assert len(lead) + len(rest) == len(before) >= 6 and lead[0][0] == "The layer (default)"
     assert all(s in markdown for s in before)
     cells = mask_table(read_evidence(tmp_path)).to_numpy().ravel().tolist()
     assert all(cell in markdown for cell in cells) and PUBLISHED_STANDING in markdown
@@ -510,24 +517,25 @@ def worlds(folder):
 def test_the_answer_in_three_rows(runs):
     table = answer_table(worlds(runs))
     planted, model, price = table.itertuples(index=False)
-    assert planted.answer.startswith("lower on ReLU + L1 and TopK;") and planted.seeds == "5"
-    assert "lower by one of two measures on BatchTopK and JumpReLU; on Matry" in planted.answer
-    assert planted[2].startswith("raw absorption -0.118 to 0.005 (± at most 0.040; bases 0.082 to")
-    assert price.answer.startswith("planted world: lower on all 4 bases; language model: ")
-    assert model.answer.startswith("higher by one") and "too few seeds" not in model.answer
+    assert planted.answer.startswith("ReLU + L1 and TopK: lower;") and planted.seeds == "5"
+    assert "JumpReLU: lower in absorption beyond misses only; Matryoshka: left" in planted.answer
+    assert planted[2].startswith("raw absorption -0.118 to 0.005 (± 0.040 or less); absorption be")
+    assert planted[3].startswith("raw absorption 0.082 to 0.241; ")
+    assert price.answer.startswith("Planted world: all 4 bases: lower. Language model: ")
+    assert ": higher in " in model.answer and "Too few seeds" not in model.answer
     assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (2, 5)
 
 
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
-    by_l0 = answer_table(worlds(runs))["bases at each L0"][0]
-    assert by_l0.startswith("raw absorption L0 4: lower on 4 of 4; L0 8: lower on 2 of 4;")
-    assert "L0 32: higher on 2 of 4" in by_l0
+    by_l0 = l0_lines(worlds(runs))[0]
+    assert by_l0.startswith("Planted world, raw absorption: L0 4: lower on all 4; L0 8: lower on ")
+    assert "L0 16: no difference shown on any of 4; L0 32: higher on ReLU + L1 and" in by_l0
 
 
 def test_the_answer_changes_with_the_table(runs):
     assert "disagree" not in answer_table(worlds(runs)).answer[1]
     move(runs, "absorption", "topk+atm", "mean_full_absorption_score", 0.5)
-    assert "the two measures disagree on TopK" in answer_table(worlds(runs)).answer[1]
+    assert "TopK: the two measures disagree" in answer_table(worlds(runs)).answer[1]
 
 
 def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
@@ -540,27 +548,47 @@ def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
     table.to_csv(path, index=False)
     answer = answer_table(worlds(runs)).answer[1]
     assert answer == (
-        "no difference shown on any of 4 bases: too few seeds, the intervals are wider than the "
-        "scores"
+        "all 4 bases: no difference shown. Too few seeds: the intervals are wider than the scores"
     )
+
+
+def test_each_world_is_read_from_the_largest_profile_that_has_it(runs, tmp_path):
+    other = tmp_path / "smoke"
+    shutil.copytree(runs, other)
+    (other / "tables/planted-runs.csv").unlink()
+    found = read_answer({"smoke": runs, "default": other})
+    assert [of.profile for of in found.values()] == ["smoke", "default"]
+    assert read_answer({"default": tmp_path / "empty"}) == {}
+
+
+def test_the_figure_draws_the_numbers_of_the_table(runs, tmp_path):
+    found = read_answer({"full": runs})
+    path = write_answer(found, tmp_path)
+    drawn = pd.read_csv(path.with_suffix(".csv"))
+    table = answer_table(worlds(runs))
+    raw = drawn[drawn.panel == "Planted: raw absorption"]
+    assert list(raw.base) == ["standard", "topk", "batchtopk", "jumprelu"] and len(drawn) == 24
+    assert table.iloc[0, 2].startswith(f"raw absorption {raw['mean'].min():.3f} to ")
+    bytes_of = path.read_bytes(), path.with_suffix(".svg").read_bytes()
+    write_answer(found, tmp_path)
+    assert bytes_of == (path.read_bytes(), path.with_suffix(".svg").read_bytes())
+    assert write_answer({}, tmp_path) is None and answer_lines({}).empty
 
 
 def test_the_rates_of_base_and_mask_are_said_where_they_differ(runs):
     evidence = read_evidence(runs)
     said = rate_sentence(evidence, "planted")
-    assert "× 2.6 on ReLU + L1, × 4.2 on TopK" in said and "JumpReLU" not in said
+    assert "2.6 times the base's on ReLU + L1, 4.2 times" in said and "JumpReLU" not in said
     assert rate_sentence(replace(evidence, tuned={}), "planted") == ""
 
 
 def test_the_readme_holds_the_committed_sentences_and_tables():
     readme = (ROOT / "README.md").read_text()
-    table = answer_table(
-        {
-            "Planted world": worlds(REPORTS / "full")["Planted world"],
-            "Language model": worlds(REPORTS)["Language model"],
-        }
-    )
-    for cell in [PUBLISHED_STANDING, *table.to_numpy().ravel()]:
+    found = read_answer({"default": REPORTS, "full": REPORTS / "full"})
+    committed = {world: of.evidence for world, of in found.items()}
+    table = answer_table(committed)
+    assert answer_caption(found) in readme
+    for cell in [PUBLISHED_STANDING, *table.to_numpy().ravel(), *l0_lines(committed)]:
         assert cell in readme, cell
     assert len(readme.splitlines()) < 200
     assert readme.index(PUBLISHED_STANDING) < readme.index(table.answer[0])

@@ -10,6 +10,7 @@ __all__ = [
     "axis_limits",
     "plot_curves",
     "plot_intervals",
+    "plot_effects",
     "stamp",
     "few_colours",
     "save_figure",
@@ -246,6 +247,34 @@ def plot_intervals(
 
 
 # %% ../../nbs/report/figures.ipynb #cell-26
+def plot_effects(
+    ax: "Axes",  # where to draw
+    lines: pd.DataFrame,  # base, mean, low, high, n, agree: one line for each base
+) -> None:
+    "A difference with its interval for each base, the first on top; agreeing seeds on the right."
+    for y, line in enumerate(lines.itertuples()):
+        colour = method_style(line.base)["color"]
+        excludes = line.low > 0 or line.high < 0
+        ax.plot([line.low, line.high], [y, y], color=colour, lw=1.4, solid_capstyle="butt")
+        ax.plot(line.mean, y, "o", color=colour, markerfacecolor=colour if excludes else "white")
+        ax.annotate(
+            f"{line.agree:g}/{line.n:g}",
+            (1.02, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )
+    ax.axvline(0, color="#303030", lw=0.8, zorder=0.5)
+    ax.set(yticks=range(len(lines)), yticklabels=[method_name(base) for base in lines.base])
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.margins(x=0.08)
+    ax.locator_params(axis="x", nbins=5)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+
+
+# %% ../../nbs/report/figures.ipynb #cell-29
 def stamp(
     fig: "Figure",
     profile: str,  # its name goes to the lower right corner
@@ -274,7 +303,7 @@ def stamp(
     return fig
 
 
-# %% ../../nbs/report/figures.ipynb #cell-29
+# %% ../../nbs/report/figures.ipynb #cell-32
 _NO_TRACE: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": None},
@@ -313,7 +342,7 @@ def _number_clip_paths(svg: str) -> str:
     return re.sub(pattern, lambda m: m[1] + names[m[2]], svg)
 
 
-# %% ../../nbs/report/figures.ipynb #cell-30
+# %% ../../nbs/report/figures.ipynb #cell-33
 def save_figure(
     fig: "Figure",  # a matplotlib figure
     folder: Path | str,  # where to put it

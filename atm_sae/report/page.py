@@ -24,6 +24,8 @@ __all__ = [
     "headline",
     "templates",
     "markdown_page",
+    "Answer",
+    "page_answer",
     "html_page",
     "result_folders",
     "write_index",
@@ -43,6 +45,14 @@ import pandas as pd
 
 from ..artefacts import atomic_write
 from ..methods import method_name
+from atm_sae.report.answer import (
+    answer_caption,
+    answer_table,
+    l0_lines,
+    rate_sentence,
+    read_answer,
+    write_answer,
+)
 from .figures import few_colours
 from atm_sae.report.manifest import (
     MADE_ELSEWHERE,
@@ -542,8 +552,37 @@ def markdown_page(
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+@dataclass(frozen=True)
+class Answer:
+    "What the page shows first: a table, its figure, and sentences on both."
+
+    table: pd.DataFrame
+    picture: str  # data URI of the figure
+    caption: str
+    lines: tuple[str, ...]
+
+
+def page_answer(
+    folders: Mapping[str, Path],  # {profile: reports folder}
+    home: Path,  # folder of the HTML page, where the figure is written
+) -> Answer | None:
+    "Write the answer's figure; None without evidence."
+    found = read_answer(folders)
+    path = write_answer(found, home)
+    if path is None:
+        return None
+    evidence = {world: of.evidence for world, of in found.items()}
+    rates = rate_sentence(evidence["Planted world"], "planted") if "Planted world" in found else ""
+    lines = [*l0_lines(evidence), f"Planted world. {rates}" if rates else ""]
+    shown = tuple(line for line in lines if line)
+    return Answer(
+        answer_table(evidence), data_uri(path.with_suffix("")), answer_caption(found), shown
+    )
+
+
 def html_page(
     results: Sequence[ProfileResults],  # of each profile, in the order of the page
+    answer: Answer | None = None,  # None: without evidence
 ) -> str:
     "The results of all profiles as one HTML file: the same bytes for the same results."
     cards = [card for r in results for card in r.cards]
@@ -552,6 +591,7 @@ def html_page(
         .get_template("page.html.j2")
         .render(
             results=results,
+            answer=answer,
             headline=headline(results),
             more=verdict_lines(results)[1],
             masked=next((r for r in _by_size(results) if not r.mask.empty), None),
@@ -610,5 +650,6 @@ def write_index(
     with atomic_write(path) as part:
         part.write_text(markdown_page(results[profile]), encoding="utf-8")
     with atomic_write(home / "index.html") as part:
-        part.write_text(html_page(list(results.values())), encoding="utf-8")
+        page = html_page(list(results.values()), page_answer(folders, home))
+        part.write_text(page, encoding="utf-8")
     return path

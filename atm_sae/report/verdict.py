@@ -31,8 +31,6 @@ __all__ = [
     "WORLDS",
     "PUBLISHED_STANDING",
     "LEAD",
-    "QUESTIONS",
-    "PRICE_QUESTION",
     "equal_l0_rows",
     "equal_l0_table",
     "seed_differences",
@@ -50,15 +48,15 @@ __all__ = [
     "effect_side",
     "effect_lines",
     "effect_cell",
+    "rate_ratio",
     "mask_table",
     "mask_caption",
+    "name_methods",
     "describe_effects",
     "split_sentences",
     "layer_sentence",
     "rival_table",
     "verdict_sentences",
-    "answer_table",
-    "rate_sentence",
 ]
 
 # %% ../../nbs/report/verdict.ipynb #cell-3
@@ -463,6 +461,11 @@ class Measure(NamedTuple):
     heading: str  # of a table
     words: str  # in a sentence
 
+    @property
+    def short(self) -> str:
+        "Its name alone: `raw absorption`."
+        return self.words.removeprefix("by ").removeprefix("the ")
+
 
 RAW = Measure("absorption", True, "planted: raw absorption", "by raw absorption")
 BEYOND = Measure("excess_absorption", True, "planted: beyond misses", "by absorption beyond misses")
@@ -506,7 +509,12 @@ def effect_cell(line: Any) -> str:
     return f"{bold}{margin} ({line.agree}/{line.n})"
 
 
-def _rate_ratio(evidence: Evidence, world: str, a: str, b: str) -> float:
+def rate_ratio(
+    evidence: Evidence,
+    world: str,  # planted or model
+    a: str,
+    b: str,  # two methods
+) -> float:
     "Learning rate of a, in units of that of b."
     settings = evidence.tuned.get(world, {})
     one, other = (float(settings.get(m, {}).get("lr_scale", 1)) for m in (a, b))
@@ -518,7 +526,7 @@ def _rate_note(evidence: Evidence, a: str, b: str) -> str:
     rows = {"planted": evidence.planted, "model": evidence.letters}
     notes = {}
     for world in (world for world in rows if len(rows[world])):
-        ratio = _rate_ratio(evidence, world, a, b)
+        ratio = rate_ratio(evidence, world, a, b)
         notes[world] = "" if ratio == 1 else f"learning rate × {ratio:.2g}"
     if len({*notes.values()}) == 1:
         note = next(iter(notes.values()))
@@ -579,8 +587,10 @@ def _agreement_note(effects: pd.DataFrame) -> str:
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-30
-def _names(methods: Iterable[str]) -> str:
-    "Names in a sentence: `a`, `a and b`, `a, b and c`."
+def name_methods(
+    methods: Iterable[str],  # at least one
+) -> str:
+    "Their names in a sentence: `a`, `a and b`, `a, b and c`."
     *first, last = [method_name(m) for m in methods]
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -642,7 +652,7 @@ def describe_effects(
     parts = []
     for sides, pairs in groups.items():
         lines = [[of[pair] for pair in pairs] for of in found]
-        parts.append(_group(sides, lines, measures, _names(b for _, b in pairs), than))
+        parts.append(_group(sides, lines, measures, name_methods(b for _, b in pairs), than))
     return "; ".join(parts)
 
 
@@ -650,13 +660,13 @@ def describe_effects(
 RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka")
 WORLDS = {"Planted world": (RAW, BEYOND), "Language model": (FULL_SCORE, FRACTION_SCORE)}
 PUBLISHED_STANDING = (
-    "The published values are secondary, since the full text was not available. ATM's come from "
-    "public summaries. The others come from result files of the first author, most likely the "
-    "paper's baselines (inferred)."
+    "The published values are secondary, since the full text was not available. ATM's values come "
+    "from public summaries. Those of the other methods come from result files of the first author. "
+    "We infer that these are the paper's baselines."
 )
 
 
-LEAD = ("Planted world", "Language model", "The layer", "Stability")  # shown first
+LEAD = ("The layer", "Stability")  # shown first
 
 
 def split_sentences(
@@ -705,7 +715,7 @@ def _mask_sentences(evidence: Evidence, effects: pd.DataFrame) -> list[str]:
         )
     bases = [base for base, masked in MASKED.items() if masked in evidence.unmasked]
     if sentences and bases:
-        sentences[0] += f" On {_names(bases)}, tuning chose no mask."
+        sentences[0] += f" On {name_methods(bases)}, tuning chose no mask."
     return sentences
 
 
@@ -833,162 +843,3 @@ def verdict_sentences(
         head = f"**The best attempt** (lowest cost, exploratory): {method_name(best)}"
         sentences.append(_pair_sentence(evidence, best, base, head))
     return [sentence for sentence in sentences if sentence]
-
-
-# %% ../../nbs/report/verdict.ipynb #cell-37
-QUESTIONS = {
-    "Planted world": "Does the mask lower absorption in the planted world?",
-    "Language model": "Does it lower absorption on a real language model?",
-}
-PRICE_QUESTION = "What does it cost in explained variance?"
-_LOWER = {"less": "lower", "more": "higher"}
-
-
-def _finding(sides: Sequence[str]) -> str:
-    "What the measures show of one base together."
-    shown = {*sides} - {"none"}
-    if not shown:
-        return "no difference shown"
-    if len(shown) > 1:
-        return "the two measures disagree"
-    word = _LOWER[shown.pop()]
-    return f"{word} by one of two measures" if "none" in sides else word
-
-
-def _findings(lines: Sequence[Mapping[tuple[str, str], Any]]) -> str:
-    "The bases, grouped by what the measures, a mapping each, show of them."
-    groups: dict[str, list[str]] = {}
-    for pair in lines[0]:
-        finding = _finding([effect_side(of[pair]) for of in lines])
-        groups.setdefault(finding, []).append(pair[1])
-    if len(groups) == 1 and len(lines[0]) > 1:
-        finding, n = next(iter(groups)), len(lines[0])
-        return f"{finding} on {'any of' if finding.startswith('no') else 'all'} {n} bases"
-    return "; ".join(f"{finding} on {_names(bases)}" for finding, bases in groups.items())
-
-
-@dataclass(frozen=True)
-class _Part:
-    "What one measure shows of all bases; with `sign` -1, of one minus the metric."
-
-    name: str
-    lines: Mapping[tuple[str, str], Any]  # {(masked, base): line of a table of effects}
-    read: pd.DataFrame  # `equal_l0_rows` of its world
-    metric: str
-    sign: int = 1
-
-    @property
-    def half(self) -> float:
-        "Half of the widest interval."
-        return max((line.high - line.low) / 2 for line in self.lines.values())
-
-    @property
-    def levels(self) -> list[float]:
-        "The bases' own values, in ascending order, where the differences were read."
-        found = []
-        for (_, base), line in self.lines.items():
-            inside = self.read.sparsity.between(line.l0_low, line.l0_high)
-            found.append(self.read[inside & (self.read.method == base)][self.metric].mean())
-        return sorted(found if self.sign > 0 else [1 - value for value in found])
-
-    def span(self) -> str:
-        "The smallest and the largest difference, the widest half interval, the bases' values."
-        means = [line.mean for line in self.lines.values()]
-        about = f"± at most {format_number(self.half, 2)}; bases"
-        ends = [f"{value:.3f}" for value in (self.levels[0], self.levels[-1])]
-        text = f"{min(means):.3f} to {max(means):.3f} ({about} {' to '.join(dict.fromkeys(ends))})"
-        return f"{self.name} {text}".strip()
-
-    def by_l0(self) -> str:
-        "On how many bases each L0 shows a lower or a higher value; not corrected."
-        sides: dict[float, list[str]] = {}
-        for a, b in self.lines:
-            for l0, values in (
-                self.sign * seed_differences(self.read, a, b, self.metric)
-            ).iterrows():
-                side = SIDES[claim_verdict(t_interval(values)[:3])]
-                sides.setdefault(float(str(l0)), []).append(side)
-        counts = []
-        for l0, found in sorted(sides.items()):
-            words = [f"{_LOWER[side]} on {found.count(side)}" for side in _LOWER if side in found]
-            counts.append(f"L0 {l0:g}: {', '.join(words) or 'none'} of {len(found)}")
-        return f"{self.name} {'; '.join(counts)}".strip()
-
-
-def _parts(evidence: Evidence, measures: Mapping[str, Measure], sign: int = 1) -> list[_Part]:
-    "A part for each measure, {name: measure}; empty if one of them was not measured."
-    effects = mask_effects(evidence)
-    if sign < 0:
-        effects = effects.assign(mean=-effects["mean"], low=-effects.high, high=-effects.low)
-    parts = []
-    for name, measure in measures.items():
-        read = evidence.planted if measure.planted else evidence.letters
-        parts.append(_Part(name, effect_lines(effects, measure), read, measure.metric, sign))
-    return parts if all(part.lines for part in parts) else []
-
-
-def _cells(parts: Sequence[_Part]) -> dict[str, str]:
-    "The cells of one world."
-    n = min(line.n for part in parts for line in part.lines.values())
-    return {
-        "answer": _findings([part.lines for part in parts]),
-        "difference, mean over L0": "; ".join(part.span() for part in parts),
-        "bases at each L0": parts[0].by_l0(),
-        "seeds": f"{n:g}",
-    }
-
-
-def _absorbed(world: str, evidence: Evidence) -> dict[str, str]:
-    "The row on absorption in one world; empty if it was not measured."
-    measures = {
-        measure.words.removeprefix("by ").removeprefix("the "): measure for measure in WORLDS[world]
-    }
-    parts = _parts(evidence, measures)
-    if not parts:
-        return {}
-    cells = _cells(parts)
-    sides = {effect_side(line) for part in parts for line in part.lines.values()}
-    if sides == {"none"} and all(part.half > part.levels[-1] for part in parts):
-        cells["answer"] += ": too few seeds, the intervals are wider than the scores"
-    bases = [base for base, masked in MASKED.items() if masked in evidence.unmasked]
-    if bases and world == "Planted world":
-        cells["answer"] += f"; on {_names(bases)} tuning chose no mask"
-    return {"question": QUESTIONS[world]} | cells
-
-
-def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on explained variance in all worlds."
-    measures = {"Planted world": PLANTED_FVU, "Language model": MODEL_FVU}
-    parts = {w: _parts(of, {"": measures[w]}, sign=-1) for w, of in evidence.items()}
-    cells = {world.lower(): _cells(found) for world, found in parts.items() if found}
-    if not cells:
-        return {}
-    joined = {
-        column: "; ".join(f"{world}: {of[column]}" for world, of in cells.items())
-        for column in next(iter(cells.values()))
-    }
-    return {"question": PRICE_QUESTION} | joined
-
-
-def answer_table(
-    evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
-) -> pd.DataFrame:
-    "Three rows: does the mask lower absorption in each world, and what does it cost?"
-    rows = [_absorbed(world, of) for world, of in evidence.items()]
-    return pd.DataFrame([row for row in [*rows, _price(evidence)] if row])
-
-
-def rate_sentence(
-    evidence: Evidence,
-    world: str,  # planted or model
-) -> str:
-    "Says on which bases the mask has another learning rate than the base; empty if on none."
-    pairs = evidence.pairs((masked, base) for base, masked in MASKED.items())
-    ratios = {base: _rate_ratio(evidence, world, masked, base) for masked, base in pairs}
-    parts = [f"× {ratio:.2g} on {method_name(b)}" for b, ratio in ratios.items() if ratio != 1]
-    if not parts:
-        return ""
-    return (
-        "Base and masked form have their own tuned learning rates; with the mask it is "
-        f"{', '.join(parts)}."
-    )
