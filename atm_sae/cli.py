@@ -148,7 +148,8 @@ def _complete_format(incomplete: str) -> list[str]:
     "Names of formats that begin so."
     from atm_sae.sae.formats import FORMATS
 
-    return [name for name in FORMATS if name.startswith(incomplete)]
+    writable = (name for name, row in FORMATS.items() if row.write)
+    return [name for name in writable if name.startswith(incomplete)]
 
 
 def _raw_manifest(given: Path | None) -> dict[str, Any]:

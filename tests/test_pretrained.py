@@ -18,6 +18,8 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from atm_sae import from_pretrained, export_sae, model_card, push_to_hub
+from atm_sae.sae import formats
+from atm_sae.sae.formats import sae_checksum
 from atm_sae.core import cache_dir
 from atm_sae.data.lm import SITES, hook_point, other_place
 from atm_sae.sae.sae import SAE, SAEConfig
@@ -31,6 +33,17 @@ STANDARD, JUMP, TOPK, TRAINED = (
 )
 THEIRS = FIXTURES / "pretrained/dictionary-learning-AutoEncoderTopK"
 FORMATS = ("saelens", "gemma-scope", "dictionary-learning")
+SPARSIFY, LLAMA, SCOPIUM, QWEN, GEMMA_2, PICKLED = (
+    FIXTURES / "pretrained" / name
+    for name in (
+        "sparsify/layers.3",
+        "Llama3_1-8B-Base-L15R-8x",
+        "llamascopium-jumprelu",
+        "SAE-Res-Qwen3-1.7B-Base-W32K-L0_3",
+        "gemma-scope-2-1b-it/resid_post/layer_13_width_16k_l0_big",
+        "dictionary-learning-pt/resid_post_layer_3/trainer_0",
+    )
+)
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 PLACE = hook_point("google/gemma-2-2b", 3)
 
@@ -68,18 +81,39 @@ def make(architecture, d_in=6, d_sae=12, seed=0):
 # ---- recorded files of the real libraries
 
 
+ELSEWHERE = {
+    "gemma-scope-2-1b-it/resid_post": hook_point("gemma-3-1b-it", 13),
+    "gemma-scope-2-1b-it/mlp_out": hook_point("gemma-3-1b-it", 13, "mlp_out"),
+    "gemma-scope-2-1b-it/attn_out": dict(
+        model_name="gemma-3-1b-it", hook_name="blocks.13.attn.hook_z"
+    ),
+    "SAE-Res": hook_point("Qwen3-1.7B-Base", 12),
+    "sparsify/layers.3.mlp": hook_point("SmolLM2-135M", 3, "mlp_out"),
+    "sparsify/layers.3": hook_point("SmolLM2-135M", 3),
+    "Llama3_1-8B-Base-L15R": hook_point("Llama-3.1-8B", 15),
+    "Llama3_1-8B-Base-L15A": hook_point("Llama-3.1-8B", 15, "attn_out"),
+    "Llama3_1-8B-Base-L15M": hook_point("Llama-3.1-8B", 15, "mlp_out"),
+    "llamascopium": dict(hook_name="blocks.3.hook_mlp_out"),
+}
+
+
 @pytest.mark.parametrize(
     "folder", RECORDED, ids=lambda f: f.relative_to(FIXTURES / "pretrained").parts[0]
 )
 def test_recorded(folder):
     sae = from_pretrained(folder)
     same(sae, folder)
-    assert other_place(sae.metadata, PLACE) == {} and PLACE.keys() <= sae.metadata.keys()
+    name = folder.relative_to(FIXTURES / "pretrained").as_posix()
+    place = next((ELSEWHERE[start] for start in ELSEWHERE if name.startswith(start)), None)
+    if place is None:
+        assert other_place(sae.metadata, PLACE) == {} and PLACE.keys() <= sae.metadata.keys()
+    else:
+        assert sae.metadata == place
     assert all(p.dtype == torch.float32 for p in sae.state_dict().values())
 
 
 def test_recorded_architectures():
-    assert len(RECORDED) == 27
+    assert len(RECORDED) == 40
     found = {f.name: from_pretrained(f).config.architecture for f in RECORDED}
     assert (
         found["saelens-gated"] == found["saelens-batchtopk"] == "jumprelu"
@@ -293,9 +327,41 @@ def cut(file):
     return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:200])
 
 
-def to_pickle(folder):
-    torch.save(load_file(folder / "ae.safetensors"), folder / "ae.pt")
-    (folder / "ae.safetensors").unlink()
+def hyper_change(**change):
+    def do(folder):
+        cfg = json.loads((folder / "hyperparams.json").read_text()) | change
+        (folder / "hyperparams.json").write_text(json.dumps(cfg))
+
+    return do
+
+
+def pickled(content, file="ae.pt"):
+    return lambda folder: torch.save(content, folder / file)
+
+
+def pickled_change(file, change):
+    def do(folder):
+        w = torch.load(folder / file, weights_only=True)
+        change(w)
+        torch.save(w, folder / file)
+
+    return do
+
+
+class HeldInAnObject(dict):
+    "A dict that torch does not know, as a training script might save."
+
+
+class Code:
+    "What a pickle runs when it is read in full."
+
+    def __reduce__(self):
+        return (os.system, ("touch opened",))
+
+
+def to_code(folder):
+    w = torch.load(folder / "ae.pt", weights_only=True)
+    torch.save(w | dict(more=Code()), folder / "ae.pt")
 
 
 def remove(*files):
@@ -359,7 +425,12 @@ DAMAGE = dict(
         write(WEIGHTS, pickle.dumps([1])),
         "no readable safetensors file.*is a pickle",
     ),
-    no_weights=(STANDARD, remove(WEIGHTS), f"no {WEIGHTS} in .*not complete"),
+    no_weights=(
+        STANDARD,
+        remove(WEIGHTS),
+        f"no SAE in .*cfg.json with {WEIGHTS} .SAELens, atm-sae. or cfg.json with sae.safetensors "
+        ".sparsify., found cfg.json.*not complete",
+    ),
     no_json=(STANDARD, write("cfg.json", b'{"d_in": 6, '), "cfg.json is not valid JSON"),
     list_json=(STANDARD, write("cfg.json", b"[1]"), "holds a list"),
     no_d_in=(STANDARD, cfg_change(d_in="GONE"), "d_in is None, where a number"),
@@ -426,7 +497,112 @@ DAMAGE = dict(
         r"threshold is \(7,\) where \(12,\)",
     ),
     npz_negative=(GEMMA, npz_change(below), "2 thresholds are negative"),
-    their_pickle=(THEIRS, to_pickle, r"ae.pt is a pickle.*torch.load\('ae.pt'.*'ae.safetensors'"),
+    their_code=(
+        PICKLED,
+        to_code,
+        r"ae.pt is no readable file of tensors.*can run code.*torch.load.*'ae.safetensors'",
+    ),
+    their_cut=(PICKLED, cut("ae.pt"), "ae.pt is no readable file of tensors: it was cut short"),
+    their_list=(PICKLED, pickled([torch.ones(2)]), "ae.pt holds a list, where a dict of tensors"),
+    their_nan=(
+        PICKLED,
+        pickled_change("ae.pt", lambda w: w["b_dec"].fill_(torch.nan)),
+        "ae.pt: b_dec holds 6 values that are NaN",
+    ),
+    their_config=(PICKLED, remove("config.json"), "no config.json in .*not complete"),
+    their_weights=(PICKLED, remove("ae.pt"), "no SAE in .*ae.safetensors or ae.pt"),
+    sparsify_settings=(SPARSIFY, remove("cfg.json"), "no cfg.json in .*not complete"),
+    sparsify_weights=(SPARSIFY, remove("sae.safetensors"), "no SAE in .*sae.safetensors .sparsify"),
+    sparsify_transcoder=(
+        SPARSIFY,
+        cfg_change(transcode=True),
+        "this is a transcoder of sparsify.*only SAEs are read",
+    ),
+    sparsify_skip=(SPARSIFY, cfg_change(skip_connection=True), "transcoder of sparsify"),
+    sparsify_groups=(SPARSIFY, cfg_change(activation="groupmax"), "unknown .*'groupmax'.*topk"),
+    sparsify_signed=(SPARSIFY, cfg_change(signed=True), "signed is true"),
+    sparsify_k=(SPARSIFY, cfg_change(k=None), "k is None, where a number"),
+    sparsify_size=(SPARSIFY, cfg_change(num_latents=11), r"W_enc is \(6, 12\) where \(6, 11\)"),
+    sparsify_nan=(SPARSIFY, weights_change("sae.safetensors", nan), "W_dec holds 3 values"),
+    llama_settings=(LLAMA, remove("hyperparams.json"), "no hyperparams.json in .*not complete"),
+    llama_weights=(
+        LLAMA,
+        remove("checkpoints/final.safetensors"),
+        "no SAE in .*hyperparams.json with checkpoints/final.safetensors .Llama Scope., found",
+    ),
+    llama_transcoder=(
+        LLAMA,
+        hyper_change(hook_point_in="blocks.15.ln2.hook_normalized"),
+        "this transcoder maps blocks.15.ln2.hook_normalized to blocks.15.hook_resid_post",
+    ),
+    llama_glu=(LLAMA, hyper_change(use_glu_encoder=True), "use_glu_encoder is true"),
+    llama_token=(LLAMA, hyper_change(norm_activation="token-wise"), "'token-wise'.*no weights can"),
+    llama_norm=(LLAMA, hyper_change(dataset_average_activation_norm=None), "is None, where a num"),
+    llama_function=(LLAMA, hyper_change(act_fn="gelu"), "unknown .*'gelu'; these .*relu, topk"),
+    llama_threshold=(LLAMA, hyper_change(jump_relu_threshold=None), "has no threshold"),
+    llama_size=(LLAMA, hyper_change(d_sae=11), r"W_enc is \(6, 12\) where \(6, 11\)"),
+    llama_nan=(
+        LLAMA,
+        weights_change(
+            "checkpoints/final.safetensors", lambda w: w["decoder.bias"].fill_(torch.nan)
+        ),
+        "b_dec holds 6 values that are NaN",
+    ),
+    scopium_type=(SCOPIUM, settings_change(sae_type="clt"), "this clt maps .*only SAEs are read"),
+    scopium_batch=(SCOPIUM, settings_change(act_fn="batchtopk"), "unknown .*'batchtopk'"),
+    scopium_missing=(
+        SCOPIUM,
+        weights_change(WEIGHTS, lambda w: w.pop("W_E")),
+        "has no W_enc: it is damaged",
+    ),
+    gemma_2_transcoder=(
+        GEMMA_2,
+        settings_change(type="transcoder"),
+        "belongs to a transcoder of Gemma Scope 2.*only SAEs are read",
+    ),
+    gemma_2_affine=(
+        GEMMA_2,
+        weights_change(
+            "params.safetensors", lambda w: w.update(affine_skip_connection=torch.eye(6))
+        ),
+        "which does not reconstruct its own input",
+    ),
+    gemma_2_function=(
+        GEMMA_2,
+        settings_change(architecture="topk"),
+        "unknown .*'topk'; .*jump_relu",
+    ),
+    gemma_2_weights=(
+        GEMMA_2,
+        remove("params.safetensors", "recorded.safetensors"),
+        "no SAE in .*params.safetensors .Gemma Scope 2.*found config.json",
+    ),
+    gemma_2_other=(
+        GEMMA_2,
+        weights_change("params.safetensors", lambda w: w.pop("w_enc")),
+        "has no matrix w_enc; it has b_dec",
+    ),
+    gemma_2_negative=(GEMMA_2, weights_change("params.safetensors", below), "2 thresholds are neg"),
+    qwen_missing=(
+        QWEN,
+        pickled_change("layer12.sae.pt", lambda w: w.pop("b_enc")),
+        "layer12.sae.pt has no b_enc",
+    ),
+    qwen_shape=(
+        QWEN,
+        pickled_change("layer12.sae.pt", lambda w: w.update(W_dec=w["W_enc"])),
+        r"W_dec is \(6, 12\) where \(12, 6\)",
+    ),
+    qwen_other=(
+        QWEN,
+        pickled_change("layer12.sae.pt", lambda w: w.pop("W_enc")),
+        "has no matrix W_enc; it has W_dec, b_dec, b_enc",
+    ),
+    qwen_many=(
+        QWEN,
+        lambda folder: shutil.copy(folder / "layer12.sae.pt", folder / "layer3.sae.pt"),
+        "has 2 SAEs: give one file, such as .*layer12.sae.pt",
+    ),
     their_class=(
         THEIRS,
         trainer_change(dict_class="IdentityDict"),
@@ -521,13 +697,109 @@ def test_other_wrong_sources(tmp_path):
 
 
 def test_the_line_that_converts_a_pickle_works(tmp_path):
-    folder = copy(THEIRS, tmp_path)
-    to_pickle(folder)
-    with pytest.raises(FileNotFoundError) as e:
+    "A file that torch does not read as tensors alone; the line runs its code, as it says."
+    folder = copy(PICKLED, tmp_path)
+    w = torch.load(folder / "ae.pt", weights_only=True)
+    torch.save(HeldInAnObject(w), folder / "ae.pt")
+    with pytest.raises(ValueError, match="not opened") as e:
         from_pretrained(folder)
     code = str(e.value).split('python -c "')[1].rsplit('"', 1)[0]
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent))
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env=env)
     same(from_pretrained(folder), folder)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
+    folder = copy(PICKLED, tmp_path)
+    to_code(folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="not opened"):
+        from_pretrained(folder)
+    assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [f for f in RECORDED if (f / "ae.safetensors").exists()],
+    ids=lambda f: f.name,
+)
+def test_every_class_of_dictionary_learning_is_read_from_ae_pt(tmp_path, folder):
+    there = copy(folder, tmp_path)
+    torch.save(load_file(there / "ae.safetensors"), there / "ae.pt")
+    (there / "ae.safetensors").unlink()
+    same(from_pretrained(there), there)
+
+
+def test_safetensors_are_read_before_a_pickle(tmp_path):
+    folder = copy(THEIRS, tmp_path)
+    (folder / "ae.pt").write_bytes(b"no pickle")
+    same(from_pretrained(folder), folder)
+
+
+def test_gemma_scope_2_without_settings(tmp_path):
+    "The path then gives model and hook; a path that gives neither leaves them out."
+    for name, hook in [
+        ("resid_post", "hook_resid_post"),
+        ("mlp_out_all", "hook_mlp_out"),
+        ("attn_out", "attn.hook_z"),
+    ]:
+        at = tmp_path / "models--google--gemma-scope-2-270m-pt/snapshots/ab" / name
+        folder = at / "layer_5_width_16k_l0_small"
+        shutil.copytree(GEMMA_2, folder)
+        (folder / "config.json").unlink()
+        sae = from_pretrained(folder)
+        same(sae, folder)
+        assert sae.metadata == dict(model_name="gemma-3-270m", hook_name=f"blocks.5.{hook}")
+    shutil.copytree(folder, tmp_path / "x")
+    assert from_pretrained(tmp_path / "x").metadata == {}
+    shutil.copytree(folder, tmp_path / "transcoder_all/layer_5_width_16k_l0_small")
+    with pytest.raises(ValueError, match="belongs to a transcoder_all of Gemma Scope 2"):
+        from_pretrained(tmp_path / "transcoder_all/layer_5_width_16k_l0_small")
+
+
+@pytest.mark.parametrize(
+    "name, model, hook",
+    [
+        ("layers.9", "meta-llama/Llama-3.1-8B", "blocks.9.hook_resid_post"),
+        ("layers.9.mlp", "meta-llama/Llama-3.1-8B", "blocks.9.hook_mlp_out"),
+        ("layers.9.self_attn", "x/y", "blocks.9.hook_attn_out"),
+        ("layers.9.mlp", "google/gemma-2-2b", "layers.9.mlp"),  # its output is normalised later
+        ("embed_tokens", "x/y", "embed_tokens"),
+    ],
+)
+def test_the_place_of_a_sparsify_sae(tmp_path, name, model, hook):
+    shutil.copytree(SPARSIFY, tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model=model)))
+    place = dict(model_name=model.split("/")[1], hook_name=hook)
+    assert from_pretrained(tmp_path / name).metadata == place
+
+
+def test_a_qwen_scope_file_outside_of_its_repository_has_no_k(tmp_path):
+    shutil.copy(QWEN / "layer12.sae.pt", tmp_path / "layer12.sae.pt")
+    with pytest.raises(ValueError, match="only the name of its repository says how many latents"):
+        from_pretrained(tmp_path / "layer12.sae.pt")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        LLAMA / "checkpoints/final.safetensors",
+        QWEN / "layer12.sae.pt",
+        PICKLED / "ae.pt",
+        SPARSIFY / "sae.safetensors",
+        GEMMA_2 / "params.safetensors",
+    ],
+)
+def test_the_file_of_weights_will_do(file):
+    folder = file.parents[1] if file.parent.name == "checkpoints" else file.parent
+    same(from_pretrained(file), folder)
+    assert sae_checksum(file) == sae_checksum(folder)
+
+
+def test_every_row_of_the_table_has_a_fixture():
+    rows = [formats._locate(folder)[0] for folder in RECORDED]
+    assert {name for name, row in formats.FORMATS.items() if row in rows} == {*formats.FORMATS}
+    assert [name for name, row in formats.FORMATS.items() if row.write] == list(FORMATS)
 
 
 # ---- the Hub, without one
@@ -546,24 +818,60 @@ def hub(monkeypatch, tmp_path):
     "A repository in a folder: what is asked of it is recorded, and only that is there."
     repo, asked = tmp_path / "repo", []
 
+    def files():
+        return [p.relative_to(repo).as_posix() for p in repo.rglob("*") if p.is_file()]
+
     def snapshot_download(repo_id, revision=None, allow_patterns=None):
         asked.append((repo_id, revision, allow_patterns))
-        for f in (p for p in repo.rglob("*") if p.relative_to(repo).as_posix() in allow_patterns):
-            (tmp_path / "models--google--gemma-scope-2b-pt-res" / f.relative_to(repo)).parent.mkdir(
-                parents=True, exist_ok=True
-            )
-            shutil.copy(f, tmp_path / "models--google--gemma-scope-2b-pt-res" / f.relative_to(repo))
-        return str(tmp_path / "models--google--gemma-scope-2b-pt-res")
+        cached = tmp_path / f"models--{repo_id.replace('/', '--')}"
+        for name in {*files()} & {*allow_patterns}:
+            (cached / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repo / name, cached / name)
+        return str(cached)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "list_repo_files",
-        lambda self, repo_id, revision=None: [
-            p.relative_to(repo).as_posix() for p in repo.rglob("*") if p.is_file()
-        ],
+        huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, revision=None: files()
     )
     return SimpleNamespace(repo=repo, asked=asked)
+
+
+NESTED = [  # repository, path in it, fixture, its file of weights
+    ("adamkarvonen/saebench", "topk/resid_post_layer_3/trainer_0", PICKLED, "ae.pt"),
+    ("google/gemma-scope-2-4b-pt", "resid_post/layer_9_w", GEMMA_2, "params.safetensors"),
+    ("fnlp/Llama3_1-8B-Base-LXR-8x", "L15R-8x", LLAMA, "checkpoints/final.safetensors"),
+    ("fnlp/llamascopium", "800M/L3R", SCOPIUM, "sae_weights.safetensors"),
+    ("EleutherAI/sae-x", "layers.3", SPARSIFY, "sae.safetensors"),
+    ("someone/saes", "a/b/c", STANDARD, "sae_weights.safetensors"),
+]
+
+
+@pytest.mark.parametrize("repo, inside, fixture, weights", NESTED)
+def test_nested_folders_of_the_hub(hub, repo, inside, fixture, weights):
+    shutil.copytree(fixture, hub.repo / inside)
+    shutil.copytree(fixture, hub.repo / f"{inside}-other")
+    if fixture == SPARSIFY:
+        shutil.copy(SPARSIFY.parent / "config.json", hub.repo)
+    for source in (f"hf:{repo}/{inside}", f"{repo}/{inside}/{weights}"):
+        sae = from_pretrained(source)
+        same(sae, fixture)
+        assert sae.metadata == from_pretrained(fixture).metadata
+    asked = {name for _, _, patterns in hub.asked for name in patterns}
+    assert not any("*" in name or "other" in name or ".." in name for name in asked)
+    with pytest.raises(FileNotFoundError, match=f"it has one in {inside}, {inside}-other: name"):
+        from_pretrained(f"hf:{repo}")
+
+
+def test_one_file_of_qwen_scope_is_fetched(hub):
+    repo = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_3"
+    shutil.copytree(QWEN, hub.repo)
+    shutil.copy(QWEN / "layer12.sae.pt", hub.repo / "layer3.sae.pt")
+    sae = from_pretrained(f"hf:{repo}/layer3.sae.pt")
+    same(sae, QWEN)
+    assert sae.metadata == hook_point("Qwen3-1.7B-Base", 3)
+    assert hub.asked == [(repo, None, ["layer3.sae.pt"])]
+    with pytest.raises(FileNotFoundError, match="it has one in layer12.sae.pt, layer3.sae.pt: na"):
+        from_pretrained(repo)
 
 
 def test_only_the_needed_files_are_fetched(hub):
@@ -758,7 +1066,17 @@ PEERS = {
         "ATM_SAE_DICTIONARY_LEARNING",
         ["dictionary-learning==0.1.0", "nnsight==0.3.7"],
     ),
+    "sparsify": ("ATM_SAE_SPARSIFY", ["eai-sparsify==1.3.3"]),
+    "lm-saes": (
+        "ATM_SAE_LM_SAES",
+        ["lm-saes @ git+https://github.com/OpenMOSS/Language-Model-SAEs@2320def2"],
+    ),
+    "llamascopium": (
+        "ATM_SAE_LLAMASCOPIUM",
+        ["llamascopium @ git+https://github.com/OpenMOSS/Language-Model-SAEs@95281ac7"],
+    ),
 }
+RECORDS = dict(saelens=25, sparsify=2, llamascopium=2) | {"dictionary-learning": 8, "lm-saes": 3}
 
 
 def peer(library):
@@ -796,7 +1114,7 @@ def test_theirs_is_read_by_ours(tmp_path, library):
     folders = [p.parent for p in (tmp_path / "out").rglob("recorded.safetensors")]
     for folder in folders:
         same(from_pretrained(folder), folder)
-    assert len(folders) == dict(saelens=20, **{"dictionary-learning": 7})[library]
+    assert len(folders) == RECORDS[library]
 
 
 @pytest.mark.parametrize(
@@ -881,10 +1199,8 @@ def test_every_format_keeps_the_site(tmp_path, format, site):
 
 
 def test_a_hub_that_cannot_list_files_costs_the_hint_alone(monkeypatch):
-    from atm_sae.sae import formats
-
     def fail(self, repo, revision):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", fail)
-    assert formats._sae_folders("me/saes", None) == []
+    assert formats._sae_places("me/saes", None) == []
