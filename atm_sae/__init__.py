@@ -21,6 +21,7 @@ _NAMES = {
     "sae.atm": ["ATMConfig", "ATMMasker", "UniformMasker"],
     "sae.formats": ["export_sae", "from_pretrained", "model_card", "push_to_hub"],
     "train.loop": ["TrainConfig", "train"],
+    "train.training_log": ["TrainingLog"],
     "train.runs": ["RunSpec", "get_run", "grid", "recipe", "run_grid"],
     "evals.metrics": [
         "dictionary_agreement",
@@ -32,6 +33,7 @@ _NAMES = {
     "evals.absorption": ["best_single_latent_f1", "evaluate_absorption"],
     "evals.probing": ["evaluate_probing", "probing_tasks"],
     "evals.probing_sets": ["dataset_tasks"],
+    "evals.sae_probes": ["evaluate_sae_probes", "sae_probes_tasks"],
     "evals.saebench": ["absorption_json", "core_json", "probing_json", "read_saebench"],
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
@@ -68,6 +70,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `X as X` says that X i
         push_to_hub as push_to_hub,
     )
     from atm_sae.train.loop import TrainConfig as TrainConfig, train as train
+    from atm_sae.train.training_log import TrainingLog as TrainingLog
     from atm_sae.train.runs import (
         RunSpec as RunSpec,
         get_run as get_run,
@@ -95,6 +98,10 @@ if TYPE_CHECKING:  # what type checkers and editors read; `X as X` says that X i
         probing_tasks as probing_tasks,
     )
     from atm_sae.evals.probing_sets import dataset_tasks as dataset_tasks
+    from atm_sae.evals.sae_probes import (
+        evaluate_sae_probes as evaluate_sae_probes,
+        sae_probes_tasks as sae_probes_tasks,
+    )
     from atm_sae.evals.saebench import (
         absorption_json as absorption_json,
         core_json as core_json,

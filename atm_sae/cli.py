@@ -311,7 +311,11 @@ def _copy_run(source: Path, folder: Path) -> Path:
 
 
 def _train_all(
-    specs: "Sequence[RunSpec]", workers: int, progress: bool, executor: str | None
+    specs: "Sequence[RunSpec]",
+    workers: int,
+    progress: bool,
+    executor: str | None,
+    log: Path | None,
 ) -> "Sequence[Run]":
     "The runs of the specs: loaded, or trained. One run has a bar of steps, several a bar of runs."
     from atm_sae.train.runs import MissedL0, get_run, run_grid
@@ -320,8 +324,8 @@ def _train_all(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissedL0)  # the command says it of the L0 that it prints
         if len(specs) == 1 and not elsewhere:
-            return [get_run(specs[0], progress)]
-        return run_grid(specs, workers, progress, executor)
+            return [get_run(specs[0], progress, log=log)]
+        return run_grid(specs, workers, progress, executor, log)
 
 
 # %% ../nbs/cli.ipynb #cell-22
@@ -417,6 +421,26 @@ _Settings = Annotated[
 ]
 
 
+def _checked_log(log: Path | None) -> Path | None:
+    "The folder of `--log`, before anything is read or trained."
+    from atm_sae.train.training_log import check_log
+
+    if log is not None:
+        check_log(log)
+    return log
+
+
+_Log = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        callback=_checked_log,
+        help="Write TensorBoard scalars, a folder in this one for each run (extra `log`).",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
 def _option(help: str, panel: str | None = None, **more: Any) -> Any:
     "An option in a panel of the help."
     return typer.Option(help=help, rich_help_panel=panel, **more)
@@ -447,6 +471,7 @@ def train(
     workers: Annotated[int, _option("Processes for several runs.", TRAINING, min=1)] = 1,
     executor: _Executor = None,
     out: Annotated[Path | None, _option("Copy each SAE to a folder in this one.", OUTPUT)] = None,
+    log: _Log = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -465,7 +490,7 @@ def train(
     for spec, folder in zip(specs, folders, strict=True):
         if folder:
             _check_out(folder, spec.key)
-    runs = _train_all(specs, workers, progress, executor)
+    runs = _train_all(specs, workers, progress, executor, log)
     rows = [_run_row(*made) for made in zip(specs, runs, folders, strict=True)]  # by all ranks
     if first:
         show = _print_json if as_json else _show_runs
@@ -626,11 +651,14 @@ class Options:
     protocol: str = "exact"  # of absorption, one of PROTOCOLS
     max_words: int | None = None  # of absorption: a random part of the words
     spaced: bool = False  # of absorption: only words with a leading space
+    device: str = "auto"  # where SAEs and models run
 
     def __post_init__(self) -> None:
+        from atm_sae.core import pick_device
         from atm_sae.evals.absorption import find_protocol
 
         find_protocol(self.protocol)
+        pick_device(self.device)
 
     def about(self, s: Subject) -> dict[str, Any]:
         "What every writer of SAEBench's files takes."
@@ -649,7 +677,8 @@ def _core(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str,
     from atm_sae.evals.metrics import activation_frequency, reconstruction_metrics, spliced_metrics
     from atm_sae.evals.saebench import core_json
 
-    x = held_out_activations(data, 20_000)
+    # activations of compiled blocks have other last bits than those of `lm`
+    x = held_out_activations(data, 20_000, None if data.lm_compile else lm)
     tokens = held_out_tokens(data, lm, 16_384)
     plain = reconstruction_metrics(s.sae, x)
     spliced = spliced_metrics(s.sae, lm, data.layer, tokens, site=data.site)
@@ -661,7 +690,7 @@ def _core(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str,
 
 def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str, Any]:
     "Absorption scores, and the letters, words and evaluation seeds that they rest on."
-    from atm_sae.evals.absorption import evaluate_absorption
+    from atm_sae.evals.absorption import evaluate_absorption, find_protocol
     from atm_sae.evals.first_letter import get_tasks
     from atm_sae.evals.saebench import absorption_json
 
@@ -672,8 +701,8 @@ def _absorption(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dic
         absorption_json(result, **o.about(s))
     scores = dict(full=result.full, fraction=result.fraction, n_split=result.n_split)
     scores |= {f"{name}_noise": value for name, value in result.noise.items()}
-    if o.protocol != "exact":  # names tell the protocols apart
-        scores = {f"{o.protocol}_{name}": value for name, value in scores.items()}
+    prefix = find_protocol(o.protocol).prefix  # names tell the protocols apart
+    scores = {f"{prefix}{name}": value for name, value in scores.items()}
     letters, words = result.letters.first_letter.nunique(), len(result.words)
     counts = dict(n_letters=letters, n_words=words, n_outliers=result.config["n_outliers"])
     return scores | counts | which | dict(eval_seeds=o.eval_seeds, protocol=o.protocol)
@@ -728,12 +757,12 @@ def _planted(
 
 
 @functools.lru_cache(1)
-def load_model(name: str, dtype: str) -> "LM":
+def load_model(name: str, dtype: str, device: str = "auto") -> "LM":
     "The language model; kept while the next SAE reads the same one."
     from atm_sae.core import pick_device
     from atm_sae.data.lm import load_lm
 
-    return load_lm(name, dtype, pick_device())
+    return load_lm(name, dtype, pick_device(device))
 
 
 def _score(source: str, s: Subject, metrics: str | None, o: Options, bar: "tqdm") -> dict[str, Any]:
@@ -747,12 +776,14 @@ def _score(source: str, s: Subject, metrics: str | None, o: Options, bar: "tqdm"
         bar.update(len(wanted))
         scores = {name: found[name] for name in wanted if name in found}
         return row | dict(model="planted", layer=None, site=None) | scores
-    lm = load_model(data.model, data.lm_dtype)
+    lm = load_model(data.model, data.lm_dtype, o.device)
+    s.sae.to(lm.device)
     scores = {}
     for name in wanted:
         bar.set_postfix_str(f"{name} of {s.name}")
         scores[name] = _METRICS[name](s, data, lm, o)
         bar.update()
+    s.sae.cpu()  # the next SAE needs the memory
     return row | dict(model=data.model, layer=data.layer, site=data.site) | scores
 
 
@@ -807,10 +838,13 @@ def _show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 # %% ../nbs/cli.ipynb #cell-35
+_SAES_HELP = "Folders of SAEs, or hf:OWNER/NAME/FOLDER on the Hub."
 _METRICS_HELP = "Of core, absorption and probing, with commas; by default all that apply."
 _TOKENS_HELP = "Tokens to run, of which the last tenth measures; for SAEs without a record."
 _PROTOCOL_HELP = "Probes of absorption: exact, or saebench, as SAEBench 0.6.0 trains them."
 _WORDS_HELP = "Score absorption on a random part of the model's words, at most so many."
+_DEVICE_HELP = "Where the SAEs and the language model run; auto: the GPU, if there is one."
+_SUBFOLDER_HELP = "Folder of the SAE within a repository."
 _SPACED_HELP = "Score absorption on words with a leading space only."
 _EVALUATE = (
     "my-sae --metrics core,absorption --eval-seeds 3 --saebench results --json > scores.json"
@@ -819,7 +853,7 @@ _EVALUATE = (
 
 @app.command(epilog=f"Example: atm-sae evaluate {_EVALUATE}")
 def evaluate(
-    sae: Annotated[list[str], typer.Argument(help="Folders of SAEs, or repositories on the Hub.")],
+    sae: Annotated[list[str], typer.Argument(help=_SAES_HELP)],
     metrics: Annotated[str | None, _option(_METRICS_HELP)] = None,
     eval_seeds: Annotated[int, _option("Score absorption with so many seeds.", min=1)] = 1,
     protocol: Annotated[str, _option(_PROTOCOL_HELP, metavar="exact|saebench")] = "exact",
@@ -833,9 +867,8 @@ def evaluate(
         str | None, _option(f"{_SITE_HELP} By default the SAE's, else resid_post.", PLACE)
     ] = None,
     tokens: Annotated[int | None, _option(_TOKENS_HELP, PLACE)] = None,
-    subfolder: Annotated[
-        str | None, _option("Folder of the SAE within a repository.", PLACE)
-    ] = None,
+    device: Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")] = "auto",
+    subfolder: Annotated[str | None, _option(_SUBFOLDER_HELP, PLACE)] = None,
     revision: Annotated[
         str | None, _option("Branch, tag or commit of a repository.", PLACE)
     ] = None,
@@ -848,7 +881,8 @@ def evaluate(
     "Measure SAEs: reconstruction, feature absorption, sparse probing."
     from tqdm import tqdm
 
-    n, options = len(_wanted(metrics)), Options(eval_seeds, saebench, protocol, max_words, spaced)
+    n = len(_wanted(metrics))
+    options = Options(eval_seeds, saebench, protocol, max_words, spaced, device)
     reads = Reads(model, layer, site, tokens)
     subjects = [_subject(s, reads, subfolder, revision) for s in sae]
     if saebench:

@@ -712,6 +712,70 @@ def test_the_words_that_are_scored_can_be_chosen_and_are_named(model, foreign, l
     assert letters[0].asked == [chosen, chosen, usual]
 
 
+def test_one_device_for_models_activations_and_saes(model, foreign, letters, monkeypatch):
+    "Model and SAE are put on the device of `--device`, and nothing else chooses one."
+    from atm_sae import core
+    from atm_sae.data import activations, lm
+
+    asked, moved = [], []
+    monkeypatch.setattr(
+        core, "pick_device", lambda name="auto": asked.append(name) or torch.device("cpu")
+    )
+    for module in (activations, lm):
+        monkeypatch.setattr(module, "pick_device", None, raising=False)  # nobody else picks
+    monkeypatch.setattr(SAE, "to", lambda sae, device: moved.append(device) or sae)
+    args = ["--model", model, "--tokens", 3000, "--metrics", "core", "--device", "cuda:1", "-q"]
+    (row,) = json.loads(done("evaluate", foreign[1], *args, "--json"))
+    assert {*asked} == {"cuda:1"} and moved == [torch.device("cpu")]
+    assert row["core"]["n_tokens"] > 0
+
+
+@pytest.fixture
+def hub(monkeypatch, foreign, tmp_path):
+    "The repository me/saes, which holds an SAE in its folder layer1/topk."
+    import huggingface_hub
+
+    shutil.copytree(foreign[1], tmp_path / "hub" / "layer1" / "topk")
+
+    def snapshot_download(repo_id, revision=None, allow_patterns=None):
+        assert (repo_id, revision) == ("me/saes", None), (repo_id, revision)
+        return str(tmp_path / "hub")
+
+    def list_repo_files(self, repo_id, revision=None):
+        return ["layer1/topk/cfg.json"]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+
+
+def test_one_command_measures_an_sae_of_the_hub(hub, model, foreign, letters):
+    Path("me/saes").mkdir(parents=True)  # hf: names the Hub even where a folder has the name
+    args = ["--model", model, "--tokens", 3000, "--metrics", "core,absorption", "--device", "cpu"]
+    args += ["--protocol", "saebench", "--max-words", 400, "--json"]
+    status, out, err = run("evaluate", "hf:me/saes/layer1/topk", *args)
+    assert status == 0, err
+    (row,) = json.loads(out)
+    (local,) = json.loads(done("evaluate", foreign[1], *args))
+    assert row["sae"] == "hf:me/saes/layer1/topk" and row["layer"] == 1
+    assert {k: v for k, v in row.items() if k != "sae"} == {
+        k: v for k, v in local.items() if k != "sae"
+    }
+    assert "saebench_full" in row["absorption"] and row["absorption"]["max_words"] == 400
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("hf:me/saes", "no SAE in me/saes; it has one in layer1/topk"),
+        ("hf:me", "'me' names no repository on the Hub: write hf:OWNER/NAME[/PATH]"),
+        ("hf:", "'' names no repository"),
+        ("hf:/saes", "names no repository"),
+    ],
+)
+def test_wrong_names_on_the_hub(hub, source, message):
+    assert message in fails("evaluate", source, "-q")
+
+
 def of_site(hook_name):
     "The folder of an SAE of another site, without a record."
     place = dict(model_name="tiny", hook_name=hook_name)
@@ -792,6 +856,10 @@ def test_a_hook_that_cannot_be_read_is_refused(model, metric):
         (["{foreign}"], "tiny is not in the local Hub cache"),
         (["{bare}"], "does not say which model and layer"),
         (["{foreign}", "--eval-seeds", "0"], "Invalid value for '--eval-seeds'"),
+        (["{planted}", "--device", "cuda:99"], "device 'cuda:99' is not available here"),
+        (["{planted}", "--device", "gpu"], "unknown device 'gpu': use 'auto', 'cpu', 'cuda'"),
+        (["{foreign}", "--max-words", "0"], "Invalid value for '--max-words'"),
+        (["{foreign}", "--protocol", "paper"], "unknown protocol 'paper': choose one of exact"),
         (
             ["{foreign}", "--model", "{model}", "--layer", "9"],
             "trained on blocks.1.hook_resid_post, and the options name blocks.9.hook_resid_post",

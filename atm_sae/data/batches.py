@@ -280,14 +280,15 @@ def held_out(
 def held_out_activations(
     spec: ActivationSpec,  # what SAEs are trained on
     n: int,  # rows; all there are if fewer
+    lm: LM | None = None,  # its model, if it is loaded already
 ) -> Tensor:  # (n, d_in) float32
     "Activations that no SAE of this specification is trained on."
     if not spec.text and not spec.buffer:
-        return held_out(get_activations(spec), n)
+        return held_out(get_activations(spec, lm=lm), n)
     n_tokens = min(spec.n_tokens, n + n // 8 + spec.context)  # special tokens are no activations
     buffer = 0 if spec.text else spec.buffer  # only a stream of the default text is split
     others = replace(spec, held_out=True, buffer=buffer, n_tokens=n_tokens)
-    return held_out(get_activations(others), n, start=0.0)
+    return held_out(get_activations(others, lm=lm), n, start=0.0)
 
 
 # %% ../../nbs/data/batches.ipynb #cell-26

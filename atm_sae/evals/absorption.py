@@ -161,6 +161,10 @@ class AbsorptionProtocol(Protocol):
     def name(self) -> str:
         "Of tables and results."
 
+    @property
+    def prefix(self) -> str:
+        "Of the names of its scores, where they stand beside those of another protocol."
+
     def task(self, task: FirstLetterTask) -> FirstLetterTask:
         "The task with this protocol's probes."
 
@@ -187,6 +191,7 @@ class Exact:
     "Probes at their optimum."
 
     name: ClassVar[str] = "exact"
+    prefix: ClassVar[str] = ""
 
     def task(self, task: FirstLetterTask) -> FirstLetterTask:
         "The task itself: its probes are at their optimum."

@@ -16,6 +16,7 @@ __all__ = [
     "probing_artefact",
     "get_probing",
     "mean_pool",
+    "check_width",
     "probe_activations",
     "top_features",
     "fit_probe",
@@ -167,18 +168,22 @@ def token_rows(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
     texts: Iterable[str],
     context: int = 128,  # tokens of a text, at most, with BOS
+    last: bool = False,  # keep the end of a long text; False: its beginning
 ) -> list[list[int]]:
     "Token ids of each text, BOS first, cut to the context."
     bos, _ = bos_eos(tokenizer)
-    return [[bos, *row][:context] for row in encode_texts(tokenizer, texts)]
+    kept = slice(-(context - 1), None) if last else slice(context - 1)
+    return [[bos, *row[kept]] for row in encode_texts(tokenizer, texts)]
 
 
-def _read_batch(lm: LM, layer: int, site: str, rows: list[list[int]]) -> list[Tensor]:
-    "Activations of the ordinary tokens of a few rows, one tensor a row."
+def _read_batch(lm: LM, layer: int, site: str, rows: list[list[int]], last: bool) -> list[Tensor]:
+    "Activations of the ordinary tokens of a few rows, or of the last one; one tensor a row."
     special, width = set(special_ids(lm.tokenizer)), max(map(len, rows))
     padded = torch.tensor([row + row[:1] * (width - len(row)) for row in rows])
     x = read_site(lm, padded, layer, site).float().cpu()
     ordinary = [[j for j, t in enumerate(row) if t not in special] for row in rows]
+    if last:
+        ordinary = [positions[-1:] for positions in ordinary]
     return [x[i, positions] for i, positions in enumerate(ordinary)]
 
 
@@ -208,24 +213,27 @@ def build_probing(
     context: int = 128,  # tokens of a text, at most
     batch_size: int = 32,  # texts at a time
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    last: bool = False,  # keep the end of long texts, and the last token of each text alone
 ) -> ProbingData:
     "Run the model over every text of the tasks. ValueError if there are none, or one is empty."
     texts = _all_texts(tasks)
     if not texts:
         raise ValueError("there are no texts to read: give at least one task")
-    rows, special = token_rows(lm.tokenizer, texts, context), set(special_ids(lm.tokenizer))
+    rows, special = token_rows(lm.tokenizer, texts, context, last), set(special_ids(lm.tokenizer))
     lengths = torch.tensor([sum(t not in special for t in row) for row in rows])
     empty = [text for text, i in texts.items() if not lengths[i]]
     if empty:
         raise ValueError(
             f"the tokenizer makes no ordinary token of the text {empty[0]!r}: leave it out"
         )
+    if last:
+        lengths = lengths.clamp(max=1)
     x, start = torch.empty(int(lengths.sum()), lm.d_model), lengths.cumsum(0) - lengths
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def read(lm: LM, batch: list[int]) -> list[Tensor]:
-        return _read_batch(lm, layer, site, [rows[i] for i in batch])
+        return _read_batch(lm, layer, site, [rows[i] for i in batch], last)
 
     with one_thread() as threads:
         parts = in_order(read, share_weights(lm, threads), batches)
@@ -268,11 +276,12 @@ def probing_artefact(
     tasks: list[ProbingTask],
     context: int = 128,  # tokens of a text, at most
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    last: bool = False,  # as for `build_probing`
 ) -> Artefact:
     "What names the activations of some tasks in the cache; their texts are an input."
     return Artefact(
         "probing",
-        dict(layer=layer, site=site, context=context),
+        dict(layer=layer, site=site, context=context, last=last),
         ("evals.probing.build_probing", "evals.probing._save", "data.lm.load_lm"),
         inputs=dict(model=lm.checksum, text=stable_hash([*_all_texts(tasks)])),
         sources=dict(model=lm.name),
@@ -287,13 +296,14 @@ def get_probing(
     tasks: list[ProbingTask],  # of `probing_tasks` or `dataset_tasks`
     context: int = 128,  # tokens of a text, at most
     site: str = "resid_post",  # which of its vectors, one of SITES of `lm`
+    last: bool = False,  # as for `build_probing`
 ) -> ProbingData:
     "The data from the cache, or built and put there."
     lm = load_lm(lm, "auto", pick_device()) if isinstance(lm, (str, Path)) else lm
-    artefact = probing_artefact(lm, layer, tasks, context, site)
+    artefact = probing_artefact(lm, layer, tasks, context, site, last)
 
     def build() -> ProbingData:
-        return build_probing(lm, layer, tasks, context, site=site)
+        return build_probing(lm, layer, tasks, context, site=site, last=last)
 
     return replace(
         _load(artefact.ensure(build, _save), tasks), name=f"{lm.name} {Site(layer, site)}"
@@ -322,13 +332,18 @@ def mean_pool(
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-43
-def _without_outliers(sae: Encoder, data: ProbingData) -> ProbingData:
-    "The data without the tokens whose activation is an outlier; ValueError for another width."
+def check_width(sae: Encoder, data: ProbingData) -> None:
+    "ValueError if an SAE reads activations of another width than the data have."
     if sae.W_dec.shape[1] != data.x.shape[1]:
         raise ValueError(
             f"the SAE reads activations of width {sae.W_dec.shape[1]}, the probing data have width "
             f"{data.x.shape[1]} ({data.name}): was it trained on another model?"
         )
+
+
+def _without_outliers(sae: Encoder, data: ProbingData) -> ProbingData:
+    "The data without the tokens whose activation is an outlier; ValueError for another width."
+    check_width(sae, data)
     ordinary = ordinary_rows(sae, data.x)
     if ordinary.all():
         return data
@@ -487,9 +502,12 @@ def _group_rows(
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-58
+_SCORES = ("accuracy", "auc", "f1")  # ends of the names of columns with a score
+
+
 @dataclass
 class ProbingResult:
-    "Sparse-probing accuracies."
+    "Scores of probes."
 
     tasks: pd.DataFrame = field(repr=False)  # one row a task
     summary: dict[str, float]  # means within each group, then over groups
@@ -500,7 +518,7 @@ class ProbingResult:
         "The result of groups of tasks: their rows, and the number of outliers."
         parts = list(groups)
         table = pd.DataFrame([row for rows, _ in parts for row in rows])
-        means = table.groupby("group")[[c for c in table if c.endswith("accuracy")]].mean().mean()
+        means = table.groupby("group")[[c for c in table if c.endswith(_SCORES)]].mean().mean()
         n_outliers = sum(n for _, n in parts)
         return cls(table, {k: float(v) for k, v in means.items()}, n_outliers)
 

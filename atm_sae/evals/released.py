@@ -208,6 +208,7 @@ class Released:
     ranking: Schedule = RANKING_SCHEDULE
 
     name: ClassVar[str] = "saebench"
+    prefix: ClassVar[str] = "saebench_"
 
     def task(self, task: FirstLetterTask) -> FirstLetterTask:
         "The task with this protocol's probes."

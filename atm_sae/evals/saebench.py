@@ -358,8 +358,8 @@ def _third_score(result: AbsorptionResult) -> dict[str, float]:
 
 
 def _ranking_settings(c: dict[str, Any]) -> dict[str, Any]:
-    "How SAEBench's protocol ranks latents, by SAEBench's names; nothing for the other protocol."
-    if c["protocol"] != "saebench":
+    "How a protocol trains its ranking probes, by SAEBench's names; nothing if it trains none."
+    if "probes" not in c:
         return {}
     ranking = c["probes"]["ranking"]
     names = dict(l1_decay="l1_decay", batch_size="batch_size", num_epochs="epochs")

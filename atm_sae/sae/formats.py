@@ -441,6 +441,8 @@ def _from_hub(source: str, subfolder: str | None, revision: str | None) -> Path:
     "The folder or file of the SAE in OWNER/NAME, or in a path behind it or given apart."
     parts = source.strip("/").split("/")
     repo = "/".join(parts[:2])
+    if len(parts) < 2 or not all(parts[:2]):
+        raise ValueError(f"{source!r} names no repository on the Hub: write hf:OWNER/NAME[/PATH]")
     inside = "/".join(filter(None, [*parts[2:], (subfolder or "").strip("/")]))
     path = _download(repo, inside, revision)
     found = _format_of(path)

@@ -13,6 +13,7 @@ __all__ = [
     "L0Control",
     "make_control",
     "History",
+    "HistoryLog",
     "flatten",
     "unflatten",
     "save_checkpoint",
@@ -29,7 +30,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -216,6 +217,16 @@ class History:
     def n_outliers(self) -> int:
         "Activations left out until the last row."
         return int(self.rows[-1][COLUMNS.index("outliers")]) if self.rows else 0
+
+
+class HistoryLog(Protocol):
+    "What `train` writes the history to while it runs, such as a `TrainingLog`."
+
+    def write(self, history: History, config: TrainConfig, d_sae: int) -> None:
+        "Write the rows that have not been written yet."
+
+    def close(self, complete: bool) -> None:
+        "Write everything to disk; `complete`: the run is finished."
 
 
 # %% ../../nbs/train/loop.ipynb #cell-19
@@ -607,6 +618,7 @@ def _run(
     path: Path | None,  # of the checkpoint
     progress: bool,
     watch: Callable[[int, SAE, History], object] | None,
+    log: HistoryLog | None,
 ) -> None:
     "All steps from the present one on, with checkpoints."
     config, ranks = trainer.config, trainer.ranks
@@ -616,6 +628,8 @@ def _run(
             trainer.step()
             if watch is not None:
                 watch(trainer.steps, trainer.sae, trainer.history)
+            if log is not None and ranks.rank == 0:
+                log.write(trainer.history, config, trainer.sae.config.d_sae)
             last = trainer.steps == config.steps
             if path is not None and trainer.steps % config.checkpoint_every == 0 and not last:
                 trainer.check()
@@ -638,6 +652,7 @@ def train(
     # called after each step; until training ends, the SAE takes x times `history.scale`
     watch: Callable[[int, SAE, History], object] | None = None,
     keep_checkpoint: bool = False,  # leave it in `folder` when training has finished
+    log: HistoryLog | None = None,  # takes each new row of the history; the first rank writes it
 ) -> History:
     """Train `sae`, which then takes raw activations. Continues if `folder` holds a checkpoint.
 
@@ -656,11 +671,15 @@ def train(
         trainer.load_state_dict(load_checkpoint(path, trainer.name))
     trainer.check_start()
     try:
-        _run(trainer, path, progress, watch)
+        _run(trainer, path, progress, watch, log)
     except BaseException:
+        if log is not None:
+            log.close(complete=False)
         if trainer.start is not None:  # a trained SAE takes raw activations again
             sae.fold_input_scale(trainer.history.scale)
         raise
+    if log is not None:
+        log.close(complete=True)
     sae.fold_input_scale(trainer.history.scale)
     if path is not None and ranks.rank == 0 and not keep_checkpoint:
         path.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ __all__ = [
     "missed_l0",
     "warn_missed",
     "Run",
+    "run_log",
     "get_run",
     "receive_run",
     "run_grid",
@@ -41,6 +42,7 @@ import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,7 @@ from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 from ..stats import L0_SLACK, misses_l0
 from .executors import LostWorker, Outcome, find_executor, run_jobs
 from .loop import History, TrainConfig, train, unflatten
+from .training_log import TrainingLog, check_log
 
 
 # %% ../../nbs/train/runs.ipynb #cell-5
@@ -325,12 +328,15 @@ def train_sae(
     folder: Path | None = None,  # of the checkpoint
     progress: bool = False,
     ranks: Ranks = ALONE,
+    log: TrainingLog | None = None,
 ) -> tuple[SAE, History]:
     "Train the SAE of a specification, alone or as one of several ranks."
     sae = SAE(spec.sae).to(device)
     masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates)
     # the checkpoint stays until the folder of the run replaces it
-    history = train(sae, batches, spec.train, masker, folder, progress, ranks, keep_checkpoint=True)
+    history = train(
+        sae, batches, spec.train, masker, folder, progress, ranks, keep_checkpoint=True, log=log
+    )
     return sae, history
 
 
@@ -434,7 +440,14 @@ def _check_content(batches: Batches, artefact: Artefact) -> None:
         )
 
 
-def _make_run(spec: RunSpec, artefact: Artefact, progress: bool, device: str, ranks: Ranks) -> None:
+def _make_run(
+    spec: RunSpec,
+    artefact: Artefact,
+    progress: bool,
+    device: str,
+    ranks: Ranks,
+    log: TrainingLog | None,
+) -> None:
     "Train a run and write its folder."
     start = time.monotonic()
     rates = twin_rates(spec, device)
@@ -446,7 +459,8 @@ def _make_run(spec: RunSpec, artefact: Artefact, progress: bool, device: str, ra
         )
     if spec.trained:
         where = pick_device(device)
-        sae, history = train_sae(spec, batches, rates, where, artefact.folder, progress, ranks)
+        folder = artefact.folder
+        sae, history = train_sae(spec, batches, rates, where, folder, progress, ranks, log)
     else:
         sae, history = untrained_sae(spec, batches), History()
     l0 = measure_l0(sae, batches)  # by all ranks: they share the work of a stream
@@ -510,15 +524,40 @@ def _exists(artefact: Artefact, ranks: Ranks) -> bool:
     return bool(ranks.low(torch.tensor(int(artefact.exists()))))
 
 
-def _load_or_make(spec: RunSpec, progress: bool = False, device: str = "auto") -> Run:
+def run_log(
+    log: str | Path,  # folder of the logs
+    spec: RunSpec,
+    device: str = "auto",  # where it is trained
+) -> TrainingLog:
+    "The log of a run, in a folder of its own."
+    key = run_artefact(spec, device).key[:8]
+    l0 = "free" if spec.l0 is None else f"{spec.l0:g}"
+    return TrainingLog(Path(log) / f"{spec.method}-l0_{l0}-seed{spec.seed}-{key}")
+
+
+def _log_stored(log: TrainingLog | None, spec: RunSpec, history: History) -> None:
+    "Log the history of a run that was not trained in this process, unless its log is complete."
+    if log is None or log.is_complete or not history.rows:
+        return
+    log.write(history, spec.train, spec.sae.d_sae)
+    log.close(complete=True)
+
+
+def _load_or_make(
+    spec: RunSpec,
+    progress: bool = False,
+    device: str = "auto",
+    log: str | Path | None = None,
+) -> Run:
     "The run of `spec`, see `get_run`, without a warning."
     ranks = Ranks.join()
+    own_log = None if log is None or ranks.rank > 0 else run_log(log, spec, device)
     artefact = run_artefact(spec, device)
     ranks.agree("the configuration", artefact.key)
     if not _exists(artefact, ranks):
         with one_maker(artefact.lock(), ranks), one_thread():
             if not _exists(artefact, ranks):  # no other process has made it meanwhile
-                _make_run(spec, artefact, progress, device, ranks)
+                _make_run(spec, artefact, progress, device, ranks, own_log)
     ranks.agree(
         "whether the run is there (ATM_SAE_CACHE must be a folder that all share)",
         str(artefact.exists()),
@@ -531,26 +570,29 @@ def _load_or_make(spec: RunSpec, progress: bool = False, device: str = "auto") -
     if isinstance(spec.data, ActivationSpec):  # the same model may have had another name
         sae.metadata |= hook_point(spec.data.model, spec.data.layer, spec.data.site)
     l0 = read_json(folder / "run.json").get("l0", math.nan)
-    return Run(spec, sae, load_history(folder), folder, l0)
+    history = load_history(folder)
+    _log_stored(own_log, spec, history)
+    return Run(spec, sae, history, folder, l0)
 
 
 def get_run(
     spec: RunSpec,
     progress: bool = False,  # show a bar while training
     device: str = "auto",  # where to train, if the run has yet to be made
+    log: str | Path | None = None,  # folder of TensorBoard logs, one folder in it for each run
 ) -> Run:
     """The trained SAE of `spec`: loaded from the run cache, or trained first, with one thread.
 
     Warns with `MissedL0` if it missed its target L0."""
-    run = _load_or_make(spec, progress, device)
+    run = _load_or_make(spec, progress, device, log)
     warn_missed([run])
     return run
 
 
 # %% ../../nbs/train/runs.ipynb #cell-27
-def _train(spec: RunSpec) -> None:
+def _train(spec: RunSpec, log: str | Path | None = None) -> None:
     "Make a run in this process, or in another one with the same disk."
-    _load_or_make(spec)
+    _load_or_make(spec, log=log)
 
 
 def _train_and_send(job: tuple[RunSpec, str]) -> dict[str, bytes]:
@@ -582,14 +624,14 @@ def receive_run(spec: RunSpec, files: Mapping[str, bytes]) -> None:
 
 
 def _make_runs(
-    specs: Sequence[RunSpec], workers: int, executor: str | None
+    specs: Sequence[RunSpec], workers: int, executor: str | None, log: str | Path | None
 ) -> Generator[Outcome[RunSpec, None], None, None]:
     "Make runs that do not depend on each other; yields the outcome of each."
     chosen = find_executor(executor)
     if Ranks.join().size > 1:  # a rank starts no workers
-        yield from run_jobs(_train, specs, workers=1)
+        yield from run_jobs(partial(_train, log=log), specs, workers=1)
     elif not chosen.is_remote:
-        yield from run_jobs(_train, specs, workers, chosen)
+        yield from run_jobs(partial(_train, log=log), specs, workers, chosen)
     else:
         jobs = [(spec, spec.key) for spec in specs]
         for outcome in run_jobs(_train_and_send, jobs, workers, chosen):
@@ -610,18 +652,21 @@ def run_grid(
     workers: int = 2,  # processes, each with one thread; 1: this process
     progress: bool = True,  # a bar over the runs
     executor: str | None = None,  # see `find_executor`; None: ATM_SAE_EXECUTOR, else processes
+    log: str | Path | None = None,  # folder of TensorBoard logs, one folder in it for each run
 ) -> list[Run]:
     """The runs of `specs`, in their order, made if need be. RuntimeError names a run that failed.
 
     Warns with `MissedL0` of those that missed their target L0."""
     specs = list(specs)
     find_executor(executor)  # an unknown one is refused before anything runs
+    if log is not None:
+        check_log(log)
     missing = _missing(specs)
     controls = [spec for spec in missing.values() if twin_spec(spec) is not None]
     others = [spec for spec in missing.values() if twin_spec(spec) is None]
     with tqdm(total=len(missing), desc="runs", disable=not (progress and missing)) as bar:
         for group in (others, controls):  # controls need their twins
-            outcomes = _make_runs(group, workers, executor)
+            outcomes = _make_runs(group, workers, executor, log)
             try:
                 for outcome in outcomes:
                     if outcome.error is not None:
@@ -631,7 +676,7 @@ def run_grid(
                     bar.update()
             except LostWorker as e:
                 raise _failure(e.items, e) from e
-    runs = [_load_or_make(spec) for spec in specs]
+    runs = [_load_or_make(spec, log=log) for spec in specs]
     warn_missed(runs)
     return runs
 
