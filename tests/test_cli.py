@@ -742,7 +742,7 @@ def hub(monkeypatch, foreign, tmp_path):
         return str(tmp_path / "hub")
 
     def list_repo_files(self, repo_id, revision=None):
-        return ["layer1/topk/cfg.json"]
+        return ["layer1/topk/cfg.json", "layer1/topk/sae_weights.safetensors"]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
