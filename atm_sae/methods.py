@@ -13,6 +13,7 @@ __all__ = [
     "without_variant",
     "get_method",
     "method_parts",
+    "with_mask",
     "twin_method",
     "method_name",
     "method_style",
@@ -109,12 +110,16 @@ class Mask:
     label: str
     marker: str
     line: str
+    twin: str = ""  # the mask whose settings a control takes
 
 
 MASKS = {
     "": Mask(label="", marker="o", line="-"),
     "atm": Mask(label=" + ATM", marker="D", line="--"),
-    "dropout": Mask(label=" + dropout", marker="s", line=":"),
+    "dropout": Mask(label=" + dropout", marker="s", line=":", twin="atm"),
+    "activity": Mask(label=" + activity dropout", marker="p", line=":", twin="atm"),
+    "shuffled": Mask(label=" + shuffled ATM", marker="X", line="-.", twin="atm"),
+    "off": Mask(label=" (mask off)", marker="h", line="-", twin="atm"),
 }
 
 
@@ -152,6 +157,8 @@ _NAMED = {
     "pretrained": Method("", label="pretrained", colour="#4B0082"),
 }
 
+_SHORT = {f"{m.architecture}+{m.mask}": name for name, m in _NAMED.items() if m.mask}
+
 METHODS = (
     "atm",
     *ARCHITECTURES,
@@ -162,8 +169,8 @@ METHODS = (
     *(
         f"{architecture}+{mask}"
         for architecture in ARCHITECTURES
-        for mask in ("atm", "dropout")
-        if architecture != "standard"
+        for mask in MASKS
+        if mask and f"{architecture}+{mask}" not in _SHORT
     ),
 )
 
@@ -190,16 +197,25 @@ def get_method(name: str) -> Method:
 
 
 def method_parts(name: str) -> tuple[str, str]:
-    "Architecture and mask ('atm', 'dropout' or '') of a method's name."
+    "Architecture and mask (one of MASKS) of a method's name."
     found = get_method(name)
     if not found.architecture:
         raise ValueError(f"{name!r} is not trained here: choose one of {', '.join(METHODS)}")
     return found.architecture, found.mask
 
 
+def with_mask(name: str, mask: str) -> str:
+    "The same architecture and variant with another mask: `topk+off r=2` for `topk+atm r=2`."
+    base = without_variant(name)
+    architecture, _ = method_parts(base)
+    joined = f"{architecture}+{mask}" if mask else architecture
+    return _SHORT.get(joined, joined) + name[len(base) :]
+
+
 def twin_method(name: str) -> str:
-    "The method whose settings and mask rate a dropout control takes; any other is its own twin."
-    return name.replace("dropout", "atm")
+    "The method whose settings a control takes; any other is its own twin."
+    twin = MASKS[get_method(name).mask].twin
+    return with_mask(name, twin) if twin else name
 
 
 # %% ../nbs/core/methods.ipynb #cell-14

@@ -363,9 +363,8 @@ def test_dropout_masks_at_the_rate_of_the_step_whatever_the_importance():
 @pytest.mark.parametrize("per", ["batch", "sample"])
 def test_a_dropout_mask_has_no_order_to_nest_by(per):
     "The control of a nested mask draws each latent by itself, and not all or none."
-    masker = make_masker(
-        ATMConfig(uniform=True, draw="nested", per=per, warmup=0), 400, 10, rates=[0.5]
-    )
+    config = ATMConfig(control="dropout", draw="nested", per=per, warmup=0)
+    masker = make_masker(config, 400, 10, rates=[0.5])
     kept = masker.sample(gen(), 50 if per == "sample" else None).float().mean(-1)
     assert ((0.35 < kept) & (kept < 0.65)).all()
 
@@ -377,9 +376,82 @@ def test_a_dropout_mask_does_not_fade_twice():
     assert control.current_probability().tolist() == [0.25] * 4
 
 
-def test_a_control_needs_rates():
-    with pytest.raises(ValueError, match="needs the mask rate of each step"):
-        make_masker(ATMConfig(uniform=True), 4, 10)
+@pytest.mark.parametrize(
+    "control, text",
+    [
+        ("dropout", "the dropout control needs the mask rate of each step"),
+        ("activity", "the activity control needs the mask rate of each step"),
+        ("shuffled", "the shuffled control needs the seed of its permutation"),
+    ],
+)
+def test_a_control_needs_rates_or_a_seed(control, text):
+    with pytest.raises(ValueError, match=text):
+        make_masker(ATMConfig(control=control), 4, 10)
+
+
+class Given(ATMMasker):
+    "Mask probabilities and mean magnitudes of four latents, by hand."
+
+    def __init__(self, **settings):
+        super().__init__(4, ATMConfig(warmup=0, **settings), steps=10)
+        self.magnitude.copy_(torch.tensor([4.0, 2.0, 1.0, 1.0]))
+
+    def mask_probability(self):
+        return torch.tensor([0.0, 0.25, 0.5, 1.0])
+
+
+def test_the_removed_activity_by_hand():
+    "Shares 0.5, 0.25, 0.125 and 0.125 of the mass: 0.0625 + 0.0625 + 0.125 of it is removed."
+    assert Given().masked_activity() == 0.25
+    assert make(4).masked_activity() == 0  # nothing was observed
+    waiting = Given()
+    waiting.warmup = 5
+    assert waiting.masked_activity() == 0
+
+
+def test_the_activity_control_removes_the_same_mass_as_its_twin():
+    "Uniform at 0.25: the same expected mass, but 25% of the latents and not 44%."
+    twin = Given()
+    rate = twin.masked_activity().item()
+    control = make_masker(ATMConfig(control="activity", warmup=0), 4, 10, rates=[rate])
+    control.magnitude.copy_(twin.magnitude)
+    assert control.masked_activity() == twin.masked_activity()
+    assert control.mask_probability().mean() == 0.25
+    assert twin.mask_probability().mean() == 0.4375
+    draw = gen()
+    masks = torch.stack([control.sample(draw) for _ in range(4000)]).float()
+    assert (masks @ control.magnitude / 8).mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_shuffled_has_atms_probabilities_in_another_order():
+    def shuffled(seed, **settings):
+        config = ATMConfig(control="shuffled", warmup=0, **settings)
+        return make_masker(config, 4, 10, seed=seed)
+
+    masker, atm = shuffled(1), make(4, steps=10)
+    for step in range(3):
+        z = torch.tensor([[9.0, 3.0, 1.0, 0.0]]) * (1 + step)
+        for each in (masker, atm):
+            each.observe(z, z)
+        p, own = masker.mask_probability(), atm.mask_probability()
+        assert p.tolist() == own[masker.order].tolist() and p.tolist() != own.tolist()
+        assert sorted(p.tolist()) == sorted(own.tolist())
+    assert torch.equal(masker.order, shuffled(1).order)  # the same at every step and in every run
+    orders = {tuple(shuffled(seed).order.tolist()) for seed in range(20)}
+    assert len(orders) > 5 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert shuffled(1).settings() != shuffled(2).settings()
+
+
+@pytest.mark.parametrize("control", ["", "dropout", "activity", "shuffled"])
+def test_rescale_keeps_the_expectation_of_each_latent(control):
+    "(1 - p) times the factor of a kept latent is 1."
+    config = ATMConfig(control=control, rescale=True, warmup=0)
+    masker = make_masker(config, 4, 10, rates=[0.25], seed=1)
+    z = torch.tensor([[9.0, 3.0, 1.0, 0.5]])
+    masker.observe(z, z)
+    factor = masker.factor(torch.ones(4, dtype=torch.bool))
+    assert masker.mask_probability().max() > 0
+    assert torch.allclose((1 - masker.mask_probability()) * factor, torch.ones(4))
 
 
 def test_settings_name_what_the_masks_depend_on():
@@ -402,7 +474,7 @@ def test_make_masker():
     assert make_masker(ATMConfig(warmup=0.3, per="sample"), 4, 100).warmup == 30
     masker = make_masker(ATMConfig(effect="norm", draw="nested", rescale=True, anneal=0.25), 4, 100)
     assert (masker.anneal, masker.steps, masker.config.effect) == (25, 100, "norm")
-    assert make_masker(ATMConfig(uniform=True), 4, 100, rates=[0.3]).rates == [0.3]
+    assert make_masker(ATMConfig(control="dropout"), 4, 100, rates=[0.3]).rates == [0.3]
     assert type(make_masker(ATMConfig(), 4, 100)) is ATMMasker
 
 

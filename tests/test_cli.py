@@ -462,7 +462,7 @@ def test_train_on_a_model(model, tmp_path):
         (["topk", "--set", "seed=3"], "--set seed=3: use --seed"),
         (["topk", "--set", "kk=3"], "--set kk=3: no field 'kk'; there are "),
         (["topk", "--set", "k=many"], "--set k=many: k must be int, not 'many'"),
-        (["atm", "--set", "uniform=1"], "uniform must be bool"),
+        (["atm", "--set", "rescale=1"], "rescale must be bool"),
         (["topk", "--set", "k=true"], "k must be int"),
         (
             ["topk", "--set", "r=1"],

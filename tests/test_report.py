@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atm_sae.methods import METHODS, get_method, method_name, method_style
+from atm_sae.methods import MASKS, METHODS, get_method, method_name, method_style
 from atm_sae.report.figures import (
     axis_limits,
     few_colours,
@@ -405,7 +405,14 @@ def test_names_and_styles():
         method_name("batchtopk+dropout") == "BatchTopK + dropout"
         and method_name("atm c=1 - atm") == "ATM c=1 − ATM"
     )
-    assert method_style("topk")["marker"] != method_style("topk+atm")["marker"]
+    masked = [m for m in METHODS if get_method(m).architecture == "topk" and "+" in m]
+    looks = [method_style(m) for m in ["topk", *masked]]
+    assert len({look["marker"] for look in looks}) == len(MASKS)
+    assert [method_name(m) for m in ("topk+activity", "standard+shuffled", "topk+off r=2")] == [
+        "TopK + activity dropout",
+        "ReLU + L1 + shuffled ATM",
+        "TopK (mask off) r=2",
+    ]
     assert method_name("frozen decoder v2 - random") == "frozen decoder v2 − random"
     with pytest.raises(ValueError, match="unknown method 'topq'.*topk"):
         method_name("topq")

@@ -456,7 +456,7 @@ def test_killed_at_a_random_step_and_resumed_to_the_bit(
     spec = run_spec(spec, method, buffer)
     if buffer == 0:
         get_activations(spec.data)
-    if twin_method(method) != method:  # a dropout control's twin is made before
+    if twin_method(method) != method:  # the twin of a control is made before
         get_run(run_spec(spec.data, twin_method(method), buffer))
     last = 5 + sum(map(ord, method)) % 10  # any step with a checkpoint behind it
     ended = forked(make_and_die, spec, last)

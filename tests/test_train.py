@@ -22,7 +22,7 @@ from atm_sae.sae.sae import SAE, SAEConfig
 from atm_sae.data.activations import activation_artefact
 from atm_sae.data.batches import CacheBatches
 from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
-from atm_sae.methods import METHODS, method_parts
+from atm_sae.methods import METHODS, method_parts, twin_method
 from atm_sae.ranks import Ranks
 from atm_sae.train import loop, runs
 from atm_sae.train.loop import (
@@ -65,10 +65,9 @@ def batches(spec, cls=WorldBatches):
 
 def make(spec, folder=None, data=None):
     "Train a spec by hand; returns SAE and history."
-    sae, masker = (
-        SAE(spec.sae),
-        make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=twin_rates(spec)),
-    )
+    rates, seed = twin_rates(spec), spec.train.seed
+    sae = SAE(spec.sae)
+    masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=rates, seed=seed)
     return sae, train(sae, data or batches(spec), spec.train, masker, folder, progress=False)
 
 
@@ -951,8 +950,11 @@ def test_methods_and_recipes():
     assert (
         small("topk").sae.k == 3
         and small("atm").sae.target_l0 == 3
-        and small("dropout").atm.uniform
-        and not small("atm").atm.uniform
+        and small("dropout").atm.control == "dropout"
+        and small("topk+activity").atm.control == "activity"
+        and small("standard+shuffled").atm.control == "shuffled"
+        and small("atm").atm.control == ""
+        and small("topk+off").atm is None
         and small("standard").atm is None
     )
     spec = small("atm", r=0.5, lr=0.25, bandwidth=0.7)
@@ -988,7 +990,8 @@ def test_a_rounded_l0_is_said():
 
 
 def test_keys_tell_specs_apart():
-    specs = [small(m) for m in METHODS] + [
+    # a run without a mask is that of its base, see below
+    specs = [small(m) for m in METHODS if method_parts(m)[1] != "off"] + [
         small("atm", seed=1),
         small("atm", steps=41),
         small("atm", r=2.0),
@@ -1087,24 +1090,47 @@ def test_grid_gives_each_method_its_own_settings():
 
 
 @pytest.mark.parametrize(
-    "blind, twin", [("dropout", "atm"), ("matryoshka+dropout", "matryoshka+atm")]
+    "blind, twin",
+    [
+        ("dropout", "atm"),
+        ("matryoshka+dropout", "matryoshka+atm"),
+        ("standard+activity", "atm"),
+        ("topk+activity", "topk+atm"),
+    ],
 )
 def test_a_dropout_control_takes_the_settings_of_its_twin(blind, twin):
     specs = tuned_grid(
         [blind, twin], {twin: dict(r=2.0, lr_scale=0.5, anneal=0.3), "topk": dict(lr_scale=3.0)}
     )
-    assert specs[0].atm.uniform and [twin_spec(s) for s in specs[:4]] == specs[4:]
+    assert specs[0].atm.control and [twin_spec(s) for s in specs[:4]] == specs[4:]
     assert specs[0].atm.r == 2 and specs[0].train.lr == 0.5 * default_lr(
         16, specs[0].sae.architecture
     )
 
 
-@pytest.mark.parametrize("blind", ["dropout", "topk+dropout", "dropout r=2"])
+@pytest.mark.parametrize("blind", ["dropout", "topk+off", "dropout r=2"])
 def test_a_dropout_control_has_no_settings_of_its_own(blind):
-    twin = blind.replace("dropout", "atm")
+    twin = twin_method(blind)
     why = f"{blind!r} takes the settings of its twin: give them to {twin!r}"
     with pytest.raises(ValueError, match=re.escape(why)):
         tuned_grid([blind], {blind: dict(r=2.0)})
+
+
+def test_the_shuffled_control_takes_settings_but_no_run_of_its_twin():
+    shuffled, atm = tuned_grid(["topk+shuffled", "topk+atm"], {"topk+atm": dict(r=2.0)})[::4]
+    assert shuffled.atm == replace(atm.atm, control="shuffled") and twin_spec(shuffled) is None
+
+
+def test_a_twin_without_a_mask_has_the_other_settings():
+    "It shares its run with the base of the same settings, and with no other."
+    tuned = {"topk+atm": dict(lr_scale=0.5, r=2.0), "topk slow": dict(lr_scale=0.5)}
+    off, atm, slow, topk = tuned_grid(["topk+off", "topk+atm", "topk slow", "topk"], tuned)[::4]
+    assert off.atm is None and twin_spec(off) is None
+    assert (off.train, off.sae) == (atm.train, atm.sae)
+    assert off.key == slow.key and off.key not in (topk.key, atm.key)
+    assert small("standard+off").key == small("standard").key
+    with pytest.raises(TypeError, match="rr: no field"):
+        small("topk+off", rr=2)
 
 
 def test_a_variant_of_the_untrained_control_is_untrained():
@@ -1229,6 +1255,22 @@ def test_blind_control_hides_as_many_as_its_twin_at_each_step():
     )
     assert rates[0] == 0 < rates[-1]  # nothing is hidden during the warm-up
     assert blind.history.table.mask_rate.mean() == pytest.approx(log.mask_rate.mean(), abs=0.1)
+
+
+def test_the_activity_control_removes_the_mass_that_its_twin_removes():
+    spec, twin = small("topk+activity", steps=60), small("topk+atm", steps=60)
+    (control,) = run_grid([spec], workers=1, progress=False)
+    log = get_run(twin).history.table
+    rates = twin_rates(spec)
+    assert rates == pytest.approx(np.interp(range(60), log.step, log.masked_activity))
+    assert rates != pytest.approx(twin_rates(small("topk+dropout", steps=60)))
+    # a uniform mask removes its rate of the mass
+    own = control.history.table
+    inside = own.step < 60
+    assert own.masked_activity[inside].to_numpy() == pytest.approx(
+        np.array(rates)[own.step[inside]], abs=1e-6
+    )
+    assert 0 < log.masked_activity.iloc[-2] < log.mask_rate.iloc[-2]
 
 
 def test_the_untrained_control_needs_a_target(cache):

@@ -51,7 +51,7 @@ def record_training(
 ) -> list[Snapshot]:
     "Train as `spec` says, without the run cache, and keep copies."
     sae = SAE(spec.sae)
-    masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps)
+    masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, seed=spec.train.seed)
     snapshots = []
 
     def keep_copy(step: int, sae: SAE, history: History) -> None:

@@ -50,7 +50,7 @@ from atm_sae.sae.atm import (
 )
 from ..sae.sparse import DenseSet
 from ..train.loop import History
-from ..train.runs import Run, RunSpec
+from ..train.runs import TWIN_RATES, Run, RunSpec
 
 
 # %% ../../nbs/evals/stability.ipynb #cell-5
@@ -174,10 +174,13 @@ def frozen_movement(
     """How importance changes between two steps if the trained SAE runs on with frozen weights.
 
     ValueError for a run without a mask."""
-    spec, rate = run.spec, run.history.table.mask_rate.iloc[-1:].tolist()
+    spec = run.spec
     if not isinstance(spec, RunSpec) or spec.atm is None:
         raise ValueError(f"frozen_movement: {spec.method!r} has no mask, so no importance")
-    masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=rate)
+    rate = run.history.table[TWIN_RATES.get(spec.atm.control, "mask_rate")].iloc[-1:].tolist()
+    masker = make_masker(
+        spec.atm, spec.sae.d_sae, spec.train.steps, rates=rate, seed=spec.train.seed
+    )
     assert masker is not None  # there is a config
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     draw = generator(spec.seed, "stability")

@@ -154,7 +154,7 @@ def _few_steps(
         SAE(spec.sae).to(device),
         _Noise(batch_size, d_in),
         spec.train,
-        make_masker(spec.atm, d_sae, total, device, [0.1]),
+        make_masker(spec.atm, d_sae, total, device, [0.1], seed=0),
         progress=False,
         watch=mark,
     )
@@ -254,11 +254,12 @@ def _per_step(
     tuned: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, float]:
     "Seconds a step of each method; methods with the same computation are measured once."
-    measured: dict[tuple[str, str, tuple[str, ...]], float] = {}
+    measured: dict[tuple[str, bool, tuple[str, ...]], float] = {}
     seconds = {}
     for method in methods:
-        twin = twin_method(method)  # a dropout control takes as long as ATM
-        kind = (*method_parts(twin), get_method(twin).frozen)
+        twin = twin_method(method)
+        architecture, mask = method_parts(method)  # a control with a mask takes as long as ATM
+        kind = (architecture, mask not in ("", "off"), get_method(twin).frozen)
         if kind not in measured:
             measured[kind] = step_seconds(
                 method, d_in, size["d_sae"], l0, size["batch_size"], tuned.get(twin)

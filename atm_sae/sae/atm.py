@@ -6,6 +6,7 @@
 __all__ = [
     "EFFECTS",
     "COMBINE",
+    "CONTROLS",
     "ema_",
     "magnitude",
     "frequency",
@@ -17,6 +18,7 @@ __all__ = [
     "seen_contribution",
     "ATMMasker",
     "UniformMasker",
+    "ShuffledMasker",
     "make_masker",
 ]
 
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import generator
 from .sparse import DenseSet, LatentSet
 
 
@@ -97,20 +100,23 @@ def importance(
     return dict(magnitude=m, frequency=f, contribution=c)[how]
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-27
+# %% ../../nbs/sae/atm.ipynb #cell-25
 def importance_threshold(importance: Tensor, c: float = 0.0) -> Tensor:
     "theta = mu + c sigma, mean and standard deviation over the dictionary."
     return importance.mean() + c * importance.std(correction=0)
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-31
+# %% ../../nbs/sae/atm.ipynb #cell-29
 def masking_probability(importance: Tensor, theta: Tensor, r: float = 1.0) -> Tensor:
     "p = 1 - exp(-r (theta - I) / theta) below theta, else 0; 0 everywhere if theta <= 0."
     gap = ((theta - importance) / theta.clamp(min=1e-12)).clamp(min=0)
     return torch.where(theta > 0, -torch.expm1(-r * gap), 0.0)
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-37
+# %% ../../nbs/sae/atm.ipynb #cell-35
+CONTROLS = ("", "dropout", "activity", "shuffled")  # '': ATM itself
+
+
 @dataclass(frozen=True)
 class ATMConfig:
     "How a training run masks its latents; ValueError for settings that do not fit."
@@ -121,7 +127,7 @@ class ATMConfig:
     warmup: float = 0.1  # share of the steps without masking
     combine: str = "geometric"  # how the three statistics are combined; one of COMBINE
     per: str = "batch"  # one mask for the 'batch', or one for each 'sample'
-    uniform: bool = False  # dropout control: the same share of latents, chosen uniformly
+    control: str = ""  # one of CONTROLS; see "Controls"
     effect: str = "exact"  # how the contribution is measured; one of EFFECTS
     draw: str = "independent"  # 'independent' draws, or 'nested': one draw for all latents
     rescale: bool = False  # multiply kept latents by 1 / (1 - p), as dropout does
@@ -132,6 +138,9 @@ class ATMConfig:
             raise ValueError(
                 f"unknown combine {self.combine!r}: choose one of {', '.join(COMBINE)}"
             )
+        if self.control not in CONTROLS:
+            known = ", ".join(map(repr, CONTROLS))
+            raise ValueError(f"unknown control {self.control!r}: choose one of {known}")
         if self.per not in ("batch", "sample"):
             raise ValueError(f"per must be 'batch' or 'sample', not {self.per!r}")
         if self.effect not in EFFECTS:
@@ -148,7 +157,7 @@ class ATMConfig:
             raise ValueError(f"warmup is a share of the steps, 0 to 1, not {self.warmup}")
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-39
+# %% ../../nbs/sae/atm.ipynb #cell-37
 def seen_contribution(
     mean: Tensor,  # (d_sae,) mean contribution over all samples
     keep: Tensor | None = None,  # bool (d_sae,) or (batch, d_sae), True: not masked; None: no mask
@@ -162,7 +171,7 @@ def seen_contribution(
     return mean * len(keep) / n.clamp(min=1), (n > 0).to(mean.dtype)
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-43
+# %% ../../nbs/sae/atm.ipynb #cell-41
 class ATMMasker:
     "Importance of each latent over time, and random masks of the unimportant ones."
 
@@ -229,6 +238,11 @@ class ATMMasker:
             return torch.zeros_like(self.weight)
         return self.mask_probability()
 
+    def masked_activity(self) -> Tensor:
+        "() expected share of activation mass that the next mask removes: sum of p m / sum of m."
+        removed = self.current_probability() * self.magnitude
+        return removed.sum() / self.magnitude.sum().clamp(min=1e-12)
+
     def sample(self, generator: torch.Generator, batch: int | None = None) -> Tensor:
         "Bool mask, True for kept latents: (d_sae,), or (batch, d_sae) if `per` is 'sample'."
         shape: tuple[int, ...] = (self.d_sae,)
@@ -270,7 +284,7 @@ class ATMMasker:
         self.weight.copy_(state["weight"])
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-58
+# %% ../../nbs/sae/atm.ipynb #cell-52
 class UniformMasker(ATMMasker):
     "Dropout on latents with given rates, with the interface and the averages of `ATMMasker`."
 
@@ -293,19 +307,47 @@ class UniformMasker(ATMMasker):
         return super().settings() | dict(rates=[float(rate) for rate in self.rates])
 
 
-# %% ../../nbs/sae/atm.ipynb #cell-62
+# %% ../../nbs/sae/atm.ipynb #cell-55
+class ShuffledMasker(ATMMasker):
+    "ATM's mask probabilities, permuted among the latents; the permutation stays the same."
+
+    def __init__(
+        self,
+        d_sae: int,  # number of latents
+        config: ATMConfig,
+        steps: int,  # length of the training run
+        seed: int,  # of the permutation
+        device: str | torch.device = "cpu",  # where the latents are
+    ) -> None:
+        super().__init__(d_sae, config, steps, device)
+        self.seed = seed
+        self.order = torch.randperm(d_sae, generator=generator(seed, "shuffled mask")).to(device)
+
+    def mask_probability(self) -> Tensor:
+        return super().mask_probability()[self.order]
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | dict(seed=self.seed)
+
+
+# %% ../../nbs/sae/atm.ipynb #cell-58
 def make_masker(
     config: ATMConfig | None,  # None for no masker
     d_sae: int,  # number of latents
     steps: int,  # length of the training run
     device: str | torch.device = "cpu",  # where the latents are
-    rates: Sequence[float] | None = None,  # for `uniform`: the share that ATM masked at each step
+    rates: Sequence[float] | None = None,  # for `dropout` and `activity`: the rate at each step
+    seed: int | None = None,  # for `shuffled`: of the permutation
 ) -> ATMMasker | None:
-    "The masker that an `ATMConfig` describes; ValueError for a control without rates."
+    "The masker that an `ATMConfig` describes; ValueError for a control without what it needs."
     if config is None:
         return None
-    if not config.uniform:
+    if not config.control:
         return ATMMasker(d_sae, config, steps, device)
+    if config.control == "shuffled":
+        if seed is None:
+            raise ValueError("the shuffled control needs the seed of its permutation: `seed`")
+        return ShuffledMasker(d_sae, config, steps, seed, device)
     if rates is None:
-        raise ValueError("the dropout control needs the mask rate of each step: `rates`")
+        raise ValueError(f"the {config.control} control needs the mask rate of each step: `rates`")
     return UniformMasker(d_sae, config, steps, rates, device)

@@ -193,6 +193,7 @@ COLUMNS = (
     "coefficient",
     "threshold",
     "mask_rate",
+    "masked_activity",  # expected share of activation mass that the next mask removes
     "outliers",  # activations left out so far
 )
 
@@ -480,6 +481,7 @@ class Trainer:
             torch.as_tensor(sparsity, device=x.device) if has_penalty else nan,
             nan if self.masker is None else self.masker.threshold(),
             nan if keep is None else 1 - keep.float().mean(),
+            nan if self.masker is None else self.masker.masked_activity(),
         ]
         numbers = self.ranks.mean(torch.stack([v.float() for v in values])).tolist()
         tokens = self.steps * len(x) * self.ranks.size

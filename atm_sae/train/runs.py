@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "TWIN_RATES",
     "MOMENTS",
     "RUN_FILES",
     "RunSpec",
@@ -75,7 +76,7 @@ from ..data.lm import Site, hook_point, model_width, other_place
 from ..data.planted import WorldConfig
 from ..methods import ARCHITECTURES, get_method, method_parts, twin_method, without_variant
 from ..ranks import ALONE, Ranks
-from ..sae.atm import ATMConfig, make_masker
+from ..sae.atm import CONTROLS, ATMConfig, make_masker
 from ..sae.formats import from_pretrained, sae_checksum
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 from ..stats import L0_SLACK, misses_l0
@@ -115,11 +116,15 @@ class RunSpec:
         return f"{self.method}, L0 {self.l0 or 'free'}, seed {self.seed}"
 
 
+# column of the twin's history with the mask rate of a control
+TWIN_RATES = {"dropout": "mask_rate", "activity": "masked_activity"}
+
+
 def twin_spec(spec: RunSpec) -> RunSpec | None:
-    "The ATM run whose mask rates a dropout control takes; None for any other run."
-    if spec.atm is None or not spec.atm.uniform:
+    "The ATM run whose mask rates a control takes; None for any other run."
+    if spec.atm is None or spec.atm.control not in TWIN_RATES:
         return None
-    return replace(spec, method=twin_method(spec.method), atm=replace(spec.atm, uniform=False))
+    return replace(spec, method=twin_method(spec.method), atm=replace(spec.atm, control=""))
 
 
 # %% ../../nbs/train/runs.ipynb #cell-7
@@ -252,8 +257,9 @@ def recipe(
         seed=seed,
         frozen=get_method(method).frozen,
     )
-    atm = ATMConfig(uniform=mask == "dropout") if mask else None
-    unknown = set(overrides) - _names(sae) - _names(config) - _names(atm)
+    mask_config = ATMConfig(control=mask if mask in CONTROLS else "") if mask else None
+    unknown = set(overrides) - _names(sae) - _names(config) - _names(mask_config)
+    atm = None if mask == "off" else mask_config
     if unknown:
         raise TypeError(
             f"{', '.join(sorted(unknown))}: no field of SAEConfig or TrainConfig, nor of "
@@ -312,12 +318,13 @@ def world_grid(
 
 # %% ../../nbs/train/runs.ipynb #cell-18
 def twin_rates(spec: RunSpec, device: str = "auto") -> list[float] | None:
-    "The share of latents that ATM hid at each step of the twin's run; None without a twin."
+    "The mask rate of a control at each step, from its twin's run; None without a twin."
     twin = twin_spec(spec)
-    if twin is None:
+    if twin is None or spec.atm is None:
         return None
     log = _load_or_make(twin, device=device).history.table
-    return np.interp(range(spec.train.steps), log.step, log.mask_rate).tolist()
+    rate = log[TWIN_RATES[spec.atm.control]]
+    return np.interp(range(spec.train.steps), log.step, rate).tolist()
 
 
 def train_sae(
@@ -332,7 +339,7 @@ def train_sae(
 ) -> tuple[SAE, History]:
     "Train the SAE of a specification, alone or as one of several ranks."
     sae = SAE(spec.sae).to(device)
-    masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates)
+    masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates, spec.train.seed)
     # the checkpoint stays until the folder of the run replaces it
     history = train(
         sae, batches, spec.train, masker, folder, progress, ranks, keep_checkpoint=True, log=log
