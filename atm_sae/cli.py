@@ -40,7 +40,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
@@ -56,13 +56,13 @@ if TYPE_CHECKING:
 
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.lm import LM, Site
-    from atm_sae.data.planted import WorldConfig
+    from atm_sae.data.synthsaebench import PlantedConfig
     from atm_sae.report.manifest import ObjectState
     from atm_sae.report.runner import Status
     from atm_sae.sae.sae import SAE
     from atm_sae.train.runs import Run, RunSpec
 
-Data: TypeAlias = "WorldConfig | ActivationSpec"
+Data: TypeAlias = "PlantedConfig | ActivationSpec"
 
 # %% ../nbs/cli.ipynb #cell-6
 app = typer.Typer(
@@ -218,11 +218,13 @@ def _field_types() -> dict[str, type]:
     "{name: type} of all fields that `--set` reaches."
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.planted import WorldConfig
+    from atm_sae.data.synthsaebench import TreeWorldConfig
     from atm_sae.sae.atm import ATMConfig
     from atm_sae.sae.sae import SAEConfig
     from atm_sae.train.loop import TrainConfig
 
-    kinds = (WorldConfig, ActivationSpec, SAEConfig, TrainConfig, ATMConfig)
+    worlds = (WorldConfig, TreeWorldConfig)
+    kinds = (*worlds, ActivationSpec, SAEConfig, TrainConfig, ATMConfig)
     return {f.name: _plain_type(f.type) for kind in kinds for f in fields(kind)}
 
 
@@ -247,15 +249,17 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 # %% ../nbs/cli.ipynb #cell-17
 def _data(name: str, site: "Site", settings: dict[str, Any]) -> Data:
-    "The WorldConfig or ActivationSpec of `--data`; takes its own fields out of `settings`."
+    "The data of `--data`; takes its own fields out of `settings`. ValueError for an unknown world."
     from atm_sae.data.activations import ActivationSpec
-    from atm_sae.data.planted import WorldConfig
+    from atm_sae.data.synthsaebench import WORLDS
 
     def own(kind: type) -> dict[str, Any]:
         return {f.name: settings.pop(f.name) for f in fields(kind) if f.name in settings}
 
-    if name == "planted":
-        return WorldConfig(**own(WorldConfig))
+    if name in WORLDS:
+        return replace(WORLDS[name], **own(type(WORLDS[name])))
+    if name.startswith("planted:"):
+        raise ValueError(f"--data {name}: no such world; there are {', '.join(WORLDS)}")
     model = str(Path(name).resolve()) if Path(name).is_dir() else name
     return ActivationSpec(model=model, layer=site.layer, site=site.kind, **own(ActivationSpec))
 
@@ -331,14 +335,24 @@ def _train_all(
 # %% ../nbs/cli.ipynb #cell-22
 def _reconstruction(sae: "SAE", data: Data) -> dict[str, float]:
     "Planted metrics, or reconstruction on held-out activations."
+    from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.batches import held_out_activations
-    from atm_sae.data.planted import PlantedWorld, WorldConfig
-    from atm_sae.evals.metrics import planted_metrics, reconstruction_metrics
+    from atm_sae.data.synthsaebench import TreeWorld, planted_world
+    from atm_sae.evals.metrics import (
+        planted_metrics,
+        reconstruction_metrics,
+        synthsaebench_metrics,
+    )
 
-    if not isinstance(data, WorldConfig):
+    if isinstance(data, ActivationSpec):
         return reconstruction_metrics(sae, held_out_activations(data, 20_000))
-    found = planted_metrics(sae, PlantedWorld(data))
-    return found | dict(explained_variance=1 - found["fvu"])
+    world = planted_world(data)
+    found = planted_metrics(sae, world)
+    found |= dict(explained_variance=1 - found["fvu"])
+    if isinstance(world, TreeWorld):
+        scores = synthsaebench_metrics(sae, world)
+        found |= {f"synthsaebench_{name}": score for name, score in scores.items()}
+    return found
 
 
 def _run_row(spec: "RunSpec", run: "Run", folder: Path | None) -> dict[str, Any]:
@@ -364,7 +378,8 @@ def _show_runs(rows: Sequence[Mapping[str, Any]]) -> None:
         target = row["l0"] if row["l0"] is None else f"{row['l0']:g}"
         shown = {"L0": found["l0"], "target": target}
         shown["explained variance"] = found["explained_variance"]
-        more = {name.replace("_", " "): found.get(name) for name in ("absorption", "dead_share")}
+        names = ("absorption", "dead_share", "synthsaebench_f1", "synthsaebench_mcc")
+        more = {name.replace("_", " "): found.get(name) for name in names}
         shown |= {name: value for name, value in more.items() if value is not None}
         lines.append(dict(method=row["method"], seed=row["seed"]) | shown | dict(SAE=row["sae"]))
     print(_table(lines))
@@ -446,7 +461,9 @@ def _option(help: str, panel: str | None = None, **more: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=panel, **more)
 
 
-_DATA_HELP = "`planted`, or a model: its name, folder, or id on the Hub."
+_DATA_HELP = (
+    "`planted`, `planted:synthsaebench-16k`, or a model: its name, folder, or id on the Hub."
+)
 _SITE_HELP = "Of the block: resid_pre, attn_out, mlp_out or resid_post."
 _EXAMPLE = "--data planted --l0 4 --d-sae 200 --steps 2000 --seed 0 --seed 1 --out saes"
 
@@ -521,17 +538,18 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _recorded_data(record: Mapping[str, Any]) -> "Data | None":
-    "The WorldConfig or ActivationSpec of a record; None without one. ValueError for another's."
+    "The data of a record; None without one. ValueError for another library's."
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.letters import LineConfig
     from atm_sae.data.planted import WorldConfig
+    from atm_sae.data.synthsaebench import TreeWorldConfig
 
     if not record:
         return None
     try:
         data = record["spec"]["data"]
         if "model" not in data:
-            return WorldConfig(**data)
+            return TreeWorldConfig(**data) if "n_roots" in data else WorldConfig(**data)
         return ActivationSpec(**data | dict(lines=LineConfig(**data["lines"])))
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -563,10 +581,11 @@ def _site_of(source: str, sae: "SAE", reads: "Reads") -> "Site | None":
 
 def _data_of(source: str, sae: "SAE", recorded: "Data | None", reads: "Reads") -> Data:
     "The data on which an SAE is measured; ValueError if nothing says which."
-    from atm_sae.data.planted import WorldConfig
+    from atm_sae.data.synthsaebench import WORLDS
 
-    if reads.model == "planted":
-        return recorded if isinstance(recorded, WorldConfig) else WorldConfig()
+    if reads.model in WORLDS:
+        world = WORLDS[reads.model]
+        return recorded if isinstance(recorded, type(world)) else world
     if recorded is not None and (reads.model, reads.layer, reads.site) == (None, None, None):
         return recorded
     site = _site_of(source, sae, reads)
@@ -618,10 +637,17 @@ def _subject(source: str, reads: Reads, subfolder: str | None, revision: str | N
     return Subject(sae, method, name, data)
 
 
+def _world_name(data: Data) -> str:
+    "The name in WORLDS of the kind of world; '' for a model's activations."
+    from atm_sae.data.synthsaebench import WORLDS
+
+    return next((name for name, world in WORLDS.items() if type(world) is type(data)), "")
+
+
 def _say_other_model(source: str, sae: "SAE", data: Data) -> None:
     "Name on stderr an SAE that is measured on another model than its metadata name."
     trained_on = (sae.metadata or {}).get("model_name")
-    used = Path(getattr(data, "model", "planted")).name
+    used = Path(getattr(data, "model", "") or _world_name(data)).name
     if trained_on and Path(trained_on).name != used:
         print(
             f"atm-sae: {source} was trained on {trained_on}, and is measured on {used}: "
@@ -733,7 +759,7 @@ def _wanted(text: str | None) -> list[str]:
 
 
 def _planted(
-    s: Subject, data: "WorldConfig", metrics: str | None, o: Options
+    s: Subject, data: "PlantedConfig", metrics: str | None, o: Options
 ) -> dict[str, dict[str, Any]]:
     "Scores of an SAE of the planted world; ValueError for what needs a language model."
     if o.saebench:
@@ -749,7 +775,8 @@ def _planted(
         )
     found = _reconstruction(s.sae, data)
     absorption = dict(full=found["absorption"], miss_rate=found["miss_rate"])
-    core = ("explained_variance", "fvu", "l0", "dead_share", "mcc", "f1", "n_outliers")
+    core = ["explained_variance", "fvu", "l0", "dead_share", "mcc", "f1", "n_outliers"]
+    core += [name for name in found if name.startswith("synthsaebench_")]
     return dict(
         core={k: found[k] for k in core} | dict(target_l0=s.sae.config.l0),
         absorption=absorption | dict(n_parents=data.n_parents),
@@ -767,15 +794,15 @@ def load_model(name: str, dtype: str, device: str = "auto") -> "LM":
 
 def _score(source: str, s: Subject, metrics: str | None, o: Options, bar: "tqdm") -> dict[str, Any]:
     "All that is asked for about one SAE."
-    from atm_sae.data.planted import WorldConfig
+    from atm_sae.data.activations import ActivationSpec
 
     wanted, row = _wanted(metrics), dict(sae=source, method=s.method)
     data = s.data
-    if isinstance(data, WorldConfig):
+    if not isinstance(data, ActivationSpec):
         found = _planted(s, data, metrics, o)
         bar.update(len(wanted))
         scores = {name: found[name] for name in wanted if name in found}
-        return row | dict(model="planted", layer=None, site=None) | scores
+        return row | dict(model=_world_name(data), layer=None, site=None) | scores
     lm = load_model(data.model, data.lm_dtype, o.device)
     s.sae.to(lm.device)
     scores = {}
@@ -803,6 +830,8 @@ SHOWN = (
     Shown("core", "target_l0", "target"),
     Shown("core", "explained_variance", "explained variance", "explained_variance"),
     Shown("core", "ce_loss_score", "CE loss score", "ce_loss_score"),
+    Shown("core", "synthsaebench_f1", "SynthSAEBench F1", "synthsaebench_f1"),
+    Shown("core", "synthsaebench_mcc", "SynthSAEBench MCC", "synthsaebench_mcc"),
     Shown("absorption", "full", "absorption, full", "mean_full_absorption_score"),
     Shown("absorption", "fraction", "fraction", "mean_absorption_fraction_score"),
     Shown("absorption", "saebench_full", "SAEBench, full", "saebench_full_absorption"),
@@ -860,7 +889,7 @@ def evaluate(
     max_words: Annotated[int | None, _option(_WORDS_HELP, min=1)] = None,
     spaced: Annotated[bool, typer.Option("--spaced", help=_SPACED_HELP)] = False,
     model: Annotated[
-        str | None, _option("`planted`, or a model; by default the SAE's.", PLACE)
+        str | None, _option("A world, or a model, as in --data; by default the SAE's.", PLACE)
     ] = None,
     layer: Annotated[int | None, _option("By default the SAE's.", PLACE)] = None,
     site: Annotated[
@@ -942,7 +971,7 @@ def card_scores(path: Path | None) -> dict[str, float]:
         )
     parts = {k: v for k, v in row.items() if isinstance(v, dict)}
     found = {s.card: parts[s.part].get(s.name) for s in SHOWN if s.card and s.part in parts}
-    if row.get("model") == "planted" and "absorption" in parts:
+    if str(row.get("model")).startswith("planted") and "absorption" in parts:
         found = {k: v for k, v in found.items() if "absorption" not in k}
         found["absorption in the planted world"] = parts["absorption"].get("full")
     given = found if parts else row
@@ -1115,7 +1144,7 @@ def fetch(
         print(f"{model} {'is now in' if new else 'is already there:'} {folder}")
 
 
-# %% ../nbs/cli.ipynb #9dc9ad20
+# %% ../nbs/cli.ipynb #cell-46
 @app.command(epilog="Example: atm-sae new-experiment width")
 def new_experiment(
     name: Annotated[str, typer.Argument(help="Of the notebook and of the object.")],
@@ -1136,7 +1165,7 @@ def new_experiment(
     print(f"atm-sae reproduce {name} --profile smoke{given}")
 
 
-# %% ../nbs/cli.ipynb #cell-46
+# %% ../nbs/cli.ipynb #cell-48
 _UsageError: Any = typer.BadParameter.__base__  # of click, which newer typers carry inside
 _EXPECTED = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
 
@@ -1204,6 +1233,6 @@ def main(
     return status
 
 
-# %% ../nbs/cli.ipynb #cell-47
+# %% ../nbs/cli.ipynb #cell-49
 if __name__ == "__main__" and "__file__" in globals():  # python -m atm_sae.cli, not a notebook
     sys.exit(main())

@@ -33,12 +33,17 @@ from atm_sae.data.batches import held_out
 from atm_sae.cli import app, main
 from atm_sae.core import one_thread
 from atm_sae.data.lm import load_lm, save_lm, tiny_lm
-from atm_sae.evals.metrics import planted_metrics, reconstruction_metrics
+from atm_sae.evals.metrics import (
+    planted_metrics,
+    reconstruction_metrics,
+    synthsaebench_metrics,
+)
 from atm_sae.sae.formats import from_pretrained, model_card
 from atm_sae.evals.probing import evaluate_probing, probing_tasks
 from atm_sae.sae.sae import SAE, SAEConfig
 from atm_sae.evals.saebench import read_saebench
 from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
+from atm_sae.data.synthsaebench import TreeWorld, TreeWorldConfig
 from atm_sae.methods import METHODS
 from atm_sae.train import runs
 from atm_sae.train.runs import get_run, recipe, run_folder
@@ -292,6 +297,30 @@ def test_train_into_the_cache_and_again():
         done("train", "topk", *SMALL, "-q") == out
         and (place / "cfg.json").stat().st_mtime_ns == before
     )
+
+
+def test_train_in_a_world_by_name():
+    sizes = dict(d_in=12, n_features=60, n_roots=2, n_branches=3, depth=2, spread_steps=1)
+    small = [f"--set={name}={value}" for name, value in sizes.items()]
+    name = "planted:synthsaebench-16k"
+    options = ["--d-sae", "16", "--l0", "3", "--steps", "5", "--batch-size", "16", "-q", "--json"]
+    (row,) = json.loads(done("train", "topk", "--data", name, *small, *options))
+    world = TreeWorld(TreeWorldConfig(**sizes))
+    sae = SAE.load(row["sae"])
+    assert row["metrics"]["mcc"] == planted_metrics(sae, world)["mcc"]
+    scores = {f"synthsaebench_{k}": v for k, v in synthsaebench_metrics(sae, world).items()}
+    assert row["metrics"].items() >= scores.items()
+    for place in ([], ["--model", name]):
+        (found,) = json.loads(done("evaluate", row["sae"], *place, "--json", "-q"))
+        assert found["model"] == name and found["absorption"]["n_parents"] == 8
+        assert found["core"].items() >= scores.items()
+    table = done("evaluate", row["sae"], "-q")
+    assert "SynthSAEBench F1" in table and "SynthSAEBench MCC" in table
+
+
+def test_an_unknown_world_is_named():
+    status, _, err = run("train", "topk", "--data", "planted:16k")
+    assert status == 2 and "planted:16k: no such world; there are planted, planted:synth" in err
 
 
 def test_a_missed_l0_is_said_beside_its_target():

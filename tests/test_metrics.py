@@ -7,6 +7,7 @@ import torch
 
 from atm_sae.core import generator
 from atm_sae.data.lm import hook_layer, next_token_losses, splice, tiny_lm
+from atm_sae.evals import metrics
 from atm_sae.evals.metrics import (
     activation_frequency,
     best_detectors,
@@ -468,6 +469,35 @@ def test_missing_latents_are_silent(world):
     part = Toy(sae.W_enc[:, 1:], sae.W_dec[1:], b_enc=-1e-3)  # parent 0 has no latent
     row = planted_table(part, world, n=2000).iloc[0]
     assert row.latent == -1 and row.absorption == row.miss_rate == 1 and row.cosine == 0
+
+
+def test_detectors_of_many_features():
+    "More features than are counted at a time; by brute force."
+    gen = torch.Generator().manual_seed(0)
+    active, on = (torch.rand(40, n, generator=gen) < 0.2 for n in (5, 2100))
+    table = best_detectors(active, on)
+    both = (active[:20, :, None] & on[:20, None]).sum(0)
+    sums = active[:20].sum(0)[:, None] + on[:20].sum(0)
+    best = (2 * both / sums.clamp(min=1)).argmax(0)
+    assert table.best_latent.tolist() == best.tolist()
+    detected, on = active[20:, best], on[20:]
+    both, sums = (detected & on).sum(0), detected.sum(0) + on.sum(0)
+    assert table.f1.to_numpy() == pytest.approx((2 * both / sums.clamp(min=1)).numpy())
+
+
+def test_many_features_are_sampled_a_few_samples_at_a_time(world, monkeypatch):
+    whole = planted_metrics(honest(world), world, n=3000)
+    sizes, sample = [], type(world).sample
+
+    def counted(self, n, gen):
+        sizes.append(n)
+        return sample(self, n, gen)
+
+    monkeypatch.setattr(metrics, "_MOST", 1000 * world.n_features)
+    monkeypatch.setattr(type(world), "sample", counted)
+    parts = planted_metrics(honest(world), world, n=2500)
+    assert sizes == [1000, 1000, 500]
+    assert parts["f1"] == pytest.approx(whole["f1"], abs=0.01) and parts["n_outliers"] == 0
 
 
 def test_planted_is_seeded_and_checks_the_width(world):

@@ -12,6 +12,7 @@ __all__ = [
     "held_out_activations",
     "held_out_tokens",
     "planted_batches",
+    "tree_batches",
     "cached_batches",
     "data_batches",
 ]
@@ -40,6 +41,7 @@ from atm_sae.data.activations import (
 )
 from .lm import LM
 from .planted import PlantedWorld, WorldBatches, WorldConfig, check_same_reader
+from .synthsaebench import PlantedConfig, TreeWorld, TreeWorldConfig
 from .text import PackedRows, TokenRows, special_ids
 from ..ranks import ALONE, Ranks
 
@@ -324,19 +326,26 @@ def planted_batches(data: WorldConfig, batch_size: int, seed: int) -> WorldBatch
     return WorldBatches(PlantedWorld(data), batch_size, seed)
 
 
+def tree_batches(data: TreeWorldConfig, batch_size: int, seed: int) -> WorldBatches:
+    "Batches of a world of feature trees, as a run reads them."
+    return WorldBatches(TreeWorld(data), batch_size, seed)
+
+
 def cached_batches(cache: ActivationCache, batch_size: int, seed: int) -> CacheBatches:
     "Batches of cached activations, as a run reads them: of the first nine tenths."
     return CacheBatches(cache, batch_size, seed)
 
 
 def data_batches(
-    data: WorldConfig | ActivationSpec,
+    data: PlantedConfig | ActivationSpec,
     batch_size: int,
     seed: int,  # of the order of the batches
 ) -> Batches:
     "Batches of a planted world, of a cache, or (with a buffer) of a stream."
     if isinstance(data, WorldConfig):
         return planted_batches(data, batch_size, seed)
+    if isinstance(data, TreeWorldConfig):
+        return tree_batches(data, batch_size, seed)
     if isinstance(data, ActivationSpec) and data.buffer:
         return stream_activations(data, batch_size, seed)
     if isinstance(data, ActivationSpec):

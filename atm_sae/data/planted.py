@@ -10,6 +10,7 @@ __all__ = [
     "active_roots",
     "active_children",
     "draw_coefficients",
+    "World",
     "PlantedWorld",
     "check_same_reader",
     "WorldBatches",
@@ -19,7 +20,7 @@ __all__ = [
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from ..artefacts import stable_hash
 from ..core import generator
 
 
-# %% ../../nbs/data/planted.ipynb #cell-14
+# %% ../../nbs/data/planted.ipynb #cell-13
 @dataclass(frozen=True)
 class WorldConfig:
     "Everything that determines a planted world."
@@ -51,7 +52,7 @@ class WorldConfig:
         _validate(self)
 
 
-# %% ../../nbs/data/planted.ipynb #cell-16
+# %% ../../nbs/data/planted.ipynb #cell-15
 def _validate(config: WorldConfig) -> None:
     "ValueError naming the first parameter of `config` that is out of range."
     ranges = dict(
@@ -76,7 +77,7 @@ def _validate(config: WorldConfig) -> None:
         raise ValueError("WorldConfig: a world needs features: set n_parents or n_free above 0")
 
 
-# %% ../../nbs/data/planted.ipynb #cell-19
+# %% ../../nbs/data/planted.ipynb #cell-18
 def zipf_rates(
     n: int,  # number of features
     mean: float,  # their mean rate
@@ -93,13 +94,13 @@ def zipf_rates(
     return rates
 
 
-# %% ../../nbs/data/planted.ipynb #cell-23
+# %% ../../nbs/data/planted.ipynb #cell-22
 def unit_directions(n: int, d_in: int, gen: torch.Generator) -> Tensor:
     "`n` random unit vectors, (n, d_in)."
     return torch.nn.functional.normalize(torch.randn(n, d_in, generator=gen), dim=1)
 
 
-# %% ../../nbs/data/planted.ipynb #cell-28
+# %% ../../nbs/data/planted.ipynb #cell-27
 def active_roots(
     n: int,  # samples
     rates: Tensor,  # rates of the roots, (n_roots,)
@@ -116,7 +117,7 @@ def active_roots(
     return u < torch.special.ndtri(rates)
 
 
-# %% ../../nbs/data/planted.ipynb #cell-33
+# %% ../../nbs/data/planted.ipynb #cell-31
 def active_children(
     parents: Tensor,  # which parents are on, bool (n, n_parents)
     share: Tensor,  # probability of each child given its parent, (children_per_parent,); sum <= 1
@@ -128,7 +129,7 @@ def active_children(
     return parents[..., None] & (piece == torch.arange(len(share)))
 
 
-# %% ../../nbs/data/planted.ipynb #cell-38
+# %% ../../nbs/data/planted.ipynb #cell-36
 def draw_coefficients(
     on: Tensor,  # which features are on, bool (n, n_features)
     spread: float,  # half width of the interval around 1
@@ -138,7 +139,29 @@ def draw_coefficients(
     return on * (1 - spread + 2 * spread * torch.rand(on.shape, generator=gen))
 
 
-# %% ../../nbs/data/planted.ipynb #cell-41
+# %% ../../nbs/data/planted.ipynb #cell-39
+class World(Protocol):
+    "Samples of known features."
+
+    d_in: int
+    n_features: int
+    directions: Tensor  # (n_features, d_in), rows of length 1
+    parent: Tensor  # (n_features,) index of each feature's parent, -1: none
+    is_parent: Tensor  # (n_features,) bool
+    rates: Tensor  # (n_features,) expected share of samples in which each feature is active
+
+    @property
+    def config(self) -> object:
+        "Everything that determines the world: a frozen dataclass."
+
+    def sample(self, n: int, generator: torch.Generator, /) -> tuple[Tensor, Tensor]:
+        "Samples x (n, d_in) and their true coefficients a (n, n_features)."
+
+    def children(self, i: int, /) -> Tensor:
+        "Indices of the children of feature `i` (empty for a feature without)."
+
+
+# %% ../../nbs/data/planted.ipynb #cell-40
 class PlantedWorld:
     "Sparse sums of known directions: parents with exclusive children, and free features."
 
@@ -197,7 +220,7 @@ class PlantedWorld:
         )
 
 
-# %% ../../nbs/data/planted.ipynb #cell-55
+# %% ../../nbs/data/planted.ipynb #cell-52
 def check_same_reader(
     saved: Mapping[str, Any],  # settings in a saved state
     settings: Mapping[str, Any],  # settings of the reader that loads it
@@ -218,7 +241,7 @@ class WorldBatches:
 
     def __init__(
         self,
-        world: PlantedWorld,  # a PlantedWorld
+        world: World,
         batch_size: int,  # samples in a batch
         seed: int,  # of this stream; the world has its own
     ) -> None:

@@ -21,13 +21,15 @@ __all__ = [
     "miss_rates",
     "planted_table",
     "planted_metrics",
+    "detector_scores",
+    "synthsaebench_metrics",
     "dictionary_agreement",
     "late_movement",
     "importance_movement",
 ]
 
 # %% ../../nbs/evals/metrics.ipynb #cell-3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -37,6 +39,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,7 +61,7 @@ from atm_sae.data.lm import (
     share_weights,
     splice,
 )
-from ..data.planted import PlantedWorld
+from ..data.planted import World
 from ..data.text import special_ids
 from .swap import captured, from_block
 
@@ -411,8 +414,9 @@ def detection_counts(
     on: Tensor,  # (n, n_features) bool: features that are on
 ) -> tuple[Tensor, Tensor, Tensor]:  # N_ij (d_sae, n_features), N_i (d_sae, 1), N_j (n_features,)
     "Numbers of samples on which both are active, the latent is active, and the feature is on."
-    active, on = active.float(), on.float()
-    return active.T @ on, active.sum(0)[:, None], on.sum(0)
+    latents, features = (csr_array(v.numpy(), dtype=np.float32) for v in (active.T, on))
+    both = torch.from_numpy((latents @ features).toarray())  # few are active: sparse is faster
+    return both, active.sum(0).float()[:, None], on.sum(0).float()
 
 
 def _f1(both: Tensor, n_latent: Tensor, n_feature: Tensor) -> Tensor:
@@ -425,9 +429,10 @@ def best_detectors(
 ) -> pd.DataFrame:  # a row for each feature: best_latent, precision, recall, f1
     "Each feature's best latent by F1, chosen on the first half of the samples, scored on the rest."
     half = len(active) // 2
-    best = _f1(*detection_counts(active[:half], on[:half])).argmax(0)
-    both, n_latent, n_feature = detection_counts(active[half:][:, best], on[half:])
-    both, n_latent = both.diagonal(), n_latent[:, 0]
+    parts = on[:half].split(1024, 1)  # of the features, to save memory
+    best = torch.cat([_f1(*detection_counts(active[:half], part)).argmax(0) for part in parts])
+    detected, on = active[half:][:, best], on[half:]
+    both, n_latent, n_feature = (v.sum(0).float() for v in (detected & on, detected, on))
     table = dict(
         best_latent=best,
         precision=both / n_latent.clamp(min=1),
@@ -449,19 +454,29 @@ def miss_rates(
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-46
-def _feature_kinds(world: PlantedWorld) -> np.ndarray:
+def _feature_kinds(world: World) -> np.ndarray:
     "'parent', 'child' or 'free' for each feature."
     return np.where(world.is_parent, "parent", np.where(world.parent >= 0, "child", "free"))
 
 
+def _parent_cosines(world: World) -> Tensor:
+    "Cosine of each feature's direction and its parent's, (n_features,); of no meaning without one."
+    found = []
+    for rows in torch.arange(world.n_features).split(2048):
+        first, end = int(rows[0]), int(rows[-1]) + 1
+        cosines = world.directions[first:end] @ world.directions.T
+        found.append(cosines[rows - first, world.parent[rows]])
+    return torch.cat(found)
+
+
 def _planted_row(
-    world: PlantedWorld,
+    world: World,
     j: int,
     latent: int,
     active: Tensor,
     on: Tensor,
     cosines: Tensor,
-    true: Tensor,
+    true: float,
 ) -> dict[str, float]:
     "Feature j: its matched latent (-1: none), cosine, absorption, miss rate, excess cosine."
     matched, parent = latent >= 0, int(world.parent[j])
@@ -471,40 +486,59 @@ def _planted_row(
         child = on[:, world.children(j)].any(1)
         row["absorption"], row["miss_rate"] = miss_rates(is_active, on[:, j], child)
     if parent >= 0 and matched:
-        row["excess_cosine"] = float(cosines[latent, parent] - true[j, parent])
+        row["excess_cosine"] = float(cosines[latent, parent] - true)
     return row
 
 
-def _planted_rows(world: PlantedWorld, active: Tensor, on: Tensor, cosines: Tensor) -> pd.DataFrame:
-    "A row of `_planted_row` for each feature."
-    latents = match_latents(cosines)[0].tolist()
-    true = world.directions @ world.directions.T
-    rows = [_planted_row(world, j, i, active, on, cosines, true) for j, i in enumerate(latents)]
+def _planted_rows(
+    world: World, active: Tensor, on: Tensor, cosines: Tensor
+) -> tuple[pd.DataFrame, float]:
+    "A row of `_planted_row` for each feature, and the MCC."
+    latents, mcc = match_latents(cosines)
+    true = _parent_cosines(world)
+    pairs = enumerate(zip(latents.tolist(), true, strict=True))
+    rows = [_planted_row(world, j, i, active, on, cosines, float(c)) for j, (i, c) in pairs]
     columns = ["latent", "cosine", "absorption", "miss_rate", "excess_cosine"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns), mcc
 
 
-@torch.no_grad()
-def _planted_sample(
-    sae: Autoencoder, world: PlantedWorld, n: int, seed: int, batch_size: int = 4096
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Fresh samples x; of its ordinary rows: which features are on, active latents; cosines."
+_MOST = 2**25  # coefficients of samples to draw at a time
+
+
+def _samples(world: World, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    "Fresh samples x and their true coefficients a, few at a time from a world of many features."
+    gen, rows = generator(seed, "planted-metrics"), max(1, _MOST // world.n_features)
+    for start in range(0, n, rows):
+        yield world.sample(min(rows, n - start), gen)
+
+
+def _direction_cosines(sae: Dictionary, world: World) -> Tensor:
+    "Cosines (d_sae, n_features) of decoder rows and directions; ValueError for another width."
     if sae.W_dec.shape[1] != world.d_in:
         raise ValueError(
             f"the SAE reads width {sae.W_dec.shape[1]}, the world has width {world.d_in}"
         )
-    x, a = world.sample(n, generator(seed, "planted-metrics"))
+    return F.normalize(sae.W_dec.detach().cpu().float(), dim=1) @ world.directions.T
+
+
+@torch.no_grad()
+def _planted_sample(
+    sae: Autoencoder, world: World, n: int, seed: int, batch_size: int = 4096
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Fresh samples x; of its ordinary rows: which features are on, active latents; cosines."
+    cosines = _direction_cosines(sae, world)
+    drawn = ((x, a > 0) for x, a in _samples(world, n, seed))
+    x, on = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     ordinary = ordinary_rows(sae, x)
     parts = x[ordinary].split(batch_size)
     active = torch.cat([(sae.encode(part.to(sae.W_dec)) > 1e-8).cpu() for part in parts])
-    cosines = F.normalize(sae.W_dec.detach().cpu().float(), dim=1) @ world.directions.T
-    return x, a[ordinary] > 0, active, cosines
+    return x, on if ordinary.all() else on[ordinary], active, cosines
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-47
 def planted_table(
     sae: Autoencoder,  # anything with encode, decode, W_dec
-    world: PlantedWorld,  # the PlantedWorld that it was trained on
+    world: World,  # the world that it was trained on
     n: int = 20000,  # fresh samples
     seed: int = 0,  # of these samples
 ) -> pd.DataFrame:
@@ -512,30 +546,95 @@ def planted_table(
     _, on, active, cosines = _planted_sample(sae, world, n, seed)
     table = pd.DataFrame(dict(kind=_feature_kinds(world), rate=world.rates.numpy()))
     table.insert(0, "feature", range(world.n_features))
-    return table.join(_planted_rows(world, active, on, cosines)).join(best_detectors(active, on))
+    rows, _ = _planted_rows(world, active, on, cosines)
+    return table.join(rows).join(best_detectors(active, on))
 
 
 def planted_metrics(
     sae: Autoencoder,  # anything with encode, decode, W_dec
-    world: PlantedWorld,  # the PlantedWorld that it was trained on
+    world: World,  # the world that it was trained on
     n: int = 20000,  # fresh samples
     seed: int = 0,  # of these samples
 ) -> dict[str, float]:
     "Absorption and recovery on planted features: means over the rows of `planted_table`."
     x, on, active, cosines = _planted_sample(sae, world, n, seed)
-    rows, found = _planted_rows(world, active, on, cosines), best_detectors(active, on)
+    rows, mcc = _planted_rows(world, active, on, cosines)
+    found = best_detectors(active, on)
     usual = reconstruction_metrics(sae, x)
     parents = world.is_parent.numpy()
     return dict(
         {k: float(rows[k].mean()) for k in ("absorption", "miss_rate", "excess_cosine")},
         **{k: float(found[k].mean()) for k in ("precision", "recall", "f1")},
         f1_parents=float(found.f1[parents].mean()),
-        mcc=match_latents(cosines)[1],
+        mcc=mcc,
         **{k: usual[k] for k in ("dead_share", "l0", "fvu", "n_outliers")},
     )
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-55
+def detector_scores(
+    both: Tensor,  # (d_sae,) samples on which the latent is active and its feature is on
+    n_latent: Tensor,  # (d_sae,) samples on which the latent is active
+    n_feature: Tensor,  # (d_sae,) samples on which its feature is on
+    n: int,  # samples
+) -> dict[str, float]:
+    "Precision, recall, F1 and accuracy of each latent as a detector of its feature: means."
+    scores = dict(
+        precision=both / n_latent.clamp(min=1),
+        recall=both / n_feature.clamp(min=1),
+        f1=_f1(both, n_latent, n_feature),
+        accuracy=(n + 2 * both - n_latent - n_feature) / n,
+    )
+    return {name: float(score.double().mean()) for name, score in scores.items()}
+
+
+@torch.no_grad()
+def _detection_sums(
+    sae: Autoencoder, world: World, feature: Tensor, n: int, seed: int
+) -> dict[str, Any]:
+    "`_batch_sums` and the counts of `detector_scores` over fresh samples."
+    total: dict[str, Any] = {}
+    for x, a in _samples(world, n, seed):
+        part = x.to(sae.W_dec)
+        z = sae.encode(part)
+        x_hat = sae.decode(z)
+        active, on = (z != 0).cpu(), a[:, feature] > 0
+        sums = _batch_sums(part, z, x_hat) | dict(
+            both=(active & on).sum(0),
+            n_feature=on.sum(0),
+            true_l0=(a > 0).sum(),
+            ratio=(x_hat.norm(dim=1) / part.norm(dim=1).clamp(min=1e-6)).double().sum(),
+        )
+        for name, value in sums.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def synthsaebench_metrics(
+    sae: Autoencoder,  # anything with encode, decode, W_dec
+    world: World,  # the world that it was trained on
+    n: int = 20000,  # fresh samples
+    seed: int = 0,  # of these samples
+) -> dict[str, float]:
+    "The scores of SynthSAEBench (arXiv:2602.14687), by the definitions of SAELens 6.54."
+    cosines = _direction_cosines(sae, world).abs()
+    feature = cosines.argmax(1)
+    s = _detection_sums(sae, world, feature, n, seed)
+    active = s["active"].cpu()
+    variance = s["x2"] / n - (s["x"] / n).square().sum()
+    return dict(
+        detector_scores(s["both"], active, s["n_feature"], n),
+        mcc=match_latents(cosines)[1],
+        uniqueness=len(feature.unique()) / len(feature),
+        explained_variance=1 - float(s["e2"] / n / variance),
+        l0=float(s["l0"] / n),
+        true_l0=float(s["true_l0"] / n),
+        dead_share=float((active == 0).double().mean()),
+        shrinkage=float(s["ratio"] / n),
+    )
+
+
+# %% ../../nbs/evals/metrics.ipynb #cell-59
 @torch.no_grad()
 def dictionary_agreement(
     sae_a: Dictionary,  # anything with W_dec
@@ -558,7 +657,7 @@ def dictionary_agreement(
     return dict(mean_best_cosine=float(best), mcc=match_latents(cosines)[1], n_a=len(A), n_b=len(B))
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-59
+# %% ../../nbs/evals/metrics.ipynb #cell-63
 def late_movement(
     values: ArrayLike,  # recorded over training, in order: threshold, mask rate, ...
     share: float = 0.1,  # of the values, at the end

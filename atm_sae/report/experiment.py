@@ -25,7 +25,7 @@ from ..core import pick_device
 from ..data.activations import ActivationSpec
 from ..data.batches import held_out_activations, held_out_tokens
 from ..data.lm import LM, load_lm, model_width
-from ..data.planted import PlantedWorld, WorldConfig
+from ..data.synthsaebench import planted_world
 from ..evals.first_letter import FirstLetterTask, get_tasks
 from ..evals.metrics import planted_metrics
 from ..methods import method_name
@@ -111,9 +111,9 @@ def planted_scores(
 
     ValueError for a run that was trained elsewhere."""
     spec = run.spec
-    if not isinstance(spec, RunSpec) or not isinstance(spec.data, WorldConfig):
+    if not isinstance(spec, RunSpec) or isinstance(spec.data, ActivationSpec):
         raise ValueError(f"planted_scores: {spec.method!r} was not trained in a planted world")
-    found = planted_metrics(run.sae, PlantedWorld(spec.data), n=n, seed=10_000 + spec.seed)
+    found = planted_metrics(run.sae, planted_world(spec.data), n=n, seed=10_000 + spec.seed)
     return {name: value for name, value in found.items() if name != "n_outliers"}
 
 

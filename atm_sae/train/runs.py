@@ -74,6 +74,7 @@ from atm_sae.data.activations import (
 from ..data.batches import Batches, CacheBatches, data_batches, held_out
 from ..data.lm import Site, hook_point, model_width, other_place
 from ..data.planted import WorldConfig
+from ..data.synthsaebench import PlantedConfig, TreeWorldConfig
 from ..methods import ARCHITECTURES, get_method, method_parts, twin_method, without_variant
 from ..ranks import ALONE, Ranks
 from ..sae.atm import CONTROLS, ATMConfig, make_masker
@@ -91,7 +92,7 @@ class RunSpec:
     "Everything that determines a trained SAE, and its label."
 
     method: str  # label: one of METHODS, or a variant
-    data: WorldConfig | ActivationSpec
+    data: PlantedConfig | ActivationSpec
     sae: SAEConfig
     train: TrainConfig
     atm: ATMConfig | None = None  # None: no mask
@@ -130,16 +131,21 @@ def twin_spec(spec: RunSpec) -> RunSpec | None:
 # %% ../../nbs/train/runs.ipynb #cell-7
 _BATCHES = {
     "planted": ("data.batches.planted_batches",),
+    "trees": ("data.batches.tree_batches",),
     "cache": ("data.batches.cached_batches", "data.activations.ActivationCache"),
     "stream": ("data.batches.stream_activations",),
 }
 _MASK = ("sae.atm.make_masker", "sae.atm.contribution")  # of no account without a mask
 
 
-def _data_parts(data: WorldConfig | ActivationSpec) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _data_parts(
+    data: PlantedConfig | ActivationSpec,
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
     "Kind of the data, what of it belongs to the specification, inputs and sources."
     if isinstance(data, WorldConfig):
         return "planted", {"data": data}, {}
+    if isinstance(data, TreeWorldConfig):
+        return "trees", {"data": data}, {}
     if not isinstance(data, ActivationSpec):
         raise TypeError(
             f"data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}"
@@ -232,7 +238,7 @@ def _size(method: str, architecture: str, l0: float) -> dict[str, Any]:
 
 def recipe(
     method: str,  # one of METHODS, or a variant
-    data: WorldConfig | ActivationSpec,
+    data: PlantedConfig | ActivationSpec,
     d_in: int,  # width of the activations
     d_sae: int,  # number of latents
     l0: float,  # wanted mean number of active latents; k is the nearest whole number
@@ -272,7 +278,7 @@ def recipe(
 # %% ../../nbs/train/runs.ipynb #cell-14
 def grid(
     methods: Sequence[str],  # names in METHODS, or variants of them
-    data: WorldConfig | ActivationSpec,
+    data: PlantedConfig | ActivationSpec,
     targets: Sequence[float],  # wanted L0s
     seeds: Sequence[int],  # one run each
     d_sae: int,  # number of latents
@@ -284,7 +290,7 @@ def grid(
     "The recipes of every method at every L0 with every seed."
     if isinstance(data, ActivationSpec):
         data = with_dtype(data)  # the record of a run names the dtype itself
-    d_in = data.d_in if isinstance(data, WorldConfig) else model_width(data.model)
+    d_in = model_width(data.model) if isinstance(data, ActivationSpec) else data.d_in
     tuned = tuned or {}
     for method in tuned:
         if twin_method(method) != method:
