@@ -136,7 +136,7 @@ class SAEArchitecture:
         return False
 
     def tensors(self) -> Mapping[str, Tensor]:
-        "Tensors other than encoder and decoder, in the units of x: parameters, or buffers."
+        "Tensors other than encoder and decoder: parameters, or buffers."
         return {}
 
     def places(self, pre: Tensor, weights: Weights, ranks: Ranks) -> Tensor:
@@ -180,6 +180,15 @@ class SAEArchitecture:
         "Sparsity penalty () of a batch, before the warm-up factor."
         return batch.h.new_zeros(())
 
+    def own_loss(
+        self,
+        x: Tensor,  # (batch, d_in) activations
+        batch: MaskedBatch,
+        step: int,  # of training, counted from 0: the same step draws the same numbers
+    ) -> Tensor:
+        "A term () of the loss that no other architecture has; no warm-up factor."
+        return x.new_zeros(())
+
     def constrain(self, weights: Weights) -> None:
         "Called after each optimiser step: move weights back into their allowed range."
 
@@ -188,6 +197,11 @@ class SAEArchitecture:
 
     def rescale(self, weights: Weights, factor: Tensor) -> None:
         "Called when each latent is multiplied by its `factor` (d_sae,)."
+
+    @property
+    def in_units_of_x(self) -> tuple[str, ...]:
+        "Names of those of its `tensors` that scale with the activations."
+        return tuple(self.tensors())
 
 
 # %% ../../nbs/sae/architectures.ipynb #cell-9

@@ -40,7 +40,7 @@ class SAELoss:
     total: Tensor  # () reconstruction + penalty + auxiliary
     reconstruction: Tensor  # () mean squared error; for nested dictionaries the mean over them
     penalty: Tensor  # () sparsity penalty, with the warm-up factor
-    auxiliary: Tensor  # () AuxK
+    auxiliary: Tensor  # () AuxK, and the architecture's own term
     z: Tensor  # latents before the mask, at the places of `active`
     h: Tensor  # latents after the mask, at the places of `active`
     x_hat: Tensor  # (batch, d_in) reconstruction
@@ -115,6 +115,7 @@ class SAE(nn.Module):
         dead: Tensor | None = None,  # indices of dead latents, for AuxK
         fast: bool = False,  # use the sparse code path where that is faster
         ranks: Ranks = ALONE,  # the processes that share the batch; x is this one's part
+        step: int = 0,  # of training, for terms that draw random numbers
     ) -> SAELoss:
         "Loss of a batch; after `backward`, `h.grad` is the gradient of the reconstruction alone."
         x = as_weights(x, self.W_enc, self.config.d_in, "the SAE's input")
@@ -135,6 +136,7 @@ class SAE(nn.Module):
         ]
         reconstruction = torch.stack([squared_error(x, x_hat) for x_hat in nested]).mean()
         auxiliary = self._auxiliary(x, x - nested[-1], dead, ranks)
+        auxiliary = auxiliary + self.architecture.own_loss(x, masked, step)
         total = reconstruction + penalty + auxiliary
         return SAELoss(total, reconstruction, penalty, auxiliary, z, h, nested[-1], active)
 
@@ -185,7 +187,7 @@ class SAE(nn.Module):
         The SAE then counts as trained: `train` starts from its weights."""
         if not scale > 0:
             raise ValueError(f"the input scale must be positive, not {scale}")
-        own = [getattr(self, name) for name in self.architecture.tensors()]
+        own = [getattr(self, name) for name in self.architecture.in_units_of_x]
         for tensor in (self.b_enc, self.b_dec, *own):
             tensor.data.div_(scale)
         if "max_norm" in self.metadata:

@@ -358,7 +358,9 @@ class Trainer:
         sparsity = self.sparsity()
         dtype = self.config.dtype(x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = self.sae.loss(x, factor, sparsity, self.dead, self.config.fast, self.ranks)
+            loss = self.sae.loss(
+                x, factor, sparsity, self.dead, self.config.fast, self.ranks, self.steps
+            )
         loss.total.backward()
         self.update_weights()
         l0 = self.observe(x, loss, keep)
