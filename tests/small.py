@@ -6,6 +6,8 @@ from functools import partial
 from pydoc_data.topics import topics
 
 from atm_sae.data.planted import WorldConfig
+from atm_sae.methods import ARCHITECTURES
+from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, BatchTopK
 from atm_sae.sae.sae import SAE
 from atm_sae.train import runs
 from atm_sae.train.runs import RunSpec, get_run, recipe
@@ -19,6 +21,15 @@ def documents(n: int, length: int = 400) -> list[str]:
     "Pieces of Python's help topics, which are read faster than all docstrings."
     pieces = (t[i : i + length] for t in topics.values() for i in range(0, len(t), length))
     return [piece for piece in pieces if piece.strip()][:n]
+
+
+def sized(architecture: str, k: int) -> dict[str, int]:
+    "The setting `k` of an architecture that has one."
+    return {"k": k} if ARCHITECTURES[architecture].sized_by == "k" else {}
+
+
+# whose inference threshold follows the training batches
+FOLLOWING = [name for name, kind in ARCHITECTURE_CLASSES.items() if issubclass(kind, BatchTopK)]
 
 
 def small(method: str, steps: int = 40, seed: int = 0, **more) -> RunSpec:

@@ -21,6 +21,8 @@ from atm_sae.sae.atm import (
     masking_probability,
     seen_contribution,
 )
+from small import sized
+
 from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
 from atm_sae.sae.sae import SAE
 from atm_sae.sae.sparse import DenseSet
@@ -89,7 +91,7 @@ def test_contribution_is_leave_one_out(architecture, per):
             8,
             24,
             architecture,
-            k=4 if architecture in ("topk", "batchtopk", "matryoshka") else None,
+            **sized(architecture, 4),
             seed=3,
         )
     ).double()

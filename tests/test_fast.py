@@ -7,6 +7,8 @@ from atm_sae.data.batches import data_batches
 from atm_sae.data.planted import WorldConfig
 from atm_sae.sae.atm import ATMConfig, contribution, make_masker
 from atm_sae.ranks import ALONE
+from small import sized
+
 from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
 from atm_sae.sae.sae import SAE
 from atm_sae.sae.sparse import ActiveSet, DenseSet, find_active_set, window_sums
@@ -14,12 +16,9 @@ from atm_sae.train.loop import TrainConfig, train
 from atm_sae.train.runs import recipe, train_sae
 
 D, F, B = 24, 300, 50
-SIZES = dict(
+SIZES = {name: sized(name, 4) for name in ARCHITECTURE_CLASSES} | dict(
     standard=dict(l1=0.1),
     tanh=dict(l1=0.1, penalty="tanh"),
-    topk=dict(k=4),
-    batchtopk=dict(k=4),
-    matryoshka=dict(k=4),
     jumprelu=dict(target_l0=5.0, init_threshold=0.5),
     wide_window=dict(target_l0=5.0, init_threshold=0.5, bandwidth=1.0),  # half of all places
 )

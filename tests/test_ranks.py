@@ -20,6 +20,7 @@ from atm_sae.data.planted import PlantedWorld, WorldBatches
 from atm_sae.data.text import python_docs
 from atm_sae.methods import METHODS
 from atm_sae.ranks import ALONE, Ranks
+from atm_sae.sae.architectures import ARCHITECTURE_CLASSES
 from atm_sae.sae.losses import batch_topk
 from atm_sae.sae.sae import SAE
 from atm_sae.train import runs as module
@@ -101,7 +102,7 @@ SPECS = [small(m) for m in METHODS if m != "random"] + [
 # may reach and the other not.
 SPECS += [
     recipe(m, SPECS[0].data, d_in=8, d_sae=200, l0=l0, steps=40, batch_size=32)
-    for m in ("topk", "batchtopk", "matryoshka", "jumprelu", "atm")
+    for m in (*ARCHITECTURE_CLASSES, "atm")
     for l0 in (4, 16)
 ]
 

@@ -23,6 +23,8 @@ from atm_sae.sae.losses import (
     tanh_count,
     topk,
 )
+from small import FOLLOWING, sized
+
 from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
 from atm_sae.sae.sae import SAE, calibrate_l0, gate_latents, random_sae
 from atm_sae.sae.sparse import ActiveSet, DenseSet
@@ -33,8 +35,7 @@ def gen(seed=0):
 
 
 def config(architecture, **more):
-    size = dict(k=2) if architecture in ("topk", "batchtopk", "matryoshka") else {}
-    return SAEConfig(6, 12, architecture, seed=1, **size | more)
+    return SAEConfig(6, 12, architecture, seed=1, **sized(architecture, 2) | more)
 
 
 def identity(architecture="standard", **more):
@@ -450,7 +451,7 @@ def test_geometric_median_ignores_an_outlier():
     assert torch.allclose(geometric_median(torch.ones(5, 3)), torch.ones(3))
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize("architecture", FOLLOWING)
 def test_threshold_average_by_hand(architecture):
     sae = SAE(SAEConfig(3, 3, architecture, k=1, prefixes=(0.5, 1)))
     sae.update_threshold(torch.tensor([[0.0, 2.0, 3.0]]))
@@ -477,7 +478,7 @@ def trained(architecture):
         torch.randn(6, generator=gen(1)),
         0.1 * torch.randn(12, generator=gen(2)),
     )
-    if architecture in ("batchtopk", "matryoshka"):
+    if architecture in FOLLOWING:
         sae.threshold.fill_(0.3)
     return sae
 
@@ -524,7 +525,7 @@ def test_save_and_load(architecture, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize("architecture", FOLLOWING)
 def test_saelens_layout(architecture, tmp_path):
     trained(architecture).save(tmp_path / "b")
     cfg = json.loads((tmp_path / "b/cfg.json").read_text())

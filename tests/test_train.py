@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from forks import Fork, forked
-from small import WORLD, make_and_die, small, steps_taken, weights
+from small import FOLLOWING, WORLD, make_and_die, small, steps_taken, weights
 
+from atm_sae.sae.architectures import ARCHITECTURE_CLASSES
 from atm_sae.sae.atm import ATMConfig, ATMMasker, make_masker
 from atm_sae.artefacts import OutputError, read_json
 from atm_sae.core import norm_limit
@@ -762,7 +763,7 @@ def loud_rows(x, i):
 LOUD = as_batches(loud_rows)
 
 
-@pytest.mark.parametrize("method", ["standard", "topk", "batchtopk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize("method", ARCHITECTURE_CLASSES)
 def test_outliers_do_not_change_what_is_learnt(method):
     spec = small(method, steps=100)
     x = PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))[0]
@@ -860,7 +861,7 @@ def one_step(sae, spec, cls, **more):
     return train(sae, batches(spec, cls), config, progress=False, **more)
 
 
-@pytest.mark.parametrize("method", ["standard", "topk", "batchtopk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize("method", ARCHITECTURE_CLASSES)
 def test_a_trained_sae_is_trained_further(method, tmp_path):
     "The outputs are the same before the first step, whatever was folded and whatever the data."
     spec = small(method, steps=100)
@@ -868,7 +869,7 @@ def test_a_trained_sae_is_trained_further(method, tmp_path):
     assert sae.is_trained
     x = 10 * PlantedWorld(WORLD).sample(2000, torch.Generator().manual_seed(5))[0]
     before = unexplained(sae, x)
-    follows = method in ("batchtopk", "matryoshka")  # 1% of the way to the batch's own threshold
+    follows = method in FOLLOWING  # 1% of the way to the batch's own threshold
     for factor in (10, 1):
         again = SAE.load(sae.save(tmp_path / f"{factor}"))
         one_step(again, spec, times(factor))
