@@ -88,6 +88,16 @@ ARCHITECTURES = {
             "dictionary_learning": "MatryoshkaBatchTopKSAE",
         },
     ),
+    "ortsae": Architecture(
+        label="OrtSAE",
+        colour="#806040",
+        settings=("k", "aux_coef", "ortho_coef", "chunk"),
+        sized_by="k",
+        learning_rate=8e-4,
+        to_reach_l0="train for more steps: the threshold follows the training batches slowly",
+        inference="jumprelu",
+        tensors=("W_enc", "W_dec", "b_enc", "b_dec", "threshold"),
+    ),
     "jumprelu": Architecture(
         label="JumpReLU",
         colour="#009E73",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 from dataclasses import fields
 
 import pytest
@@ -23,9 +24,17 @@ from atm_sae.sae.losses import (
     tanh_count,
     topk,
 )
-from small import FOLLOWING, sized
+from small import FOLLOWING, sized, small
 
-from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
+from torch.nn.functional import normalize
+from atm_sae.sae.architectures import (
+    ARCHITECTURE_CLASSES,
+    MaskedBatch,
+    SAEConfig,
+    nearest_rows,
+    nested_share,
+)
+from atm_sae.train.runs import get_run
 from atm_sae.sae.sae import SAE, calibrate_l0, gate_latents, random_sae
 from atm_sae.sae.sparse import ActiveSet, DenseSet
 
@@ -752,3 +761,61 @@ def test_calibration_leaves_outliers_out():
 def test_a_decoder_without_gradient_says_what_to_do():
     with pytest.raises(RuntimeError, match="the decoder has no gradient: call backward first"):
         SAE(SAEConfig(4, 8)).project_decoder_gradient()
+
+
+# ---- OrtSAE
+
+
+def orthogonality(rows, step=0, **more):
+    "OrtSAE's own loss of decoder rows, with a coefficient of 1."
+    settings = dict(k=1, ortho_coef=1.0) | more
+    ortsae = SAE(SAEConfig(rows.shape[1], len(rows), "ortsae", **settings)).architecture
+    pre = rows.new_zeros(1, len(rows))
+    batch = MaskedBatch(pre, pre, DenseSet(1), SimpleNamespace(W_dec=rows))
+    return ortsae.own_loss(pre, batch, step)
+
+
+def test_similar_rows_by_hand():
+    angles = torch.tensor([0.0, torch.pi / 3, torch.pi / 2])
+    rows = torch.stack([angles.cos(), angles.sin()], 1)
+    assert orthogonality(rows).item() == pytest.approx((0.25 + 0.75 + 0.75) / 3)
+    assert orthogonality(3 * rows).item() == pytest.approx(1.75 / 3)  # of the directions alone
+    assert orthogonality(torch.eye(4)).item() == 0
+    assert orthogonality(-torch.eye(2).repeat(2, 1)).item() == pytest.approx(1)
+
+
+def test_the_gradient_of_similar_rows_is_numeric():
+    rows = torch.randn(7, 3, generator=gen()).double().requires_grad_()
+    assert torch.autograd.gradcheck(orthogonality, (rows,))
+    assert torch.autograd.gradcheck(lambda r: orthogonality(r, step=3, chunk=4), (rows,))
+
+
+def test_rows_are_compared_within_the_chunks_of_a_step():
+    rows = normalize(torch.randn(64, 8, generator=gen()), dim=1)
+    whole = orthogonality(rows)
+    parts = [orthogonality(rows, step, chunk=16) for step in range(4)]
+    assert len({part.item() for part in parts}) == 4 and max(parts) < whole
+    assert orthogonality(rows, 2, chunk=16) == parts[2]  # the same step draws the same chunks
+    nearest = nearest_rows(rows, 16, gen(5))
+    assert sorted({*torch.bincount(nearest, minlength=64).tolist()})[0] == 0
+    assert (nearest != torch.arange(64)).all()
+
+
+def test_ortsae_adds_its_penalty_to_the_loss_of_batchtopk():
+    x = torch.randn(32, 6, generator=gen())
+    plain = SAE(SAEConfig(6, 12, "batchtopk", k=2))
+    ortsae = SAE(SAEConfig(6, 12, "ortsae", k=2, ortho_coef=0.5))
+    more = ortsae.loss(x)
+    assert more.auxiliary.item() == pytest.approx(0.5 * orthogonality(plain.W_dec.data).item())
+    assert (more.total - more.auxiliary).item() == pytest.approx(plain.loss(x).total.item())
+    for bad in (1, 11):  # 12 rows in chunks of 11 leave one alone
+        with pytest.raises(ValueError, match="without another"):
+            SAEConfig(6, 12, "ortsae", k=2, chunk=bad)
+
+
+def test_training_ortsae_makes_the_decoder_rows_less_similar():
+    def similarity(method):
+        rows = get_run(small(method, steps=200)).sae.W_dec.detach()
+        return (rows @ rows.T).fill_diagonal_(-1).amax(1).square().mean()
+
+    assert similarity("ortsae") < 0.8 * similarity("batchtopk")
