@@ -53,6 +53,17 @@ ARCHITECTURES = {
         inference="standard",
         foreign={"saebench": "standard", "dictionary_learning": "AutoEncoder"},
     ),
+    "gated": Architecture(
+        label="Gated",
+        colour="#8080FF",
+        settings=("l1", "target_l0"),
+        sized_by="target_l0",
+        learning_rate=8e-4,
+        to_reach_l0="train for more steps, and leave l1 out: its value then follows the L0",
+        inference="gated",
+        tensors=("W_enc", "W_dec", "b_enc", "b_dec", "r_mag", "b_mag"),
+        foreign={"saebench": "gated", "dictionary_learning": "GatedAutoEncoder"},
+    ),
     "topk": Architecture(
         label="TopK",
         colour="#0072B2",

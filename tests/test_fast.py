@@ -9,7 +9,7 @@ from atm_sae.sae.atm import ATMConfig, contribution, make_masker
 from atm_sae.ranks import ALONE
 from small import sized
 
-from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, nested_share
+from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, Standard, nested_share
 from atm_sae.sae.sae import SAE
 from atm_sae.sae.sparse import ActiveSet, DenseSet, find_active_set, window_sums
 from atm_sae.train.loop import TrainConfig, train
@@ -41,9 +41,8 @@ def sparse_sae(architecture):
         )
     )
     sae.b_dec.data = 0.05 * torch.randn(D, generator=gen(1))
-    sae.b_enc.data = 0.02 * torch.randn(F, generator=gen(2)) - (
-        0.4 if architecture in ("standard", "tanh") else 0
-    )
+    by_sign = isinstance(sae.architecture, Standard)  # active where the pre-activation is positive
+    sae.b_enc.data = 0.02 * torch.randn(F, generator=gen(2)) - (0.4 if by_sign else 0)
     return sae
 
 
@@ -184,7 +183,10 @@ def test_dense_where_skipping_does_not_pay():
         assert isinstance(sparse_sae("topk").loss(x, fast=True).active, DenseSet)
 
 
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURE_CLASSES if a != "standard"])
+@pytest.mark.parametrize(
+    "architecture",
+    [name for name, kind in ARCHITECTURE_CLASSES.items() if not issubclass(kind, Standard)],
+)
 def test_sparse_from_the_first_step_at_the_width_of_a_real_model(architecture):
     "JumpReLU's window holds every positive pre-activation here, and its step is still sparse."
     size = dict(target_l0=32.0) if architecture == "jumprelu" else dict(k=32)

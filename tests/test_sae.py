@@ -1,5 +1,6 @@
 "Architectures, losses and gradients by hand; saving, loading, folding; messages."
 
+import copy
 import json
 import math
 import re
@@ -34,7 +35,9 @@ from atm_sae.sae.architectures import (
     nearest_rows,
     nested_share,
 )
-from atm_sae.train.runs import get_run
+from atm_sae.data.planted import WorldConfig
+from atm_sae.sae.formats import export_sae, from_pretrained
+from atm_sae.train.runs import get_run, recipe
 from atm_sae.sae.sae import SAE, calibrate_l0, gate_latents, random_sae
 from atm_sae.sae.sparse import ActiveSet, DenseSet
 
@@ -66,7 +69,7 @@ def identity(architecture="standard", **more):
     [
         (
             dict(architecture="tpok"),
-            "unknown architecture 'tpok': choose one of standard, topk, batchtopk, matryoshka, ",
+            "unknown architecture 'tpok': choose one of standard, gated, topk, batchtopk, ",
         ),
         (dict(architecture="topk"), "topk needs k"),
         (dict(architecture="batchtopk", k=99), "1 <= k <= 12, not 99"),
@@ -610,8 +613,8 @@ def test_load_refuses(tmp_path):
     path.write_bytes(b"not a tensor")
     with pytest.raises(ValueError, match="no readable safetensors file"):
         SAE.load(folder)
-    (folder / "cfg.json").write_text(cfg.replace('"standard"', '"gated"'))
-    with pytest.raises(ValueError, match="unknown architecture 'gated'"):
+    (folder / "cfg.json").write_text(cfg.replace('"standard"', '"temporal"'))
+    with pytest.raises(ValueError, match="unknown architecture 'temporal'"):
         SAE.load(folder)
     path.unlink()
     (folder / "sae.pt").write_bytes(b"")
@@ -819,3 +822,91 @@ def test_training_ortsae_makes_the_decoder_rows_less_similar():
         return (rows @ rows.T).fill_diagonal_(-1).amax(1).square().mean()
 
     assert similarity("ortsae") < 0.8 * similarity("batchtopk")
+
+
+# ---- gated
+
+
+def gated_sae(seed=0, **more):
+    "A gated SAE in double precision whose parameters are all in use."
+    sae = SAE(SAEConfig(3, 5, "gated", seed=seed, **dict(l1=0.3) | more)).double()
+    draws = gen(seed)
+    for name in ("b_enc", "b_dec", "r_mag", "b_mag"):
+        tensor = getattr(sae, name)
+        tensor.data = 0.3 * torch.randn(tensor.shape, generator=draws).double()
+    return sae
+
+
+def test_gate_and_magnitude_by_hand():
+    sae = SAE(SAEConfig(3, 3, "gated", l1=0.5))
+    sae.W_enc.data, sae.W_dec.data = torch.eye(3), torch.eye(3)
+    sae.b_enc.data = torch.tensor([-1.0, -1.0, 2.0])
+    sae.r_mag.data = torch.tensor([1.0, 2.0, 1.0]).log()
+    sae.b_mag.data = torch.tensor([0.0, 0.0, 3.0])
+    x = torch.tensor([[2.0, 1.0, -1.0]])
+    # gates (1, 0, 1), values (2, 2, 2): the second is closed
+    assert sae.encode(x).tolist() == [[2, 0, 2]]
+    loss = sae.loss(x)
+    assert loss.reconstruction.item() == 0 + 1 + 9  # x_hat (2, 0, 2)
+    assert loss.penalty.item() == 0.5 * (1 + 1)
+    assert loss.auxiliary.item() == 1 + 1 + 4  # from the gates (1, 0, 1)
+
+
+def test_the_gradients_of_a_gated_sae_are_those_of_its_equation():
+    x = torch.randn(8, 3, generator=gen(4)).double()
+    sae = gated_sae()
+    sae.loss(x, sparsity=0.7).total.backward()
+    W_enc, W_dec, b_enc, b_dec, r, b_mag = (
+        getattr(sae, n).detach().clone().requires_grad_()
+        for n in ("W_enc", "W_dec", "b_enc", "b_dec", "r_mag", "b_mag")
+    )
+    u = (x - b_dec) @ W_enc
+    gate = u + b_enc
+    z = (gate > 0).double() * torch.relu(r.exp() * u + b_mag)
+    frozen = W_dec.detach()
+    error = (x - b_dec - z @ W_dec).square().sum(1).mean()
+    by_gate = (x - b_dec.detach() - gate.relu() @ frozen).square().sum(1).mean()
+    l1 = (gate.relu() * frozen.norm(dim=1)).sum(1).mean()
+    (error + 0.7 * 0.3 * l1 + by_gate).backward()
+    for name, ours in dict(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, r_mag=r, b_mag=b_mag).items():
+        assert torch.allclose(getattr(sae, name).grad, ours.grad, atol=1e-10), name
+    assert torch.allclose(sae.b_dec.grad, b_dec.grad, atol=1e-10)
+
+
+def test_a_mask_hides_values_and_not_gates():
+    x, hidden = torch.randn(8, 3, generator=gen(4)).double(), torch.zeros(5).double()
+    free, masked = gated_sae().loss(x), gated_sae().loss(x, hidden)
+    assert masked.h.count_nonzero() == 0 and free.h.count_nonzero() > 0
+    assert masked.penalty == free.penalty and masked.auxiliary == free.auxiliary
+
+
+def test_a_gated_sae_is_saved_with_the_names_of_saelens(tmp_path):
+    sae = gated_sae().float()
+    x = torch.randn(20, 3, generator=gen(1))
+    folder = sae.save(tmp_path / "gated")
+    names = {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
+    assert {*load_file(folder / "sae_weights.safetensors")} == names
+    assert torch.equal(SAE.load(folder).encode(x), sae.encode(x))
+    equal = from_pretrained(folder)
+    assert equal.config.architecture == "jumprelu"
+    assert torch.allclose(equal.encode(x), sae.encode(x), atol=1e-6)
+    for format in ("saelens", "dictionary-learning", "gemma-scope"):
+        read = from_pretrained(export_sae(sae, tmp_path / format, format))
+        assert torch.allclose(read(x), sae(x), atol=1e-5), format
+
+
+def test_a_gated_sae_in_other_units():
+    sae, x = gated_sae().float(), torch.randn(20, 3, generator=gen(1))
+    before = sae(x)
+    scaled = copy.deepcopy(sae).fold_input_scale(0.5)
+    assert torch.allclose(scaled(2 * x), 2 * before, atol=1e-5)
+    assert torch.equal(scaled.r_mag, sae.r_mag)
+    longer = copy.deepcopy(sae)
+    longer.W_dec.data *= torch.linspace(0.5, 2, 5)[:, None]
+    expected = longer(x)
+    assert torch.allclose(longer.fold_decoder_norm()(x), expected, atol=1e-5)
+
+
+def test_a_gated_sae_reaches_its_l0():
+    run = get_run(recipe("gated", WorldConfig(), 64, 200, l0=6, steps=600, batch_size=256))
+    assert run.l0 == pytest.approx(6, rel=0.05)

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from ..artefacts import atomic_folder, write_json
 from ..data.lm import SITES, Site, hook_point
 from ..methods import ARCHITECTURES
-from .architectures import BatchTopK, SAEConfig
+from .architectures import BatchTopK, Gated, SAEConfig
 from .sae import SAE
 from atm_sae.sae.weights import (
     Weights,
@@ -214,7 +214,7 @@ _CLASSES = {
     for name, row in ARCHITECTURES.items()
     if "dictionary_learning" in row.foreign
 }
-_CLASSES |= {"AutoEncoderNew": "standard", "GatedAutoEncoder": "gated"}
+_CLASSES["AutoEncoderNew"] = "standard"
 _CLASSES[ARCHITECTURES["matryoshka"].foreign["dictionary_learning"]] = "batchtopk"
 _WITHOUT_B_DEC = ("AutoEncoderNew", "JumpReluAutoEncoder")  # their encoders do not subtract it
 _RENAMED = {
@@ -454,7 +454,19 @@ def read_llamascopium(folder: Path) -> SAE:
 def export_copy(sae: SAE) -> SAE:
     "A copy on the CPU in fp32, with unit rows where latents can be rescaled."
     copy = deepcopy(sae).cpu().float()
-    return copy if sae.architecture.compares_latents else copy.fold_decoder_norm()
+    if sae.architecture.compares_latents:
+        return copy
+    copy.fold_decoder_norm()
+    return _as_jumprelu(copy) if isinstance(copy.architecture, Gated) else copy
+
+
+def _as_jumprelu(sae: SAE) -> SAE:
+    "The JumpReLU that a gated SAE equals, with the same metadata."
+    weights = _weights(sae)
+    weights["b_gate"] = weights.pop("b_enc")
+    gate_to_threshold(weights)
+    config = SAEConfig(sae.config.d_in, sae.config.d_sae, "jumprelu")
+    return fill_sae(config, weights, sae.metadata)
 
 
 def _weights(sae: SAE) -> Weights:

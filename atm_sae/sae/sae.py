@@ -54,7 +54,9 @@ _SHORTEST = 1e-12  # a decoder row below this length counts as zero and is not s
 class SAE(nn.Module):
     "A sparse autoencoder; see `SAEConfig`. Encoder and decoder start tied, with unit rows."
 
-    threshold: Tensor  # only of architectures that have one
+    threshold: Tensor  # these only of architectures that have them
+    r_mag: Tensor
+    b_mag: Tensor
 
     def __init__(self, config: SAEConfig, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -238,7 +240,9 @@ class SAE(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         "Write `cfg.json` and `sae_weights.safetensors`, wholly or not at all; returns the folder."
-        weights = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
+        names = self.architecture.saved_as
+        state = self.state_dict().items()
+        weights = {names.get(n, n): t.detach().cpu().contiguous() for n, t in state}
         if "threshold" in weights:
             weights["threshold"] = weights["threshold"].expand(self.config.d_sae).contiguous()
         with atomic_folder(folder) as part:
@@ -262,7 +266,8 @@ class SAE(nn.Module):
             raise ValueError(
                 f"{path} is no readable safetensors file ({error}): fetch or save it again"
             ) from None
-        for name, own in sae.state_dict().items():
+        for key, own in sae.state_dict().items():
+            name = sae.architecture.saved_as.get(key, key)
             if name not in weights:
                 raise ValueError(f"{path} has no {name}: it is not a {sae.config.architecture} SAE")
             found = weights[name].float()
