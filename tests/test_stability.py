@@ -124,6 +124,7 @@ def test_without_a_mask_there_is_nothing_to_follow(tmp_path, monkeypatch):
 
 def test_names_and_settings_of_observed_methods():
     assert observed_method("jumprelu") == "jumprelu+atm watched"
+    assert observed_method("standard+off r=2") == "atm r=2 off watched"
     with pytest.raises(ValueError, match="has a mask"):
         observed_method("topk+atm")
     assert without_mask_settings(dict(lr=1e-3, anneal=0.5)) == dict(lr=1e-3)

@@ -39,7 +39,7 @@ from atm_sae.evals.metrics import (
     late_movement,
     ordinary_rows,
 )
-from ..methods import method_parts
+from ..methods import method_parts, with_mask
 from atm_sae.sae.atm import (
     ATMConfig,
     ATMMasker,
@@ -200,12 +200,11 @@ def without_mask_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def observed_method(method: str) -> str:
     "The variant with a masker for a method that has none; give it `r=0` so that it hides nothing."
-    name, *variant = method.split()
-    base, mask = method_parts(method)
-    if mask:
+    mask = method_parts(method)[1]
+    if mask not in ("", "off"):
         raise ValueError(f"observed_method: {method!r} has a mask already")
-    masked = "atm" if base == "standard" else f"{base}+atm"
-    return " ".join([masked, *variant, "watched"])
+    masked = with_mask(method, "atm")
+    return f"{masked} {mask} watched" if mask else f"{masked} watched"
 
 
 # %% ../../nbs/evals/stability.ipynb #cell-30

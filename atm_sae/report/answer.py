@@ -265,8 +265,7 @@ def rate_sentence(
     world: str,  # planted or model
 ) -> str:
     "Says on which bases the mask has another learning rate than the base; empty if on none."
-    pairs = evidence.pairs((masked, base) for base, masked in MASKED.items())
-    ratios = {base: rate_ratio(evidence, world, masked, base) for masked, base in pairs}
+    ratios = {base: rate_ratio(evidence, world, m, base) for m, base in evidence.mask_pairs}
     parts = [f"{r:.2g} times the base's on {method_name(b)}" for b, r in ratios.items() if r != 1]
     if not parts:
         return ""

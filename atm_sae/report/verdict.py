@@ -14,6 +14,7 @@ __all__ = [
     "PLANTED_METRICS",
     "LETTER_METRICS",
     "MASKED",
+    "CONTROLS",
     "AGREEMENT",
     "RAW",
     "BEYOND",
@@ -44,6 +45,7 @@ __all__ = [
     "Evidence",
     "read_evidence",
     "mask_effects",
+    "twin_effects",
     "Measure",
     "effect_side",
     "effect_lines",
@@ -70,7 +72,7 @@ import numpy as np
 import pandas as pd
 
 from ..artefacts import read_json
-from ..methods import ARCHITECTURES, get_method, method_name
+from ..methods import ARCHITECTURES, get_method, method_name, with_mask
 from .manifest import TOYS
 from atm_sae.report.tables import (
     SUMMARY_COLUMNS,
@@ -301,7 +303,8 @@ FULL, FRACTION = "mean_full_absorption_score", "mean_absorption_fraction_score"
 ABLATION = "mean_ablation_absorption_rate"
 PLANTED_METRICS = ("absorption", "excess_absorption", "fvu")
 LETTER_METRICS = (FULL, FRACTION, ABLATION, "fvu")
-MASKED = {base: "atm" if base == "standard" else f"{base}+atm" for base in ARCHITECTURES}
+MASKED = {base: with_mask(base, "atm") for base in ARCHITECTURES}
+CONTROLS = tuple(with_mask("atm", mask) for mask in ("dropout", "activity", "shuffled"))
 
 
 def _parameters(folder: Path, name: str) -> dict[str, Any]:
@@ -379,12 +382,26 @@ class Evidence:
         run = {*self.planted.method} | {*self.letters.method}
         return [(a, b) for a, b in pairs if {a, b} <= run and a not in self.unmasked]
 
+    @property
+    def mask_pairs(self) -> list[tuple[str, str]]:
+        "Each masked method and its base, where both were run."
+        return self.pairs((masked, base) for base, masked in MASKED.items())
+
+    @property
+    def twin_pairs(self) -> list[tuple[str, str]]:
+        "Each masked method and its twin with the mask off, where both were run."
+        return self.pairs((masked, with_mask(masked, "off")) for masked in MASKED.values())
+
     def compare(self, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
         "`compare_pairs` in both worlds."
         pairs = self.pairs(pairs)
         planted = compare_pairs(self.planted, PLANTED_METRICS, pairs)
         letters = compare_pairs(self.letters, letter_metrics(self.letters), pairs)
         return _joined([planted, letters])
+
+
+# of twins, in tables of runs made before twins were methods
+_EARLIER_NAMES = {f"{masked} off": with_mask(masked, "off") for masked in MASKED.values()}
 
 
 def read_evidence(
@@ -402,7 +419,7 @@ def read_evidence(
     return Evidence(
         planted=equal_l0_rows(planted, PLANTED_METRICS, l0s),
         letters=equal_l0_rows(letters, letter_metrics(letters), l0s),
-        agreement=_runs(folder, "stability"),
+        agreement=_runs(folder, "stability").replace({"method": _EARLIER_NAMES}),
         unmasked=set.intersection(*map(chose_no_mask, found)),
         tuned=_tuned(Path(folder)),
         layer=layer_sentence(folder),
@@ -432,7 +449,7 @@ def _agreement_effects(evidence: Evidence, pairs: Iterable[tuple[str, str]]) -> 
     rows = _jackknifed(rows[rows.world == evidence.model])
     found: dict[str, dict[tuple[str, str], pd.DataFrame]] = {metric: {} for metric in AGREEMENT}
     for a, b in pairs:
-        off = f"{a} off"
+        off = with_mask(a, "off")
         if not {a, off} <= {*rows.method}:
             continue
         target = rows.sparsity[rows.method == off].iloc[0]
@@ -448,8 +465,15 @@ def mask_effects(
     evidence: Evidence,
 ) -> pd.DataFrame:
     "`EFFECT_COLUMNS` of each base with the mask minus the base; b is the base."
-    pairs = evidence.pairs((masked, base) for base, masked in MASKED.items())
+    pairs = evidence.mask_pairs
     return _joined([evidence.compare(pairs), _agreement_effects(evidence, pairs)])
+
+
+def twin_effects(
+    evidence: Evidence,
+) -> pd.DataFrame:
+    "`EFFECT_COLUMNS` of each masked method minus its twin, the same settings with the mask off."
+    return evidence.compare(evidence.twin_pairs)
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-28
@@ -813,13 +837,21 @@ def _share_sentence(
     return f"{head}, with the mask and without it: {'; '.join(parts)}." if parts else ""
 
 
-def _pair_sentence(evidence: Evidence, a: str, b: str, head: str) -> str:
-    "One pair in both worlds; empty if it was not run."
-    effects = evidence.compare([(a, b)])
+def _effects_sentence(effects: pd.DataFrame, head: str) -> str:
+    "The pairs of a table of effects in both worlds; empty if there are none."
     said = [describe_effects(effects, measures, than=True) for measures in WORLDS.values()]
     places = ("in the planted world", "on the language model")
     parts = [f"{place}, {words}" for place, words in zip(places, said) if words]
-    return f"{head} minus {method_name(b)}: {'; '.join(parts)}." if parts else ""
+    return f"{head}: {'; '.join(parts)}." if parts else ""
+
+
+def _pairs_sentence(evidence: Evidence, a: str, others: Iterable[str], head: str) -> str:
+    "One method minus each of the others, in both worlds; empty if none was run."
+    pairs = evidence.pairs((a, b) for b in others)
+    if not pairs:
+        return ""
+    names = name_methods(b for _, b in pairs)
+    return _effects_sentence(evidence.compare(pairs), f"{head} minus {names}")
 
 
 def verdict_sentences(
@@ -836,10 +868,13 @@ def verdict_sentences(
         _share_sentence(against),
         *_price_sentences(effects),
         *_rival_sentences(against),
-        _pair_sentence(evidence, "atm", "dropout", "**Dropout control**: ATM"),
+        _effects_sentence(
+            twin_effects(evidence), "**Same settings**, with the mask on minus with the mask off"
+        ),
+        _pairs_sentence(evidence, "atm", CONTROLS, "**Dropout control**: ATM"),
     ]
     if best:
         base = get_method(best).architecture
         head = f"**The best attempt** (lowest cost, exploratory): {method_name(best)}"
-        sentences.append(_pair_sentence(evidence, best, base, head))
+        sentences.append(_pairs_sentence(evidence, best, [base], head))
     return [sentence for sentence in sentences if sentence]
