@@ -477,3 +477,14 @@ def test_data_of_another_kind_are_named():
 def test_a_stream_is_its_own_iterator():
     stream = object.__new__(reader.StreamBatches)
     assert iter(stream) is stream
+
+
+def test_tokens_are_replaced_in_training_and_not_in_held_out_text(spec, lm):
+    plain = replace(spec, buffer=400)
+    masked = replace(plain, replaced=0.3)
+    own, other = (reader.token_rows(s, lm).take(20) for s in (plain, masked))
+    assert own.shape == other.shape and 0.1 < (own != other).float().mean() < 0.35
+    held = [reader.held_out_tokens(s, lm, 500) for s in (plain, masked)]
+    assert torch.equal(*held)
+    with pytest.raises(ValueError, match="replaced: the cached default text is held out by rows"):
+        reader.token_rows(replace(masked, buffer=0, text=""), lm)

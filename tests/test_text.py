@@ -724,3 +724,39 @@ def test_a_python_without_help_topics(monkeypatch):
     assert text.help_topics()
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert text.help_topics() == []
+
+
+def replaced(lm, share, seed=0):
+    "Rows of 40 tokens that are not special, behind BOS."
+    bos, _ = text.bos_eos(lm.tokenizer)
+    ordinary = max(text.special_ids(lm.tokenizer)) + 1
+    rows = torch.full((6, 41), ordinary)
+    rows[:, 0] = bos
+    return rows, text.ReplacedRows(text.TokenRows(rows), lm.tokenizer, share, seed)
+
+
+def test_a_share_of_the_tokens_is_replaced_and_bos_is_not(lm):
+    tokens, rows = replaced(lm, 0.25)
+    found = rows.take(6)
+    changed = found != tokens
+    assert not changed[:, 0].any() and set(found[changed].tolist()) == {rows.by}
+    assert rows.by in text.special_ids(lm.tokenizer)  # so it is no activation
+    assert changed[:, 1:].float().mean() == pytest.approx(0.25, abs=0.1)
+    assert torch.equal(replaced(lm, 0.0)[1].take(6), tokens)
+    assert not torch.equal(replaced(lm, 0.25, seed=1)[1].take(6), found)
+
+
+def test_replaced_rows_do_not_depend_on_how_they_are_taken(lm):
+    whole = replaced(lm, 0.5)[1].take(12)
+    rows = replaced(lm, 0.5)[1]
+    first = rows.take(5)
+    again = replaced(lm, 0.5)[1]
+    again.load_state_dict(rows.state_dict())
+    assert torch.equal(torch.cat([first, again.take(7)]), whole)
+    assert not torch.equal(whole[:6], whole[6:])  # a text that begins again is replaced anew
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_that_is_none_is_refused(lm, share):
+    with pytest.raises(ValueError, match="replaced is a share of the tokens"):
+        replaced(lm, share)

@@ -82,7 +82,9 @@ from atm_sae.data.lm import (
 )
 from atm_sae.data.text import (
     PackedRows,
+    ReplacedRows,
     TokenRows,
+    TokenSource,
     docs_checksum,
     documents_checksum,
     open_documents,
@@ -114,6 +116,7 @@ class ActivationSpec:
     text: str = ""  # a name for `open_documents`; '': Python's documentation and letter lines
     buffer: int = 0  # 0: cache on disk; else run the model while training, shuffle among so many
     held_out: bool = False  # documents that training leaves out; see `token_rows`
+    replaced: float = 0.0  # share of tokens replaced by a special one; see `ReplacedRows` of `text`
 
 
 # %% ../../nbs/data/activations.ipynb #cell-8
@@ -400,7 +403,7 @@ class _Job:
     "What a build runs, and how it is cut into shards."
 
     lm: LM
-    rows: PackedRows | TokenRows
+    rows: TokenSource
     n_rows: int  # rows of tokens
     layer: int
     site: str
@@ -466,7 +469,7 @@ def _check_room(folder: Path, n_bytes: int) -> None:
 # %% ../../nbs/data/activations.ipynb #cell-19
 def _job(
     lm: LM,
-    tokens: Tensor | PackedRows | TokenRows,
+    tokens: Tensor | TokenSource,
     n_rows: int | None,
     layer: int,
     site: str,
@@ -490,7 +493,7 @@ def _job(
 
 def build_cache(
     lm: LM,  # an LM
-    tokens: Tensor | PackedRows | TokenRows,  # (n_rows, context) ids, or where to take them from
+    tokens: Tensor | TokenSource,  # (n_rows, context) ids, or where to take them from
     layer: int,  # block
     folder: Path | str,  # where the cache will be; replaced if it exists
     spec: ActivationSpec | None = None,  # what the activations are, to be noted in meta.json
@@ -564,12 +567,10 @@ def _streamed_docs(spec: ActivationSpec, lm: LM) -> Tensor:
     )
 
 
-def token_rows(
-    spec: ActivationSpec,
-    lm: LM,  # its model
-    texts: Sequence[str] | None = None,  # documents instead of the specification's
+def _whole_rows(
+    spec: ActivationSpec, lm: LM, texts: Sequence[str] | None
 ) -> PackedRows | TokenRows:
-    "Rows of tokens of a specification; see the table above for `held_out`."
+    "Rows of tokens of a specification, none of them replaced."
     if texts is None and spec.text:
         return PackedRows(lm.tokenizer, partial(_documents, spec), spec.context)
     if texts is None and spec.buffer:
@@ -584,6 +585,23 @@ def token_rows(
         lm.tokenizer, spec.n_tokens, spec.context, spec.line_share, spec.lines, spec.seed, texts
     )
     return TokenRows(rows)
+
+
+def token_rows(
+    spec: ActivationSpec,
+    lm: LM,  # its model
+    texts: Sequence[str] | None = None,  # documents instead of the specification's
+) -> TokenSource:
+    "Rows of tokens of a specification; see the table above for `held_out`."
+    rows = _whole_rows(spec, lm, texts)
+    if not spec.replaced:
+        return rows
+    if not spec.text and not spec.buffer:
+        raise ValueError(
+            "replaced: the cached default text is held out by rows, so held-out tokens would be "
+            "replaced too: choose a text (text=...) or a stream (buffer=...)"
+        )
+    return ReplacedRows(rows, lm.tokenizer, spec.replaced, spec.seed)
 
 
 # %% ../../nbs/data/activations.ipynb #cell-29

@@ -42,7 +42,7 @@ from atm_sae.data.activations import (
 from .lm import LM
 from .planted import PlantedWorld, WorldBatches, WorldConfig, check_same_reader
 from .synthsaebench import PlantedConfig, TreeWorld, TreeWorldConfig
-from .text import PackedRows, TokenRows, special_ids
+from .text import TokenSource, special_ids
 from ..ranks import ALONE, Ranks
 
 
@@ -146,7 +146,7 @@ class StreamBatches:
     def __init__(
         self,
         lm: LM,
-        rows: PackedRows | TokenRows,  # where its tokens come from
+        rows: TokenSource,  # where its tokens come from
         layer: int,  # block
         batch_size: int,  # activations a batch
         seed: int,  # of the order
@@ -289,7 +289,7 @@ def held_out_activations(
         return held_out(get_activations(spec, lm=lm), n)
     n_tokens = min(spec.n_tokens, n + n // 8 + spec.context)  # special tokens are no activations
     buffer = 0 if spec.text else spec.buffer  # only a stream of the default text is split
-    others = replace(spec, held_out=True, buffer=buffer, n_tokens=n_tokens)
+    others = replace(spec, held_out=True, buffer=buffer, n_tokens=n_tokens, replaced=0.0)
     return held_out(get_activations(others, lm=lm), n, start=0.0)
 
 
@@ -309,7 +309,7 @@ def held_out_tokens(
     "Rows of tokens that no SAE of this specification is trained on."
     rows = -(-n // spec.context)
     if spec.text or spec.buffer:
-        return token_rows(replace(spec, n_tokens=n, held_out=True), lm).take(rows)
+        return token_rows(replace(spec, n_tokens=n, held_out=True, replaced=0.0), lm).take(rows)
     tokens = token_rows(spec, lm).take(row_count(spec))
     found = _rows_after(tokens, special_ids(lm.tokenizer), 0.9)[:rows]
     if not len(found):

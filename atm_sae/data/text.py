@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "TokenSource",
     "python_docs",
     "python_docs_by_package",
     "as_text",
@@ -29,6 +30,7 @@ __all__ = [
     "pack_tokens",
     "PackedRows",
     "TokenRows",
+    "ReplacedRows",
 ]
 
 # %% ../../nbs/data/text.ipynb #cell-3
@@ -53,7 +55,7 @@ import torch
 from torch import Tensor
 
 from ..artefacts import file_sha256, stable_hash
-from ..core import causes, read_lines, read_text
+from ..core import causes, generator, read_lines, read_text
 from atm_sae.data.installed import (
     INSTALLED,
     get_installed,
@@ -562,3 +564,48 @@ class TokenRows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go to a saved position."
         self.position = int(state["position"])
+
+
+# %% ../../nbs/data/text.ipynb #358e83df
+class ReplacedRows:
+    "Rows in which a random share of the tokens is replaced by a special token (see above)."
+
+    def __init__(
+        self,
+        rows: PackedRows | TokenRows,  # where the tokens come from
+        tokenizer: "PreTrainedTokenizerBase",  # its token for unknown words, else EOS, is used
+        share: float,  # probability of each token that is not special
+        seed: int,  # of the draws
+    ) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(
+                f"replaced is a share of the tokens, at least 0 and below 1, not {share}"
+            )
+        self.rows, self.share, self.seed = rows, share, seed
+        self.context = rows.context
+        self.special = torch.tensor(special_ids(tokenizer))
+        unknown = tokenizer.unk_token_id
+        self.by = bos_eos(tokenizer)[1] if unknown is None else unknown
+        self.taken = 0  # rows so far
+
+    def take(self, n: int) -> Tensor:
+        "(n, context) the next rows."
+        tokens = self.rows.take(n)
+        numbers = range(self.taken, self.taken + n)
+        streams = [generator(self.seed, "replaced tokens", number) for number in numbers]
+        draws = torch.stack([torch.rand(self.context, generator=stream) for stream in streams])
+        self.taken += n
+        hit = (draws < self.share) & ~torch.isin(tokens, self.special)
+        return tokens.masked_fill(hit, self.by)
+
+    def state_dict(self) -> dict[str, Any]:
+        "Position of the rows, and how many were taken."
+        return self.rows.state_dict() | dict(taken=self.taken)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position."
+        self.rows.load_state_dict(state)
+        self.taken = int(state["taken"])
+
+
+TokenSource = PackedRows | TokenRows | ReplacedRows
