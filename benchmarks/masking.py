@@ -80,7 +80,7 @@ def warm_up(task, x, path):
     shares = []
     while trainer.steps < WARM_STEPS:
         for _ in range(BLOCK):
-            trainer.step()
+            trainer.step(trainer.read_batch(trainer.steps + 1))
         shares = trainer.masker.shares(BLOCK)
         if all(USUAL[0] <= share <= WARM for share in shares):
             break
@@ -95,12 +95,12 @@ def one_round(task, x, path):
     trainers = [make_trainer(task, x, masked) for masked in (False, True)]
     for trainer in trainers:
         trainer.load_state_dict(load_checkpoint(path, "warm"))
-        trainer.step()  # not timed
+        trainer.step(trainer.read_batch(trainer.steps + 1))  # not timed
     seconds = [], []
     for i in range(task["steps"]):
         for which in (i % 2, 1 - i % 2):
             begin = time.perf_counter()
-            trainers[which].step()
+            trainers[which].step(trainers[which].read_batch(trainers[which].steps + 1))
             seconds[which].append(time.perf_counter() - begin)
     without, masked = trainers
     shares = masked.masker.shares(task["steps"])

@@ -10,7 +10,7 @@ from atm_sae.methods import ARCHITECTURES
 from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, BatchTopK
 from atm_sae.sae.sae import SAE
 from atm_sae.train import runs
-from atm_sae.train.runs import RunSpec, get_run, recipe
+from atm_sae.train.runs import RunSpec, get_run, recipe, train_many
 
 WORLD = WorldConfig(
     d_in=8, n_parents=2, children_per_parent=2, n_free=6, parent_rate=0.3, free_rate=0.2
@@ -51,20 +51,25 @@ def make(specs: list[RunSpec]) -> None:
         get_run(spec)
 
 
-def make_and_die(spec: RunSpec, last: int) -> None:
-    "Make a run and kill this process after a step. To be called in a process of its own."
+def make_and_die(specs: RunSpec | list[RunSpec], last: int) -> None:
+    """Make a run, or several on one pass, and kill this process after a step of the last one.
+
+    To be called in a process of its own."""
+    specs = specs if isinstance(specs, list) else [specs]
+    seen = []
 
     def watch(step, sae, history):
-        if step == last:
+        seen.append(step)
+        if seen.count(last) == len(specs):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    runs.train = partial(runs.train, watch=watch)
-    get_run(spec)
+    runs.train_together = partial(runs.train_together, watch=watch)
+    train_many(specs)
 
 
 def steps_taken(spec: RunSpec) -> int:
     "Make a run; the number of steps that this process took. To be called in one of its own."
     taken = []
-    runs.train = partial(runs.train, watch=lambda step, *_: taken.append(step))
+    runs.train_together = partial(runs.train_together, watch=lambda step, *_: taken.append(step))
     get_run(spec)
     return len(taken)

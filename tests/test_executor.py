@@ -372,10 +372,10 @@ def die_with(seed):
     return str(e.value)
 
 
-def _die_at(function, seed, spec):
-    if spec.seed == seed:
+def _die_at(function, seed, specs):
+    if specs[0].seed == seed:
         os.kill(os.getpid(), signal.SIGKILL)
-    return function(spec)
+    return function(specs)
 
 
 def test_the_run_whose_worker_was_killed_is_named(cache):

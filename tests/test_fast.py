@@ -13,7 +13,8 @@ from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, SAEConfig, Standard,
 from atm_sae.sae.sae import SAE
 from atm_sae.sae.sparse import ActiveSet, DenseSet, find_active_set, window_sums
 from atm_sae.train.loop import TrainConfig, train
-from atm_sae.train.runs import recipe, train_sae
+from atm_sae.train.loop import train_together
+from atm_sae.train.runs import make_trainer, recipe
 
 D, F, B = 24, 300, 50
 SIZES = {name: sized(name, 4) for name in ARCHITECTURE_CLASSES} | dict(
@@ -212,7 +213,8 @@ def test_a_usual_training_becomes_sparse(architecture, mask, monkeypatch):
     world = WorldConfig()
     method = "atm" if architecture + mask == "standard+atm" else architecture + mask
     spec = recipe(method, world, world.d_in, 200, l0=4, steps=60, batch_size=64)
-    train_sae(spec, data_batches(world, 64, 0), None, torch.device("cpu"))
+    trainer = make_trainer(spec, data_batches(world, 64, 0), None, torch.device("cpu"))
+    assert train_together([trainer], progress=False) == [None]
     assert set(sets[-20:]) == {ActiveSet}
 
 

@@ -187,7 +187,7 @@ def apart(what):
     "Train with something that is not the same on both ranks, or is not a number on either."
     rank = Ranks.join().rank
     steps = 41 if what == "steps" and rank else 40
-    module.train = partial(module.train, watch=partial(harm, what, rank))
+    module.train_together = partial(module.train_together, watch=partial(harm, what, rank))
     get_run(small("topk", seed=rank if what == "seed" else 0, steps=steps))
 
 

@@ -45,7 +45,7 @@ from atm_sae.data.text import (
 )
 from atm_sae.methods import METHODS, twin_method
 from atm_sae.train.loop import state_hash
-from atm_sae.train.runs import get_run, is_complete, recipe, run_folder
+from atm_sae.train.runs import get_run, is_complete, recipe, run_folder, run_grid, train_many
 
 DOCS = documents(200)
 TRAINED = [d for i, d in enumerate(DOCS) if i % 20]  # the others are held out
@@ -467,6 +467,39 @@ def test_killed_at_a_random_step_and_resumed_to_the_bit(
     straight = get_run(spec)
     assert weights(straight.sae) == weights(resumed.sae)
     assert straight.history.table.equals(resumed.history.table)
+
+
+# ---- many SAEs on one pass
+
+
+@pytest.mark.parametrize("buffer, make_all", [(0, train_many), (400, train_many), (400, run_grid)])
+def test_many_saes_on_one_pass(buffer, make_all, spec, monkeypatch, tmp_path):
+    "The same runs as each alone; the language model runs as often as for one of them."
+    specs = [run_spec(spec, method, buffer) for method in ("topk", "atm", "matryoshka")]
+    if buffer == 0:
+        get_activations(specs[0].data)
+    calls, real = [], reader.token_activations
+    monkeypatch.setattr(reader, "token_activations", lambda *a: (calls.append(1), real(*a))[1])
+    options = dict(workers=1, progress=False) if make_all is run_grid else {}
+    many, together = make_all(specs, **options), len(calls)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
+    alone = [get_run(spec) for spec in specs]
+    assert len(calls) - together == together * len(alone) and (together > 0) == (buffer > 0)
+    for a, b in zip(many, alone):
+        assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
+        assert a.l0 == b.l0
+
+
+def test_two_saes_killed_on_one_stream_resume_to_the_bit(spec, monkeypatch, tmp_path):
+    specs = [run_spec(spec, method, 400) for method in ("topk", "atm")]
+    ended = forked(make_and_die, specs, 10)
+    assert ended.status == -signal.SIGKILL, ended.said
+    resumed = run_grid(specs, workers=1, progress=False)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "straight"))
+    for run in resumed:
+        straight = get_run(run.spec)
+        assert weights(straight.sae) == weights(run.sae)
+        assert straight.history.table.equals(run.history.table)
 
 
 def test_data_of_another_kind_are_named():

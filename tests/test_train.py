@@ -1,10 +1,15 @@
 "Schedules and control by hand; resume bit for bit; runs, grids and their errors."
 
 import errno
+import gc
+import os
+import pickle
 import re
 import signal
 import warnings
+import weakref
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,15 +48,20 @@ from atm_sae.train.runs import (
     MissedL0,
     Pretrained,
     Run,
+    FailedRun,
     default_lr,
+    free_memory,
+    fresh_activations,
     get_run,
     grid,
+    group_runs,
     is_complete,
     measure_l0,
     missed_l0,
     recipe,
     run_folder,
     run_grid,
+    train_many,
     twin_rates,
     twin_spec,
     world_grid,
@@ -127,7 +137,7 @@ def test_the_l0_of_a_cached_run_is_that_of_held_out_rows():
     sae, data = SAE(SAEConfig(1, 4)), CacheBatches(Rows(), 30, seed=0)
     sae.W_enc.data.fill_(1)
     assert (sae.encode(next(data)) > 0).sum() == 0
-    assert measure_l0(sae, data) == 4
+    assert measure_l0(sae, fresh_activations(data)) == 4
 
 
 def test_a_run_that_missed_its_target_warns_each_time():
@@ -1183,7 +1193,7 @@ def test_get_run_makes_once(monkeypatch):
         "sae",
         "snapshots.safetensors",
     ]
-    monkeypatch.setattr(runs, "train", None)  # a second call cannot train
+    monkeypatch.setattr(runs, "train_together", None)  # a second call cannot train
     again = get_run(spec)
     assert weights(again.sae) == weights(made.sae) and again.history.table.equals(
         made.history.table
@@ -1226,7 +1236,7 @@ def test_grid_in_processes_equals_grid_in_turn(monkeypatch, tmp_path):
     one = run_grid(specs, workers=1, progress=False)
     for a, b in zip(many, one):
         assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
-    monkeypatch.setattr(runs, "train", None)
+    monkeypatch.setattr(runs, "train_together", None)
     assert len(run_grid(specs, progress=False)) == 3  # a second call only loads
 
 
@@ -1237,6 +1247,147 @@ def test_grid_names_the_run_that_failed(workers):
         RuntimeError, match=r'run "topk, L0 3, seed \d" .* failed: ValueError: the data are 8 wide'
     ):
         run_grid(bad, workers, progress=False)
+
+
+# ---- many SAEs on one pass
+
+
+MANY = ("topk", "atm", "jumprelu", "matryoshka+atm", "standard", "batchtopk")
+
+
+def passes(monkeypatch):
+    "A list that grows by the number of SAEs of each pass over the data."
+    sizes, real = [], runs.train_together
+    monkeypatch.setattr(
+        runs, "train_together", lambda t, *more: (sizes.append(len(t)), real(t, *more))[1]
+    )
+    return sizes
+
+
+def assert_same(many, alone):
+    for a, b in zip(many, alone, strict=True):
+        assert a.spec == b.spec and a.l0 == b.l0
+        assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
+        assert flatten(dict(s=a.history.snapshots))[0].keys() == (
+            flatten(dict(s=b.history.snapshots))[0].keys()
+        )
+
+
+def test_many_on_one_pass_are_each_alone(monkeypatch, tmp_path):
+    specs, sizes = [small(method) for method in MANY], passes(monkeypatch)
+    many = train_many(specs)
+    assert sizes == [len(MANY)]
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "alone"))
+    assert_same(many, [get_run(spec) for spec in specs])
+
+
+def test_a_dropout_control_is_trained_after_its_twin_and_others_apart(monkeypatch):
+    specs = [small(m) for m in ("dropout", "topk+dropout", "random", "topk")]
+    sizes = passes(monkeypatch)
+    assert [run.spec for run in train_many(specs)] == specs
+    assert sizes == [3, 2]  # atm, topk+atm and topk; then the controls; random is not trained
+    train_many(specs)
+    assert sizes == [3, 2]  # a second call only loads
+
+
+def test_many_resume_after_a_kill(monkeypatch, tmp_path):
+    specs = [small(m, checkpoint_every=n) for m, n in (("topk", 10), ("atm", 20), ("jumprelu", 25))]
+    ended = forked(make_and_die, specs, 23)
+    assert ended.status == -signal.SIGKILL, ended.said
+    found = [load_checkpoint(run_folder(s) / loop.CHECKPOINT, name_of(s)) for s in specs[:2]]
+    assert [state["steps"] for state in found] == [20, 20]
+    assert not (run_folder(specs[2]) / loop.CHECKPOINT).exists()  # it starts again
+    many = train_many(specs)
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "straight"))
+    assert_same(many, [get_run(spec) for spec in specs])
+
+
+def name_of(spec):
+    masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, rates=twin_rates(spec))
+    return loop.Trainer(SAE(spec.sae), batches(spec), spec.train, masker).name
+
+
+def test_checkpoints_at_other_steps_are_kept_up_with(tmp_path):
+    "The first SAE stands at step 20, the second at 10, the third at 0."
+    specs = [small("topk"), small("jumprelu", checkpoint_every=10), small("standard")]
+    for spec, stop in zip(specs[:2], (28, 18)):
+        with pytest.raises(OSError, match="stopped"):
+            make(spec, tmp_path / spec.method, stopping(spec, stop))
+    data, read = batches(specs[0]), []
+    real = data.world.sample
+    data.world.sample = lambda *more: (read.append(1), real(*more))[1]
+    trainers = [loop.Trainer(SAE(s.sae), data, s.train, folder=tmp_path / s.method) for s in specs]
+    for trainer in trainers:
+        trainer.resume()
+    assert [trainer.steps for trainer in trainers] == [20, 10, 0]
+    assert loop.train_together(trainers, progress=False) == [None] * 3
+    assert len(read) == 40  # one pass
+    for spec, trainer in zip(specs, trainers):
+        sae, history = make(spec)
+        assert weights(sae) == weights(trainer.sae)
+        assert history.table.equals(trainer.history.table)
+
+
+def stopping(spec, last):
+    data = batches(spec, Fails)
+    data.drawn = 28 - last
+    return data
+
+
+def diverges(spec):
+    "The same run with a learning rate at which the loss is infinite."
+    return replace(spec, train=replace(spec.train, lr=1e30, grad_clip=1e30))
+
+
+@pytest.mark.parametrize("make_all", [train_many, partial(run_grid, workers=1, progress=False)])
+def test_an_sae_that_diverges_stops_alone(make_all):
+    good = [small("topk"), small("jumprelu")]
+    with pytest.raises(FailedRun, match='run "standard, L0 3.0, seed 0" .*FloatingPointError: ste'):
+        make_all([good[0], diverges(small("standard")), good[1]])
+    assert make_all == train_many and all(map(is_complete, good)) or is_complete(good[0])
+
+
+def test_a_damaged_checkpoint_stops_one_of_many():
+    good, bad = small("topk"), small("jumprelu")
+    run_folder(bad).mkdir(parents=True)
+    (run_folder(bad) / loop.CHECKPOINT).write_bytes(b"damaged")
+    with pytest.raises(FailedRun, match='^run "jumprelu, L0 3.0, .*no readable checkpoint'):
+        train_many([bad, good])
+    assert is_complete(good) and not is_complete(bad)
+
+
+def test_an_error_of_the_data_names_all_runs_of_the_pass(monkeypatch):
+    monkeypatch.setattr(runs, "data_batches", lambda *a: Fails(PlantedWorld(WORLD), 32, 0))
+    with pytest.raises(FailedRun, match="topk, .* or .*jumprelu, .* failed: OSError: stopped"):
+        train_many([small("topk"), small("jumprelu")])
+
+
+def test_groups_by_hand():
+    k = [small("topk", k=k) for k in (1, 2, 3, 4, 5)]
+    others = [small("topk", seed=1), small("topk", steps=41), small("topk", batch_size=16)]
+    for memory, workers, sizes in ((10**9, 1, [5, 1, 1, 1]), (10**9, 9, [2, 2, 1, 1, 1, 1])):
+        groups = group_runs([*k, *others], workers, share=True, memory=memory)
+        assert [len(group) for group in groups] == sizes, (memory, workers)
+    one = 16 * 2 * 8 * 16  # bytes: weights, gradients and moments of an encoder and a decoder
+    assert [len(g) for g in group_runs(k, share=True, memory=2 * one)] == [2, 2, 1]
+    assert [len(g) for g in group_runs(k, 2, share=True, memory=2 * one)] == [1] * 5
+    assert [len(g) for g in group_runs(k, share=True, memory=0)] == [1] * 5
+    assert group_runs([], share=True) == [] and group_runs(k) == [[spec] for spec in k]
+
+
+def test_free_memory_is_some_of_the_machines():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory() <= total
+
+
+def test_a_run_holds_no_sae_that_is_not_in_use():
+    run = get_run(small("topk"))
+    sae = run.sae
+    assert run.sae is sae and pickle.loads(pickle.dumps(run)).sae is not sae
+    before, held = weights(sae), weakref.ref(sae)
+    del sae
+    gc.collect()
+    assert held() is None and weights(run.sae) == before
 
 
 def test_unknown_data():

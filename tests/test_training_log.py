@@ -156,7 +156,7 @@ def test_the_log_is_no_part_of_the_key(written, tmp_path):
 
 def test_without_tensorboard_nothing_starts(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training_log, "find_spec", lambda name: None)
-    monkeypatch.setattr(runs, "_make_run", None)
+    monkeypatch.setattr(runs, "_make_members", None)
     for started in (
         lambda: TrainingLog(tmp_path),
         lambda: get_run(small("topk"), log=tmp_path),

@@ -7,6 +7,7 @@ __all__ = [
     "FREEZABLE",
     "COLUMNS",
     "CHECKPOINT",
+    "Watch",
     "TrainConfig",
     "lr_factor",
     "sparsity_factor",
@@ -20,6 +21,7 @@ __all__ = [
     "load_checkpoint",
     "state_hash",
     "Trainer",
+    "train_together",
     "train",
 ]
 
@@ -27,7 +29,7 @@ __all__ = [
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -301,6 +303,9 @@ def state_hash(state: dict[str, Any]) -> str:
 
 
 # %% ../../nbs/train/loop.ipynb #cell-24
+CHECKPOINT = "checkpoint.safetensors"
+
+
 class Trainer:
     "Trains an SAE step by step; holds everything that the next step depends on."
 
@@ -311,6 +316,9 @@ class Trainer:
         config: TrainConfig,
         masker: ATMMasker | None = None,
         ranks: Ranks = ALONE,
+        folder: str | Path | None = None,  # of the checkpoint; None: there is none
+        log: HistoryLog
+        | None = None,  # takes each new row of the history; the first rank writes it
     ) -> None:
         for name in config.frozen:
             getattr(sae, name).requires_grad_(False)
@@ -322,6 +330,8 @@ class Trainer:
         device = sae.W_enc.device
         self.sae, self.batches, self.config = sae, batches, config
         self.masker, self.ranks = masker, ranks
+        self.path = None if folder is None else Path(folder) / CHECKPOINT
+        self.log = log if ranks.rank == 0 else None
         self.steps = 0  # done so far
         # a checkpoint belongs to the weights that training starts from; fresh ones follow from
         # the configuration
@@ -350,9 +360,14 @@ class Trainer:
             self.optimiser, lambda i: lr_factor(i, self.config), last_epoch=self.steps - 1
         )
 
-    def step(self) -> None:
-        "One optimiser step, with its statistics."
-        x = self.next_batch()
+    def read_batch(self, step: int) -> Tensor:
+        "The next batch of step `step`, counted from 1, (batch, d_in), on the device of the SAE."
+        name = f"the batch of step {step}"
+        return check_rows(next(self.batches), self.sae.config.d_in, name).to(self.sae.W_enc)
+
+    def step(self, x: Tensor) -> None:
+        "One optimiser step on a batch of `read_batch`, with its statistics."
+        x = self.replace_outliers(x)
         keep, factor = self.draw_mask(len(x))
         x = self.ranks.share(x) * self.history.scale
         sparsity = self.sparsity()
@@ -365,18 +380,24 @@ class Trainer:
         self.update_weights()
         l0 = self.observe(x, loss, keep)
         self.steps += 1
+        if self.is_checkpoint:
+            self.check()
         if self.steps % self.config.log_every == 0 or self.steps == self.config.steps:
             self.check()
             self.history.rows.append(self.row(x, loss, keep, sparsity, l0))
         if self.steps in self.config.snapshot_steps:
             self.history.snapshots[self.steps] = self.snapshot()
 
-    def next_batch(self) -> Tensor:
+    @property
+    def is_checkpoint(self) -> bool:
+        "True if a checkpoint is due after the step that was just made."
+        due = self.steps % self.config.checkpoint_every == 0
+        return self.path is not None and due and self.steps < self.config.steps
+
+    def replace_outliers(self, x: Tensor) -> Tensor:
         "(batch, d_in) activations, where ordinary ones replace outliers; the first sets the units."
-        name = f"the batch of step {self.steps + 1}"
-        x = check_rows(next(self.batches), self.sae.config.d_in, name).to(self.sae.W_enc)
         if self.steps == 0:
-            self.set_units(check_activations(x, name=name))
+            self.set_units(check_activations(x, name="the batch of step 1"))
         outlier = is_outlier(x, self.history.max_norm)
         self.outliers = self.outliers + outlier.sum()
         is_first = (self.only_outliers < 0) & outlier.all()
@@ -580,14 +601,13 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Continue from a saved state."
+        "Continue from a saved state. The position of the batches is not restored here."
         device = self.sae.W_enc.device
         self.steps = state["steps"]
         self.sae.load_state_dict(state["sae"])
         self.load_moments(state["optimiser"])
         self.schedule = self.make_schedule()
         self.generator.set_state(state["generator"])
-        self.batches.load_state_dict(state["batches"])
         self.inactive_for = state["inactive_for"].to(device)
         self.dead = state["dead"].to(device)
         self.not_finite = state["not_finite"].to(device)
@@ -602,6 +622,33 @@ class Trainer:
         if self.control is not None:
             self.control.load_state_dict(state["control"])
 
+    def save(self) -> None:
+        "Write the checkpoint; only the first rank does."
+        if self.path is not None and self.ranks.rank == 0:
+            save_checkpoint(self.path, self.state_dict(), self.name)
+
+    def resume(self) -> None:
+        "Continue from the checkpoint, if there is one. The batches stay where they are."
+        found = self.path is not None and self.path.exists()
+        self.ranks.agree(
+            "whether there is a checkpoint (ATM_SAE_CACHE must be a folder that all share)",
+            str(found),
+        )
+        if self.path is not None and found:
+            self.load_state_dict(load_checkpoint(self.path, self.name))
+
+    def restore_batches(self) -> None:
+        "Move the batches to the position that the checkpoint holds."
+        if self.path is not None and self.steps > 0:
+            self.batches.load_state_dict(load_checkpoint(self.path, self.name)["batches"])
+
+    def finish(self, complete: bool) -> None:
+        "Close the log; the SAE takes raw activations. Without success only a trained one does."
+        if self.log is not None:
+            self.log.close(complete)
+        if complete or self.start is not None:
+            self.sae.fold_input_scale(self.history.scale)
+
     def load_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
         "Adam's moments, with the memory layout of their parameter: fused Adam depends on it."
         for name, parameter in self.sae.named_parameters():
@@ -614,35 +661,73 @@ class Trainer:
 
 
 # %% ../../nbs/train/loop.ipynb #cell-27
-CHECKPOINT = "checkpoint.safetensors"
+Watch = Callable[[int, SAE, History], object]  # called with the number of steps made
 
 
-def _run(
-    trainer: Trainer,
-    path: Path | None,  # of the checkpoint
-    progress: bool,
-    watch: Callable[[int, SAE, History], object] | None,
-    log: HistoryLog | None,
-) -> None:
-    "All steps from the present one on, with checkpoints."
-    config, ranks = trainer.config, trainer.ranks
-    hidden = not progress or ranks.rank > 0
-    with tqdm(total=config.steps, initial=trainer.steps, disable=hidden, mininterval=0.5) as bar:
-        while trainer.steps < config.steps:
-            trainer.step()
-            if watch is not None:
-                watch(trainer.steps, trainer.sae, trainer.history)
-            if log is not None and ranks.rank == 0:
-                log.write(trainer.history, config, trainer.sae.config.d_sae)
-            last = trainer.steps == config.steps
-            if path is not None and trainer.steps % config.checkpoint_every == 0 and not last:
-                trainer.check()
-                if ranks.rank == 0:
-                    save_checkpoint(path, trainer.state_dict(), trainer.name)
-            if trainer.history.rows:
-                row = dict(zip(COLUMNS, trainer.history.rows[-1]))
+def _step(trainer: Trainer, x: Tensor, watch: Watch | None) -> Exception | None:
+    "One step of one SAE, and its checkpoint if one is due; the error that stops the SAE, or None."
+    try:
+        trainer.step(x)
+    except Exception as e:
+        if trainer.ranks.size > 1:  # another rank may have had no error
+            raise
+        return e
+    if watch is not None:
+        watch(trainer.steps, trainer.sae, trainer.history)
+    if trainer.log is not None:
+        trainer.log.write(trainer.history, trainer.config, trainer.sae.config.d_sae)
+    if trainer.is_checkpoint:
+        trainer.save()
+    return None
+
+
+def _all_steps(
+    trainers: Sequence[Trainer], progress: bool, watch: Watch | None
+) -> dict[Trainer, Exception]:
+    "All steps from the present ones on; the errors that stopped trainers."
+    first = trainers[0]
+    errors: dict[Trainer, Exception] = {}
+    step, last = min(trainer.steps for trainer in trainers), first.config.steps
+    hidden = not progress or first.ranks.rank > 0
+    with tqdm(total=last, initial=step, disable=hidden, mininterval=0.5) as bar:
+        while step < last and len(errors) < len(trainers):
+            x = first.read_batch(step + 1)  # one batch for all
+            for trainer in trainers:
+                if trainer.steps > step or trainer in errors:  # it is ahead, or has stopped
+                    continue
+                error = _step(trainer, x, watch)
+                if error is not None:
+                    errors[trainer] = error
+            step += 1
+            if first.history.rows:
+                row = dict(zip(COLUMNS, first.history.rows[-1]))
                 bar.set_postfix_str(f"fvu {row['fvu']:.3f} L0 {row['l0']:.1f}", refresh=False)
             bar.update()
+    return errors
+
+
+def train_together(
+    trainers: Sequence[Trainer],  # they hold the same `batches` and take as many steps
+    progress: bool = True,  # show a progress bar, with FVU and L0 of the first SAE
+    watch: Watch | None = None,  # called after each step of each SAE
+) -> list[Exception | None]:
+    """Train SAEs on one pass over their batches. Returns the error that stopped each, or None.
+
+    A trainer that starts ahead, from a later checkpoint, skips the batches that it has had. An
+    error of one SAE, such as divergence, stops this SAE alone. An error of the batches or of the
+    disk is raised."""
+    min(trainers, key=lambda trainer: trainer.steps).restore_batches()
+    for trainer in trainers:
+        trainer.check_start()
+    try:
+        errors = _all_steps(trainers, progress, watch)
+    except BaseException:
+        for trainer in trainers:
+            trainer.finish(complete=False)
+        raise
+    for trainer in trainers:
+        trainer.finish(complete=trainer not in errors)
+    return [errors.get(trainer) for trainer in trainers]
 
 
 def train(
@@ -654,7 +739,7 @@ def train(
     progress: bool = True,  # show a progress bar
     ranks: Ranks = ALONE,  # the processes that share each batch; all call `train` alike
     # called after each step; until training ends, the SAE takes x times `history.scale`
-    watch: Callable[[int, SAE, History], object] | None = None,
+    watch: Watch | None = None,
     keep_checkpoint: bool = False,  # leave it in `folder` when training has finished
     log: HistoryLog | None = None,  # takes each new row of the history; the first rank writes it
 ) -> History:
@@ -664,27 +749,11 @@ def train(
     Adam's moments, schedules, dead latents and the L1 coefficient of the controller start anew.
     The weights named by `config.frozen` have `requires_grad` False afterwards. ValueError for an
     SAE with another frozen decoder, and for batches of another width."""
-    trainer = Trainer(sae, batches, config, masker, ranks)
-    path = None if folder is None else Path(folder) / CHECKPOINT
-    resumes = path is not None and path.exists()
-    ranks.agree(
-        "whether there is a checkpoint (ATM_SAE_CACHE must be a folder that all share)",
-        str(resumes),
-    )
-    if path is not None and resumes:
-        trainer.load_state_dict(load_checkpoint(path, trainer.name))
-    trainer.check_start()
-    try:
-        _run(trainer, path, progress, watch, log)
-    except BaseException:
-        if log is not None:
-            log.close(complete=False)
-        if trainer.start is not None:  # a trained SAE takes raw activations again
-            sae.fold_input_scale(trainer.history.scale)
-        raise
-    if log is not None:
-        log.close(complete=True)
-    sae.fold_input_scale(trainer.history.scale)
-    if path is not None and ranks.rank == 0 and not keep_checkpoint:
-        path.unlink(missing_ok=True)
+    trainer = Trainer(sae, batches, config, masker, ranks, folder, log)
+    trainer.resume()
+    (error,) = train_together([trainer], progress, watch)
+    if error is not None:
+        raise error
+    if trainer.path is not None and ranks.rank == 0 and not keep_checkpoint:
+        trainer.path.unlink(missing_ok=True)
     return trainer.history

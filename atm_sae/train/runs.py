@@ -17,17 +17,25 @@ __all__ = [
     "grid",
     "world_grid",
     "twin_rates",
-    "train_sae",
+    "make_trainer",
     "untrained_sae",
+    "fresh_activations",
     "measure_l0",
     "save_history",
     "load_history",
     "MissedL0",
     "missed_l0",
     "warn_missed",
+    "SAEFile",
     "Run",
     "run_log",
     "get_run",
+    "pass_key",
+    "free_memory",
+    "training_bytes",
+    "group_runs",
+    "FailedRun",
+    "train_many",
     "receive_run",
     "run_grid",
     "Pretrained",
@@ -40,8 +48,10 @@ __all__ = [
 import math
 import time
 import warnings
-from collections import Counter
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +60,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -82,7 +93,7 @@ from ..sae.formats import from_pretrained, sae_checksum
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 from ..stats import L0_SLACK, misses_l0
 from .executors import LostWorker, Outcome, find_executor, run_jobs
-from .loop import History, TrainConfig, train, unflatten
+from .loop import History, TrainConfig, Trainer, train_together, unflatten
 from .training_log import TrainingLog, check_log
 
 
@@ -176,7 +187,8 @@ def run_artefact(
 ) -> Artefact:
     "Key and folder of a run. The activations that it is trained on are made if need be."
     kind, settings, parts = _data_parts(spec.data)
-    makers = ["train.runs.train_sae" if spec.trained else "train.runs.untrained_sae"]
+    trained = ("train.runs.make_trainer", "train.loop.train_together")
+    makers = [*(trained if spec.trained else ("train.runs.untrained_sae",))]
     makers.append("train.runs.save_history")
     if twin_spec(spec) is not None:
         makers.append("train.runs.twin_rates")
@@ -333,24 +345,21 @@ def twin_rates(spec: RunSpec, device: str = "auto") -> list[float] | None:
     return np.interp(range(spec.train.steps), log.step, rate).tolist()
 
 
-def train_sae(
+def make_trainer(
     spec: RunSpec,
     batches: Batches,
     rates: Sequence[float] | None,  # for a dropout control
     device: torch.device,
     folder: Path | None = None,  # of the checkpoint
-    progress: bool = False,
     ranks: Ranks = ALONE,
     log: TrainingLog | None = None,
-) -> tuple[SAE, History]:
-    "Train the SAE of a specification, alone or as one of several ranks."
+) -> Trainer:
+    "The trainer of a specification's SAE, alone or as one of several ranks, at its checkpoint."
     sae = SAE(spec.sae).to(device)
     masker = make_masker(spec.atm, spec.sae.d_sae, spec.train.steps, device, rates, spec.train.seed)
-    # the checkpoint stays until the folder of the run replaces it
-    history = train(
-        sae, batches, spec.train, masker, folder, progress, ranks, keep_checkpoint=True, log=log
-    )
-    return sae, history
+    trainer = Trainer(sae, batches, spec.train, masker, ranks, folder, log)
+    trainer.resume()
+    return trainer
 
 
 def untrained_sae(spec: RunSpec, batches: Batches) -> SAE:
@@ -361,21 +370,24 @@ def untrained_sae(spec: RunSpec, batches: Batches) -> SAE:
     return calibrate_l0(random_sae(spec.sae), x, spec.sae.target_l0, centre=True)
 
 
+def fresh_activations(
+    batches: Batches,  # after training: the next ones are read, or a cache's held-out rows
+    samples: int = 4096,  # activations, at least, unless a cache holds out fewer
+) -> tuple[Tensor, ...]:
+    "Activations that were not trained on, in batches."
+    if isinstance(batches, CacheBatches):
+        return held_out(batches.cache, samples).split(batches.batch_size)
+    return tuple(next(batches) for _ in range(-(-samples // batches.batch_size)))
+
+
 @torch.no_grad()
 def measure_l0(
     sae: SAE,
-    batches: Batches,  # of its training: the next ones are read, or a cache's held-out rows
-    samples: int = 4096,  # activations, at least, unless a cache holds out fewer
+    fresh: Iterable[Tensor],  # see `fresh_activations`
 ) -> float:
-    """Mean number of active latents after training, on activations that were not trained on.
-
-    Outliers are left out."""
-    if isinstance(batches, CacheBatches):
-        parts = held_out(batches.cache, samples).split(batches.batch_size)
-    else:
-        parts = tuple(next(batches) for _ in range(-(-samples // batches.batch_size)))
+    "Mean number of active latents after training, on fresh activations. Outliers are left out."
     limit = math.inf if sae.max_norm is None else sae.max_norm
-    ordinary = [x[~is_outlier(x, limit)] for x in parts]
+    ordinary = [x[~is_outlier(x, limit)] for x in fresh]
     counts = [(sae.encode(x.to(sae.W_dec.device)) != 0).sum(1) for x in ordinary]
     return torch.cat(counts).double().mean().item()
 
@@ -453,33 +465,72 @@ def _check_content(batches: Batches, artefact: Artefact) -> None:
         )
 
 
-def _make_run(
-    spec: RunSpec,
-    artefact: Artefact,
+@dataclass(frozen=True)
+class _Member:
+    "A run that is about to be made."
+
+    spec: RunSpec
+    artefact: Artefact
+    rates: list[float] | None  # mask rates of the twin, for a control that takes them
+    log: TrainingLog | None
+
+
+def _train_members(
+    members: Sequence[_Member], batches: Batches, device: str, progress: bool, ranks: Ranks
+) -> list[tuple[SAE, History] | Exception]:
+    "Train SAEs on one pass over the batches; an error where one stopped the SAE."
+    results: dict[int, tuple[SAE, History] | Exception] = {}
+    trainers: dict[int, Trainer] = {}
+    for i, member in enumerate(members):
+        # the checkpoint stays until the folder of the run replaces it
+        settings = (member.rates, pick_device(device), member.artefact.folder, ranks, member.log)
+        try:
+            trainers[i] = make_trainer(member.spec, batches, *settings)
+        except Exception as e:
+            if ranks.size > 1:  # another rank may have had no error
+                raise
+            results[i] = e
+    if trainers:
+        for i, error in zip(trainers, train_together([*trainers.values()], progress)):
+            results[i] = error or (trainers[i].sae, trainers[i].history)
+    return [results[i] for i in range(len(members))]
+
+
+def _check_data(members: Sequence[_Member], batches: Batches) -> None:
+    "RuntimeError for other activations than those of the key, ValueError for another width."
+    for member in members:
+        _check_content(batches, member.artefact)
+        if batches.d_in != member.spec.sae.d_in:
+            raise ValueError(
+                f"the data are {batches.d_in} wide, but the SAE has d_in = {member.spec.sae.d_in}"
+            )
+
+
+def _make_members(
+    members: Sequence[_Member],  # of one `pass_key`
     progress: bool,
     device: str,
     ranks: Ranks,
-    log: TrainingLog | None,
-) -> None:
-    "Train a run and write its folder."
-    start = time.monotonic()
-    rates = twin_rates(spec, device)
-    batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
-    _check_content(batches, artefact)
-    if batches.d_in != spec.sae.d_in:
-        raise ValueError(
-            f"the data are {batches.d_in} wide, but the SAE has d_in = {spec.sae.d_in}"
-        )
-    if spec.trained:
-        where = pick_device(device)
-        folder = artefact.folder
-        sae, history = train_sae(spec, batches, rates, where, folder, progress, ranks, log)
+) -> dict[str, Exception]:
+    "Train runs on one pass over their batches, and write their folders; {key: error}."
+    start, first = time.monotonic(), members[0].spec
+    batches = data_batches(first.data, first.train.batch_size, first.seed)
+    _check_data(members, batches)
+    if first.trained:
+        results = _train_members(members, batches, device, progress, ranks)
     else:
-        sae, history = untrained_sae(spec, batches), History()
-    l0 = measure_l0(sae, batches)  # by all ranks: they share the work of a stream
-    if ranks.rank == 0:
-        _write_run(spec, artefact, sae, history, l0, time.monotonic() - start)
+        results = [(untrained_sae(first, batches), History())]
+    errors = {m.artefact.key: r for m, r in zip(members, results) if isinstance(r, Exception)}
+    if len(errors) == len(members):
+        return errors
+    fresh = fresh_activations(batches)  # by all ranks: they share the work of a stream
+    l0 = [None if isinstance(r, Exception) else measure_l0(r[0], fresh) for r in results]
+    seconds = (time.monotonic() - start) / len(members)  # the share of each run
+    for member, result, reached in zip(members, results, l0):
+        if ranks.rank == 0 and not isinstance(result, Exception) and reached is not None:
+            _write_run(member.spec, member.artefact, *result, reached, seconds)
     ranks.wait()
+    return errors
 
 
 # %% ../../nbs/train/runs.ipynb #cell-22
@@ -514,15 +565,43 @@ def warn_missed(runs: "Iterable[Run]") -> None:
 
 
 # %% ../../nbs/train/runs.ipynb #cell-24
+class SAEFile:
+    "The SAE of a complete run, read when it is asked for; it is held only while it is in use."
+
+    def __init__(self, spec: RunSpec, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+        self._held: weakref.ref[SAE] | None = None
+
+    def read(self) -> SAE:
+        "The SAE; the same object as long as anything holds it."
+        sae = None if self._held is None else self._held()
+        if sae is None:
+            sae = SAE.load(self.folder / "sae")
+            data = self.spec.data
+            if isinstance(data, ActivationSpec):  # the same model may have had another name
+                sae.metadata |= hook_point(data.model, data.layer, data.site)
+            self._held = weakref.ref(sae)
+        return sae
+
+    def __getstate__(self) -> dict[str, Any]:
+        "What is pickled: the place, without the SAE."
+        return self.__dict__ | {"_held": None}
+
+
 @dataclass(frozen=True)
 class Run:
     "A trained SAE, its specification and its history."
 
     spec: "RunSpec | Pretrained"
-    sae: SAE
+    source: SAE | SAEFile
     history: History
     folder: Path | None  # None for a pretrained SAE
     l0: float = math.nan  # reached after training, see `measure_l0`; NaN for a pretrained SAE
+
+    @property
+    def sae(self) -> SAE:
+        "The SAE, read from its file if nothing else holds it."
+        return self.source.read() if isinstance(self.source, SAEFile) else self.source
 
     @property
     def missed_l0(self) -> str:
@@ -556,6 +635,59 @@ def _log_stored(log: TrainingLog | None, spec: RunSpec, history: History) -> Non
     log.close(complete=True)
 
 
+def _make(
+    specs: Sequence[RunSpec],  # of one `pass_key`, none twice
+    progress: bool = False,
+    device: str = "auto",
+    log: str | Path | None = None,
+) -> list[Exception | None]:
+    "Make those of the runs that are missing, on one pass over their batches; the error of each."
+    ranks = Ranks.join()
+    artefacts = [run_artefact(spec, device) for spec in specs]
+    ranks.agree("the configuration", " ".join(artefact.key for artefact in artefacts))
+    members = [
+        # `twin_rates` makes the twin, before the locks are taken
+        _Member(spec, artefact, twin_rates(spec, device), _own_log(log, spec, device, ranks))
+        for spec, artefact in zip(specs, artefacts)
+        if not _exists(artefact, ranks)
+    ]
+    errors: dict[str, Exception] = {}
+    with ExitStack() as stack:
+        # all processes take the locks in the order of the keys, so that none blocks another
+        for member in sorted(members, key=lambda member: member.artefact.key):
+            stack.enter_context(one_maker(member.artefact.lock(), ranks))
+        stack.enter_context(one_thread())
+        # without those that another process has made meanwhile
+        members = [member for member in members if not _exists(member.artefact, ranks)]
+        if members:
+            errors = _make_members(members, progress, device, ranks)
+    found = [artefact.exists() for artefact in artefacts]
+    ranks.agree(
+        "whether the run is there (ATM_SAE_CACHE must be a folder that all share)", str(found)
+    )
+    return [errors.get(artefact.key) for artefact in artefacts]
+
+
+def _own_log(
+    log: str | Path | None, spec: RunSpec, device: str, ranks: Ranks
+) -> TrainingLog | None:
+    "The log of a run, which the first rank writes; None without logs."
+    return None if log is None or ranks.rank > 0 else run_log(log, spec, device)
+
+
+def _load(spec: RunSpec, device: str = "auto", log: str | Path | None = None) -> Run:
+    "A complete run; its history is logged if it was trained in another process."
+    artefact = run_artefact(spec, device)
+    artefact.opened()
+    if isinstance(spec.data, ActivationSpec) and not spec.data.buffer:
+        activation_artefact(spec.data).opened()
+    folder = artefact.folder
+    l0 = read_json(folder / "run.json").get("l0", math.nan)
+    history = load_history(folder)
+    _log_stored(_own_log(log, spec, device, Ranks.join()), spec, history)
+    return Run(spec, SAEFile(spec, folder), history, folder, l0)
+
+
 def _load_or_make(
     spec: RunSpec,
     progress: bool = False,
@@ -563,29 +695,10 @@ def _load_or_make(
     log: str | Path | None = None,
 ) -> Run:
     "The run of `spec`, see `get_run`, without a warning."
-    ranks = Ranks.join()
-    own_log = None if log is None or ranks.rank > 0 else run_log(log, spec, device)
-    artefact = run_artefact(spec, device)
-    ranks.agree("the configuration", artefact.key)
-    if not _exists(artefact, ranks):
-        with one_maker(artefact.lock(), ranks), one_thread():
-            if not _exists(artefact, ranks):  # no other process has made it meanwhile
-                _make_run(spec, artefact, progress, device, ranks, own_log)
-    ranks.agree(
-        "whether the run is there (ATM_SAE_CACHE must be a folder that all share)",
-        str(artefact.exists()),
-    )
-    artefact.opened()
-    if isinstance(spec.data, ActivationSpec) and not spec.data.buffer:
-        activation_artefact(spec.data).opened()
-    folder = artefact.folder
-    sae = SAE.load(folder / "sae")
-    if isinstance(spec.data, ActivationSpec):  # the same model may have had another name
-        sae.metadata |= hook_point(spec.data.model, spec.data.layer, spec.data.site)
-    l0 = read_json(folder / "run.json").get("l0", math.nan)
-    history = load_history(folder)
-    _log_stored(own_log, spec, history)
-    return Run(spec, sae, history, folder, l0)
+    (error,) = _make([spec], progress, device, log)
+    if error is not None:
+        raise error
+    return _load(spec, device, log)
 
 
 def get_run(
@@ -603,22 +716,147 @@ def get_run(
 
 
 # %% ../../nbs/train/runs.ipynb #cell-27
-def _train(spec: RunSpec, log: str | Path | None = None) -> None:
-    "Make a run in this process, or in another one with the same disk."
-    _load_or_make(spec, log=log)
+def pass_key(spec: RunSpec) -> str:
+    "The same for runs that can be trained on one pass over their batches."
+    alone = None if spec.trained else spec  # an untrained control reads four batches
+    order = [spec.seed, spec.train.batch_size, spec.train.steps, spec.sae.d_in]
+    return stable_hash([type(spec.data).__name__, spec.data, *order, alone])
 
 
-def _train_and_send(job: tuple[RunSpec, str]) -> dict[str, bytes]:
-    "Make a run in a worker with another disk; returns its files, {name: content}."
-    spec, key = job
-    if spec.key != key:
-        raise RuntimeError(
-            f"the worker has other code, packages, data or devices (key {spec.key}, here {key}): "
-            "install the same atm-sae on all machines"
-        )
-    folder = _load_or_make(spec).folder
-    assert folder is not None
-    return {name: (folder / name).read_bytes() for name in RUN_FILES}
+def free_memory(device: str | torch.device = "cpu") -> int:
+    "Bytes of memory that can be had on a device; on a CPU, within the limit of its container."
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        about = dict(line.split(":") for line in lines)
+        free.append(1024 * int(about["MemAvailable"].removesuffix("kB")))
+    with suppress(OSError, ValueError):  # 'max' in place of a number: there is no limit
+        group = Path("/sys/fs/cgroup")
+        files = [group / f"memory.{name}" for name in ("max", "current")]
+        most, now = (int(file.read_text(encoding="utf-8")) for file in files)
+        free.append(most - now)
+    return max(0, min(free)) if free else 4 * 2**30
+
+
+def training_bytes(spec: RunSpec) -> int:
+    "Memory that the training of an SAE takes: weights, gradients and Adam's moments."
+    return 16 * 2 * spec.sae.d_in * spec.sae.d_sae
+
+
+def _split(specs: Sequence[RunSpec], parts: int, memory: int) -> list[list[RunSpec]]:
+    "Runs in at least `parts` groups of nearly the same size, each within `memory` bytes."
+    largest = max(map(training_bytes, specs))
+    at_a_time = max(1, memory // largest)
+    n = min(len(specs), max(parts, -(-len(specs) // at_a_time)))
+    return [[*specs[i::n]] for i in range(n)]
+
+
+def group_runs(
+    specs: Iterable[RunSpec],
+    workers: int = 1,  # processes that make groups at the same time
+    share: bool = False,  # True: whatever the data are; False: streams only
+    memory: int | None = None,  # bytes for all workers; None: half of the free memory
+) -> list[list[RunSpec]]:
+    "Runs in groups, each for one pass over its data: large ones, but one at least for each worker."
+    found: dict[str, list[RunSpec]] = defaultdict(list)
+    for spec in specs:
+        is_stream = isinstance(spec.data, ActivationSpec) and spec.data.buffer > 0
+        found[pass_key(spec) if share or is_stream else spec.key].append(spec)
+    if memory is None:
+        free = torch.tensor(free_memory(pick_device("auto")))
+        memory = int(Ranks.join().low(free)) // 2  # all ranks make the same groups
+    parts = -(-workers // max(1, len(found)))
+    return [group for group in found.values() for group in _split(group, parts, memory // workers)]
+
+
+class FailedRun(RuntimeError):
+    "The training of some runs failed; the message names them."
+
+
+def _failure(specs: Sequence[RunSpec], error: Exception) -> FailedRun:
+    "An error that names the run, or those that were being made when a worker was lost."
+    if isinstance(error, FailedRun):
+        return error
+    names = " or ".join(f'run "{spec.name}" ({spec.key})' for spec in specs) or "a run"
+    return FailedRun(f"{names} failed: {type(error).__name__}: {error}")
+
+
+def _train(
+    specs: Sequence[RunSpec],
+    progress: bool = False,
+    device: str = "auto",
+    log: str | Path | None = None,
+) -> None:
+    "Make runs on one pass over their batches. FailedRun names those that failed."
+    try:
+        errors = _make(specs, progress, device, log)
+    except Exception as e:
+        raise _failure(specs, e) from e
+    failures = {i: _failure([specs[i]], e) for i, e in enumerate(errors) if e is not None}
+    if failures:
+        text = "\n".join(map(str, failures.values()))
+        raise FailedRun(text) from errors[min(failures)]
+
+
+def _missing(specs: Sequence[RunSpec], device: str = "auto") -> dict[str, RunSpec]:
+    "{key: spec} of the runs that have yet to be made, with the twins of dropout controls first."
+    twins = [twin for twin in map(twin_spec, specs) if twin is not None]
+    return {spec.key: spec for spec in [*twins, *specs] if not is_complete(spec, device)}
+
+
+def _stages(specs: Sequence[RunSpec], device: str = "auto") -> list[list[RunSpec]]:
+    "The missing runs without the dropout controls, then these, which need their twins."
+    missing = _missing(specs, device).values()
+    controls = [spec for spec in missing if twin_spec(spec) is not None]
+    return [[spec for spec in missing if twin_spec(spec) is None], controls]
+
+
+def train_many(
+    specs: Iterable[RunSpec],
+    progress: bool = False,  # a bar over the steps of each pass
+    device: str = "auto",  # where to train the runs that have yet to be made
+    log: str | Path | None = None,  # folder of TensorBoard logs, one folder in it for each run
+) -> list[Run]:
+    """The runs of `specs`, in their order; those that read the same batches train on one pass.
+
+    Each run is the same as with `get_run`, bit for bit on a CPU. FailedRun names those that failed.
+    Warns with `MissedL0` of those that missed their target L0."""
+    specs = list(specs)
+    if log is not None:
+        check_log(log)
+    for stage in _stages(specs, device):
+        for group in group_runs(stage, share=True):
+            _train(group, progress, device, log)
+    runs = [_load_or_make(spec, progress, device, log) for spec in specs]
+    warn_missed(runs)
+    return runs
+
+
+# %% ../../nbs/train/runs.ipynb #cell-30
+def _train_and_send(
+    jobs: Sequence[tuple[RunSpec, str]],  # specifications with their keys
+) -> tuple[dict[str, dict[str, bytes]], FailedRun | None]:
+    """Make runs in a worker with another disk. Returns the files of the complete ones,
+    {key: {name: content}}, and the error of the others."""
+    for spec, key in jobs:
+        if spec.key != key:
+            raise RuntimeError(
+                f"the worker has other code, packages, data or devices (key {spec.key}, here "
+                f"{key}): install the same atm-sae on all machines"
+            )
+    failed = None
+    try:
+        _train([spec for spec, _ in jobs])
+    except FailedRun as e:
+        failed = e
+    folders = {key: run_folder(spec) for spec, key in jobs if is_complete(spec)}
+    files = {
+        key: {name: (folder / name).read_bytes() for name in RUN_FILES}
+        for key, folder in folders.items()
+    }
+    return files, failed
 
 
 def receive_run(spec: RunSpec, files: Mapping[str, bytes]) -> None:
@@ -636,28 +874,28 @@ def receive_run(spec: RunSpec, files: Mapping[str, bytes]) -> None:
             _seal(artefact, part)
 
 
-def _make_runs(
-    specs: Sequence[RunSpec], workers: int, executor: str | None, log: str | Path | None
-) -> Generator[Outcome[RunSpec, None], None, None]:
-    "Make runs that do not depend on each other; yields the outcome of each."
+def _make_groups(
+    groups: Sequence[Sequence[RunSpec]],
+    workers: int,
+    executor: str | None,
+    log: str | Path | None,
+) -> Generator[Outcome[Sequence[RunSpec], None], None, None]:
+    "Make groups of runs that do not depend on each other; yields the outcome of each."
     chosen = find_executor(executor)
     if Ranks.join().size > 1:  # a rank starts no workers
-        yield from run_jobs(partial(_train, log=log), specs, workers=1)
+        yield from run_jobs(partial(_train, log=log), groups, workers=1)
     elif not chosen.is_remote:
-        yield from run_jobs(partial(_train, log=log), specs, workers, chosen)
+        yield from run_jobs(partial(_train, log=log), groups, workers, chosen)
     else:
-        jobs = [(spec, spec.key) for spec in specs]
+        jobs = [[(spec, spec.key) for spec in group] for group in groups]
         for outcome in run_jobs(_train_and_send, jobs, workers, chosen):
-            spec, _ = outcome.item
+            error = outcome.error
             if outcome.result is not None:
-                receive_run(spec, outcome.result)
-            yield Outcome(spec, error=outcome.error)
-
-
-def _missing(specs: Sequence[RunSpec]) -> dict[str, RunSpec]:
-    "{key: spec} of the runs that have yet to be made, with the twins of dropout controls first."
-    twins = [twin for twin in map(twin_spec, specs) if twin is not None]
-    return {spec.key: spec for spec in [*twins, *specs] if not is_complete(spec)}
+                files, error = outcome.result
+                for spec, key in outcome.item:
+                    if key in files:
+                        receive_run(spec, files[key])
+            yield Outcome([spec for spec, _ in outcome.item], error=error)
 
 
 def run_grid(
@@ -667,40 +905,34 @@ def run_grid(
     executor: str | None = None,  # see `find_executor`; None: ATM_SAE_EXECUTOR, else processes
     log: str | Path | None = None,  # folder of TensorBoard logs, one folder in it for each run
 ) -> list[Run]:
-    """The runs of `specs`, in their order, made if need be. RuntimeError names a run that failed.
+    """The runs of `specs`, in their order, made if need be. FailedRun names a run that failed.
 
+    Runs that read the same stream are trained on one pass over it, see `group_runs`.
     Warns with `MissedL0` of those that missed their target L0."""
     specs = list(specs)
     find_executor(executor)  # an unknown one is refused before anything runs
     if log is not None:
         check_log(log)
-    missing = _missing(specs)
-    controls = [spec for spec in missing.values() if twin_spec(spec) is not None]
-    others = [spec for spec in missing.values() if twin_spec(spec) is None]
-    with tqdm(total=len(missing), desc="runs", disable=not (progress and missing)) as bar:
-        for group in (others, controls):  # controls need their twins
-            outcomes = _make_runs(group, workers, executor, log)
+    stages = _stages(specs)
+    missing = sum(map(len, stages))
+    with tqdm(total=missing, desc="runs", disable=not (progress and missing)) as bar:
+        for stage in stages:
+            outcomes = _make_groups(group_runs(stage, workers), workers, executor, log)
             try:
                 for outcome in outcomes:
                     if outcome.error is not None:
                         outcomes.close()
-                        raise _failure([outcome.item], outcome.error) from outcome.error
-                    bar.set_postfix_str(outcome.item.name, refresh=False)
-                    bar.update()
+                        raise _failure(outcome.item, outcome.error) from outcome.error
+                    bar.set_postfix_str(outcome.item[-1].name, refresh=False)
+                    bar.update(len(outcome.item))
             except LostWorker as e:
-                raise _failure(e.items, e) from e
+                raise _failure([spec for group in e.items for spec in group], e) from e
     runs = [_load_or_make(spec, log=log) for spec in specs]
     warn_missed(runs)
     return runs
 
 
-def _failure(specs: Sequence[RunSpec], error: Exception) -> RuntimeError:
-    "An error that names the run, or those that were being made when a worker was lost."
-    names = " or ".join(f'run "{spec.name}" ({spec.key})' for spec in specs) or "a run"
-    return RuntimeError(f"{names} failed: {type(error).__name__}: {error}")
-
-
-# %% ../../nbs/train/runs.ipynb #cell-32
+# %% ../../nbs/train/runs.ipynb #cell-35
 @dataclass(frozen=True)
 class Pretrained:
     "In place of a RunSpec: the label of an SAE that was not trained here."
