@@ -295,3 +295,17 @@ def test_extraction_reads_its_text_from_a_file_each_time(script, tmp_path, monke
     assert list(rows.documents(2)) == ["one two\nthree"] * 28
     path.write_text(path.read_text().replace("one", "four"))
     assert list(rows.documents(29)) == ["four two\nthree"]
+
+
+# ---- many SAEs on one pass
+
+
+def test_many_saes_are_compared_on_cached_and_streamed_activations(script, cache, monkeypatch):
+    many = script("many")
+    passes, real = [], many.train_together
+    monkeypatch.setattr(
+        many, "train_together", lambda t, **more: (passes.append(len(t)), real(t, **more))[1]
+    )
+    rows = many.measure(many.QUICK)
+    assert [row[0] for row in rows] == ["cached", "streamed"] and min(rows[0][1:]) > 0
+    assert passes == [1, 1, 1, 3] * 2

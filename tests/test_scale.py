@@ -74,13 +74,16 @@ def test_a_method_with_a_frozen_weight_is_measured_by_itself(costs, monkeypatch)
 
 
 def test_estimate_of_a_stream_by_hand(costs):
-    "Every run reads the text anew, and keeps a buffer in memory in place of a store on disk."
+    "One pass over the text for all runs of a seed, and a buffer in memory in place of a cache."
     size = dict(model="google/gemma-2-2b", layer=12, d_sae=16384, batch_size=2048)
     size |= dict(steps=1000, n_tokens=10**6)
     runs = [("topk", 40, 0), ("topk", 80, 0)]
+    more = [*runs, ("atm", 40, 0), ("dropout", 40, 0), ("random", 40, 3)]  # a pass for the control
+    two = estimate_runs(size, more, data=dict(dtype="bfloat16", buffer=1000))
+    assert two.lm_seconds == pytest.approx(2 * (1000 * 2048 + 1000) * 13e-6)
     stored = estimate_runs(size, runs, data=dict(dtype="bfloat16", lm_dtype="bfloat16"))
     stream = estimate_runs(size, runs, data=dict(dtype="bfloat16", buffer=1000))
-    assert stream.lm_seconds == pytest.approx(2 * (1000 * 2048 + 1000) * 13e-6)
+    assert stream.lm_seconds == pytest.approx((1000 * 2048 + 1000) * 13e-6)
     assert stream.stored == (pytest.approx(13), 10**6 * 2304 * 2)
     assert "with buffer: 0 it runs once: 13 s for the activations, 4.6 GB more disk" in str(stream)
     assert stream.disk_bytes == 2 * 4 * 2 * 2304 * 16384

@@ -35,7 +35,7 @@ from ..sae.atm import make_masker
 from ..sae.sae import SAE
 from ..stats import format_bytes, format_seconds
 from ..train.loop import train
-from ..train.runs import recipe
+from ..train.runs import TWIN_RATES, recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -231,7 +231,7 @@ class Estimate:
             return text
         seconds, disk = self.stored
         return (
-            f"{text}. Every SAE runs the model anew; with buffer: 0 it runs once: "
+            f"{text}. The model runs once for all SAEs of a seed; with buffer: 0 it runs once: "
             f"{format_seconds(seconds)} for the activations, {format_bytes(disk)} more disk"
         )
 
@@ -289,8 +289,9 @@ def estimate_runs(
     row, parameters = row_bytes(d_in, spec.dtype), 2 * d_in * d_sae
     cached = spec.n_tokens * row
     tokens = spec.n_tokens
-    if spec.buffer:  # every run reads a stream anew
-        tokens = sum(count.values()) * (steps * size["batch_size"] + spec.buffer)
+    if spec.buffer:  # the SAEs of a seed read one pass of a stream, and controls another one
+        passes = {(seed, method_parts(m)[1] in TWIN_RATES) for m, _, seed in runs if m in count}
+        tokens = len(passes) * (steps * size["batch_size"] + spec.buffer)
     lm_bytes = _weights(config) * getattr(torch, spec.lm_dtype).itemsize
     step_bytes = 24 * size["batch_size"] * d_sae
     return Estimate(
