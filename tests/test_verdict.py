@@ -518,14 +518,15 @@ def worlds(folder):
 
 def test_the_answer_in_three_rows(runs):
     table = answer_table(worlds(runs))
-    planted, model, price = table.itertuples(index=False)
+    planted, model, importance, price = table.itertuples(index=False)
     assert planted.answer.startswith("ReLU + L1 and TopK: lower;") and planted.seeds == "5"
     assert "JumpReLU: lower in absorption beyond misses only; Matryoshka: left" in planted.answer
     assert planted[2].startswith("raw absorption -0.118 to 0.005 (± 0.040 or less); absorption be")
     assert planted[3].startswith("raw absorption 0.082 to 0.241; ")
+    assert importance.answer == "Planted world: ReLU + dropout: lower. Language model: not measured"
     assert price.answer.startswith("Planted world: all 4 bases: lower. Language model: ")
     assert ": higher in " in model.answer and "Too few seeds" not in model.answer
-    assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (2, 5)
+    assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (3, 5)
 
 
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
@@ -550,7 +551,7 @@ def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
     table.to_csv(path, index=False)
     answer = answer_table(worlds(runs)).answer[1]
     assert answer == (
-        "all 4 bases: no difference shown. Too few seeds: the intervals are wider than the scores"
+        "all 4 bases: no difference shown. Too few seeds: the widest intervals exceed the scores"
     )
 
 
@@ -580,7 +581,7 @@ def test_the_figure_draws_the_numbers_of_the_table(runs, tmp_path):
 def test_the_rates_of_base_and_mask_are_said_where_they_differ(runs):
     evidence = read_evidence(runs)
     said = rate_sentence(evidence, "planted")
-    assert "2.6 times the base's on ReLU + L1, 4.2 times" in said and "JumpReLU" not in said
+    assert "2.6 times on ReLU + L1, 4.2 times on TopK" in said and "JumpReLU" not in said
     assert rate_sentence(replace(evidence, tuned={}), "planted") == ""
 
 
@@ -594,7 +595,7 @@ def test_the_readme_holds_the_committed_sentences_and_tables():
         assert cell in readme, cell
     assert len(readme.splitlines()) < 200
     assert readme.index(PUBLISHED_STANDING) < readme.index(table.answer[0])
-    assert readme.index(table.answer[2]) < readme.index("make reports") < readme.index("## The tut")
+    assert readme.index(table.answer[3]) < readme.index("make reports") < readme.index("## The tut")
 
 
 def test_published_values_of_atm_are_called_secondary():

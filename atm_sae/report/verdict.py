@@ -684,9 +684,9 @@ def describe_effects(
 RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka")
 WORLDS = {"Planted world": (RAW, BEYOND), "Language model": (FULL_SCORE, FRACTION_SCORE)}
 PUBLISHED_STANDING = (
-    "The published values are secondary, since the full text was not available. ATM's values come "
-    "from public summaries. Those of the other methods come from result files of the first author. "
-    "We infer that these are the paper's baselines."
+    "We could not read the paper's full text, so the published values are second-hand. ATM's "
+    "values come from public summaries. Those of the other methods come from result files of the "
+    "first author. We infer that these are the paper's baselines."
 )
 
 
