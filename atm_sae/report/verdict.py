@@ -681,7 +681,7 @@ def describe_effects(
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-34
-RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka")
+RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka", "ortsae", "gated")
 WORLDS = {"Planted world": (RAW, BEYOND), "Language model": (FULL_SCORE, FRACTION_SCORE)}
 PUBLISHED_STANDING = (
     "We could not read the paper's full text, so the published values are second-hand. ATM's "
@@ -808,7 +808,8 @@ def rival_table(
         for measure in measures:
             lines = [effect_lines(of, measure).get((m, rival)) for m, of in effects.items()]
             cells[measure.heading] = " / ".join(map(_short_cell, lines))
-        table.append({"minus": method_name(rival)} | cells)
+        if {*cells.values()} != {"– / –"}:
+            table.append({"minus": method_name(rival)} | cells)
     return pd.DataFrame(table)
 
 
