@@ -163,8 +163,9 @@ def _on(
             words.append(f"{word} on {names}")
     if words:
         return ", ".join(words)
-    same = f"any of {total}" if total > 1 else name_methods(sides["none"])
-    return f"no difference shown on {same}"
+    if total > 1:
+        return f"no difference shown on any of {total}"
+    return f"no difference shown on {name_methods(sides['none'])}, the only one compared there"
 
 
 def _findings(parts: Sequence[_Part]) -> str:
@@ -212,7 +213,7 @@ def _cells(parts: Sequence[_Part]) -> dict[str, str]:
     return {
         "answer": _findings(parts),
         "difference (lowest to highest base)": "; ".join(part.span() for part in parts),
-        "compared with": "; ".join(part.scale() for part in parts),
+        "value without the mask (or with dropout)": "; ".join(part.scale() for part in parts),
         "seeds": f"{seeds:g}",
     }
 
