@@ -102,7 +102,7 @@ ARCHITECTURES = {
     "ortsae": Architecture(
         label="OrtSAE",
         colour="#806040",
-        settings=("k", "aux_coef", "ortho_coef", "chunk"),
+        settings=("k", "aux_coef", "ortho_coef", "chunk", "ortho_every"),
         sized_by="k",
         learning_rate=8e-4,
         to_reach_l0="train for more steps: the threshold follows the training batches slowly",

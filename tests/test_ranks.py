@@ -97,6 +97,7 @@ SPECS = [small(m) for m in METHODS if m != "random"] + [
     small("atm", per="sample"),
     small("topk+atm", rescale=True),
     small("standard", penalty="tanh"),
+    small("ortsae", chunk=4, ortho_every=1),
 ]
 # So sparse that a step skips the zeros; and at the very share where it ceases to, which one rank
 # may reach and the other not.

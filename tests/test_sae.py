@@ -771,7 +771,7 @@ def test_a_decoder_without_gradient_says_what_to_do():
 
 def orthogonality(rows, step=0, **more):
     "OrtSAE's own loss of decoder rows, with a coefficient of 1."
-    settings = dict(k=1, ortho_coef=1.0) | more
+    settings = dict(k=1, ortho_coef=1.0, ortho_every=1) | more
     ortsae = SAE(SAEConfig(rows.shape[1], len(rows), "ortsae", **settings)).architecture
     pre = rows.new_zeros(1, len(rows))
     batch = MaskedBatch(pre, pre, DenseSet(1), SimpleNamespace(W_dec=rows))
@@ -802,6 +802,15 @@ def test_rows_are_compared_within_the_chunks_of_a_step():
     nearest = nearest_rows(rows, 16, gen(5))
     assert sorted({*torch.bincount(nearest, minlength=64).tolist()})[0] == 0
     assert (nearest != torch.arange(64)).all()
+
+
+def test_similar_rows_count_in_each_fifth_step():
+    rows = torch.randn(6, 3, generator=gen())
+    found = [orthogonality(rows, step, ortho_every=5).item() for step in range(11)]
+    assert [step for step, value in enumerate(found) if value] == [0, 5, 10]
+    assert found[5] == orthogonality(rows).item()
+    with pytest.raises(ValueError, match="ortho_every must be a number of steps of at least 1"):
+        SAEConfig(6, 12, "ortsae", k=2, ortho_every=0)
 
 
 def test_ortsae_adds_its_penalty_to_the_loss_of_batchtopk():

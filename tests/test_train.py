@@ -467,10 +467,11 @@ def test_resume_is_bit_exact(method, tmp_path):
         dict(anneal=0.5),
         dict(effect="norm"),
         dict(penalty="tanh"),
+        dict(method="ortsae", chunk=4, ortho_every=2),
     ],
 )
 def test_resume_with_other_settings(settings, tmp_path):
-    spec = small("atm", **settings)
+    spec = small(**dict(method="atm") | settings)
     straight, whole = make(spec)
     with pytest.raises(OSError):
         make(spec, tmp_path, batches(spec, Fails))

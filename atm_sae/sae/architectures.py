@@ -66,6 +66,7 @@ class SAEConfig:
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # nested shares (matryoshka)
     ortho_coef: float = 0.25  # coefficient of the penalty on similar decoder rows (ortsae)
     chunk: int = 1024  # number of decoder rows that are compared with each other (ortsae)
+    ortho_every: int = 5  # steps from one such comparison to the next (ortsae)
     seed: int = 0  # of the first weights
     # an activation whose norm exceeds this many times the median is left out; None: none is
     outlier_ratio: float | None = OUTLIER_RATIO
@@ -418,8 +419,13 @@ class OrtSAE(BatchTopK):
                 f"chunk = {self.config.chunk} leaves a row of {self.config.d_sae} without another "
                 "one to compare with: choose another chunk of at least 2"
             )
+        every = self.config.ortho_every
+        if every < 1:
+            raise ValueError(f"ortho_every must be a number of steps of at least 1, not {every}")
 
     def own_loss(self, x: Tensor, batch: MaskedBatch, step: int) -> Tensor:
+        if step % self.config.ortho_every:
+            return super().own_loss(x, batch, step)
         rows = normalize(batch.weights.W_dec, dim=1)
         draws = generator(self.config.seed, f"chunks of step {step}")
         nearest = nearest_rows(rows.detach(), self.config.chunk, draws)
