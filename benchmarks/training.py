@@ -13,6 +13,7 @@ import torch
 from common import heading, parsed, parser, spread, threads_used, write_readme
 from peers import RIVALS, ROOT, environment
 from safetensors.torch import load_file, save_file
+from training_worker import settings
 
 from atm_sae.core import generator
 from atm_sae.report.tables import to_markdown
@@ -22,6 +23,7 @@ from atm_sae.stats import format_number
 WORKER = Path(__file__).with_name("training_worker.py")
 BEGIN, END = "<!-- training: begin -->", "<!-- training: end -->"
 METHODS = ("topk", "standard", "jumprelu")
+OWN = ("batchtopk", "ortsae", "gated")  # trained here alone
 
 # Fixed before the first run.
 GOALS = dict(topk=3.0, standard=1.3, jumprelu=1.3)  # times as fast as the faster rival
@@ -95,6 +97,7 @@ def contestants():
     yield from ((rival, m, rival) for m in METHODS for rival in RIVALS)
     yield from (("atm-sae", m, "sae-lens") for m in METHODS)
     yield from (("atm-sae", m, "dictionary-learning") for m in ("standard", "jumprelu"))
+    yield from (("atm-sae", m, "atm-sae") for m in OWN)
 
 
 def race(who, folder, threads, python):
@@ -133,9 +136,7 @@ def final_loss(weights, who, task, x):
     mean number of active latents."""
     _, method, recipe = who
     task = task | task["recipes"].get(f"{method} of {recipe}", {})
-    own = dict(topk=("k",), standard=("l1",), jumprelu=("l0_coef", "bandwidth", "target_l0"))
-    size = {n: task.get(n) for n in own[method]}
-    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], method, **size))
+    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], method, **settings(method, task)))
     sae.load_state_dict({n: weights[n] for n in sae.state_dict()})
     loss = sae.loss(x)
     return loss.total.item(), (loss.z > 0).sum(1).float().mean().item()

@@ -43,19 +43,20 @@ class Batches:
         return [b - a for a, b in zip(moments, moments[1:])]
 
 
+def settings(method, task):
+    "Of our SAE's architecture, from the task."
+    names = dict(standard=("l1",), gated=("l1",), jumprelu=("l0_coef", "bandwidth", "target_l0"))
+    return {name: task.get(name) for name in names.get(method, ("k",))}
+
+
 def atm_sae(method, task, start, batches):
     from atm_sae.sae.sae import SAE, SAEConfig
     from atm_sae.train.loop import TrainConfig, train
 
-    size = {
-        "topk": dict(k=task["k"]),
-        "standard": dict(l1=task["l1"]),
-        "jumprelu": dict(
-            l0_coef=task["l0_coef"], bandwidth=task["bandwidth"], target_l0=task.get("target_l0")
-        ),
-    }[method]
-    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], method, **size))
-    sae.load_state_dict({n: start[n] for n in sae.state_dict()})
+    sae = SAE(SAEConfig(task["d_in"], task["d_sae"], method, **settings(method, task)))
+    own = sae.state_dict()  # of BatchTopK a single threshold, and not one for each latent
+    same = {n: t for n, t in start.items() if n in own and own[n].shape == t.shape}
+    sae.load_state_dict(own | same)
     steps = task["steps"]
     config = TrainConfig(
         steps,
