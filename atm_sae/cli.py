@@ -12,6 +12,7 @@ __all__ = [
     "PLACE",
     "WHAT",
     "HOW",
+    "SAE_PROBES",
     "SHOWN",
     "train",
     "Subject",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.lm import LM, Site
     from atm_sae.data.synthsaebench import PlantedConfig
+    from atm_sae.evals.probing import ProbingTask
     from atm_sae.report.manifest import ObjectState
     from atm_sae.report.runner import Status
     from atm_sae.sae.sae import SAE
@@ -678,6 +680,7 @@ class Options:
     max_words: int | None = None  # of absorption: a random part of the words
     spaced: bool = False  # of absorption: only words with a leading space
     device: str = "auto"  # where SAEs and models run
+    tasks: "Sequence[ProbingTask]" = ()  # of sae-probes
 
     def __post_init__(self) -> None:
         from atm_sae.core import pick_device
@@ -745,17 +748,41 @@ def _probing(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[s
     return result.summary | dict(n_tasks=len(result.tasks), n_outliers=result.n_outliers)
 
 
-_METRICS = dict(core=_core, absorption=_absorption, probing=_probing)
+def _sae_probes(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str, Any]:
+    "Scores of the benchmark sae-probes: of the SAE's latents and of the model's vector."
+    from atm_sae.evals.sae_probes import evaluate_sae_probes
+    from atm_sae.evals.saebench import sae_probes_json
+
+    result = evaluate_sae_probes(s.sae, lm, data.layer, o.tasks, site=data.site)
+    if o.saebench:
+        sae_probes_json(result, s.sae, **_place(data, lm), **o.about(s))
+    return result.summary | dict(n_tasks=len(result.tasks))
+
+
+SAE_PROBES = "sae-probes"
+_METRICS = dict(core=_core, absorption=_absorption, probing=_probing) | {SAE_PROBES: _sae_probes}
 
 
 # %% ../nbs/cli.ipynb #cell-30
 def _wanted(text: str | None) -> list[str]:
-    "The names in `--metrics`; ValueError for one that is unknown."
-    names = list(_METRICS) if text is None else [n.strip() for n in text.split(",")]
+    "The names in `--metrics`; ValueError for one that is unknown. sae-probes must be named."
+    usual = [n for n in _METRICS if n != SAE_PROBES]
+    names = usual if text is None else [n.strip() for n in text.split(",")]
     if unknown := [n for n in names if n not in _METRICS]:
         known = ", ".join(_METRICS)
         raise ValueError(f"--metrics {text}: no metric {unknown[0]!r}; there are {known}")
     return names
+
+
+def _benchmark_tasks(wanted: Sequence[str], source: Path | None) -> "Sequence[ProbingTask]":
+    "The tasks of sae-probes if they are wanted. ValueError, before anything is measured."
+    from atm_sae.evals.sae_probes import sae_probes_tasks
+
+    if SAE_PROBES in wanted:
+        return sae_probes_tasks(source)
+    if source is not None:
+        raise ValueError(f"--sae-probes {source}: add sae-probes to --metrics, or leave it out")
+    return ()
 
 
 def _planted(
@@ -769,9 +796,11 @@ def _planted(
             "--max-words and --spaced choose words of a model, and the planted world has none; "
             "leave them out"
         )
-    if "probing" in (metrics or ""):
+    asked = [] if metrics is None else _wanted(metrics)
+    if probes := [name for name in asked if name in ("probing", SAE_PROBES)]:
         raise ValueError(
-            "--metrics probing: the planted world has no texts to probe; ask for core or absorption"
+            f"--metrics {probes[0]}: the planted world has no texts to probe; "
+            "ask for core or absorption"
         )
     found = _reconstruction(s.sae, data)
     absorption = dict(full=found["absorption"], miss_rate=found["miss_rate"])
@@ -839,6 +868,8 @@ SHOWN = (
     Shown("absorption", "n_letters", "letters"),
     Shown("absorption", "eval_seeds", "seeds"),
     Shown("probing", "sae_top_1_test_accuracy", "top-1 probing", "sparse probing, top-1 accuracy"),
+    Shown(SAE_PROBES, "sae_top_1_test_auc", "sae-probes, top-1 AUC", "sae-probes, top-1 AUC"),
+    Shown(SAE_PROBES, "llm_test_auc", "sae-probes, model's AUC"),
 )
 
 
@@ -868,12 +899,18 @@ def _show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
 
 # %% ../nbs/cli.ipynb #cell-35
 _SAES_HELP = "Folders of SAEs, or hf:OWNER/NAME/FOLDER on the Hub."
-_METRICS_HELP = "Of core, absorption and probing, with commas; by default all that apply."
+_METRICS_HELP = (
+    "Of core, absorption, probing and sae-probes, with commas; by default the first three, "
+    "where they apply."
+)
+_SAE_PROBES_HELP = "The wheel or folder of sae-probes; by default where it is installed."
 _TOKENS_HELP = "Tokens to run, of which the last tenth measures; for SAEs without a record."
 _PROTOCOL_HELP = "Probes of absorption: exact, or saebench, as SAEBench 0.6.0 trains them."
 _WORDS_HELP = "Score absorption on a random part of the model's words, at most so many."
 _DEVICE_HELP = "Where the SAEs and the language model run; auto: the GPU, if there is one."
 _SUBFOLDER_HELP = "Folder of the SAE within a repository."
+_SAEBENCH_HELP = "Write SAEBench's files below this folder."
+_REVISION_HELP = "Branch, tag or commit of a repository."
 _SPACED_HELP = "Score absorption on words with a leading space only."
 _EVALUATE = (
     "my-sae --metrics core,absorption --eval-seeds 3 --saebench results --json > scores.json"
@@ -898,25 +935,23 @@ def evaluate(
     tokens: Annotated[int | None, _option(_TOKENS_HELP, PLACE)] = None,
     device: Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")] = "auto",
     subfolder: Annotated[str | None, _option(_SUBFOLDER_HELP, PLACE)] = None,
-    revision: Annotated[
-        str | None, _option("Branch, tag or commit of a repository.", PLACE)
-    ] = None,
-    saebench: Annotated[
-        Path | None, _option("Write SAEBench's files below this folder.", OUTPUT)
-    ] = None,
+    revision: Annotated[str | None, _option(_REVISION_HELP, PLACE)] = None,
+    sae_probes: Annotated[Path | None, _option(_SAE_PROBES_HELP, metavar="PATH")] = None,
+    saebench: Annotated[Path | None, _option(_SAEBENCH_HELP, OUTPUT)] = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     "Measure SAEs: reconstruction, feature absorption, sparse probing."
     from tqdm import tqdm
 
-    n = len(_wanted(metrics))
+    wanted = _wanted(metrics)
     options = Options(eval_seeds, saebench, protocol, max_words, spaced, device)
     reads = Reads(model, layer, site, tokens)
     subjects = [_subject(s, reads, subfolder, revision) for s in sae]
     if saebench:
         _check_names(subjects)
-    with tqdm(total=n * len(sae), desc="metrics", disable=quiet) as bar:
+    options = replace(options, tasks=_benchmark_tasks(wanted, sae_probes))
+    with tqdm(total=len(wanted) * len(sae), desc="metrics", disable=quiet) as bar:
         rows = [_score(source, s, metrics, options, bar) for source, s in zip(sae, subjects)]
     show = _print_json if as_json else _show_scores
     show(rows)

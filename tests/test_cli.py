@@ -41,6 +41,7 @@ from atm_sae.evals.metrics import (
 from atm_sae.sae.formats import from_pretrained, model_card
 from atm_sae.evals.probing import evaluate_probing, probing_tasks
 from atm_sae.sae.sae import SAE, SAEConfig
+from atm_sae.evals.sae_probes import evaluate_sae_probes, sae_probes_tasks
 from atm_sae.evals.saebench import read_saebench
 from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
 from atm_sae.data.synthsaebench import TreeWorld, TreeWorldConfig
@@ -714,6 +715,52 @@ def test_evaluate_on_a_model(model, foreign, letters, monkeypatch, tmp_path):
     )
 
 
+@pytest.fixture
+def benchmark(tmp_path):
+    "A folder of sae-probes with one task of 240 texts."
+    place = tmp_path / "sae_probes" / "data"
+    (place / "cleaned_data").mkdir(parents=True)
+    about = {"Data type": "Binary Classification", "Dataset save name": "cleaned_data/1_cats.csv"}
+    pd.DataFrame([about]).to_csv(place / "probing_datasets_MASTER.csv")
+    texts = [f"the {'cat' if i % 2 else 'dog'} number {i}" for i in range(240)]
+    table = pd.DataFrame(dict(prompt=texts, target=[i % 2 for i in range(240)]))
+    table.to_csv(place / "cleaned_data" / "1_cats.csv", index=False)
+    return tmp_path
+
+
+def test_evaluate_on_sae_probes(model, foreign, benchmark):
+    sae, folder = foreign
+    args = ["evaluate", folder, "--model", model, "--metrics", "sae-probes", "-q"]
+    args += ["--sae-probes", benchmark]
+    (row,) = json.loads(done(*args, "--saebench", benchmark / "bench", "--json"))
+    found = row["sae-probes"]
+    truth = evaluate_sae_probes(sae, load_lm(model), 1, sae_probes_tasks(benchmark)).summary
+    assert found == truth | dict(n_tasks=1) and {*row} >= {"sae", "model", "layer"}
+    (bench,) = read_saebench(benchmark / "bench").to_dict("records")
+    assert bench["eval_type"] == "sparse_probing_sae_probes" and bench["sae_id"] == "mine"
+    assert bench["sae_probes_sae_top_1_test_auc"] == truth["sae_top_1_test_auc"]
+    head, numbers = done(*args).splitlines()
+    assert head.split("  ")[-2:] == ["sae-probes, top-1 AUC", "sae-probes, model's AUC"]
+    scores = [truth["sae_top_1_test_auc"], truth["llm_test_auc"]]
+    assert [float(n) for n in numbers.split()[-2:]] == pytest.approx(scores, abs=0.01)
+
+
+def test_files_of_sae_probes_are_read_before_anything_is_measured(model, foreign, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", None)
+    args = ["evaluate", foreign[1], "--model", model, "--metrics", "core,sae-probes"]
+    assert "holds no folder cleaned_data" in fails(*args, "--sae-probes", "none")
+    monkeypatch.setattr("atm_sae.evals.sae_probes.find_spec", lambda name: None)
+    said = fails(*args)
+    assert "is not installed: download it with: pip download --no-deps sae-probes" in said
+    assert "--sae-probes FILE" in said
+
+
+def test_sae_probes_needs_texts(planted, benchmark):
+    args = ["--metrics", "sae-probes", "--sae-probes", benchmark]
+    said = fails("evaluate", planted[1][0]["sae"], *args)
+    assert "--metrics sae-probes: the planted world has no texts to probe" in said
+
+
 def test_evaluate_by_the_protocol_of_saebench(model, foreign, letters):
     sae, folder = foreign
     args = ["evaluate", folder, "--model", model, "--tokens", 3000, "--metrics", "absorption"]
@@ -862,9 +909,17 @@ def test_a_hook_that_cannot_be_read_is_refused(model, metric):
         (["none"], "none"),
         (
             ["{planted}", "--metrics", "core,loss"],
-            "no metric 'loss'; there are core, absorption, probing",
+            "no metric 'loss'; there are core, absorption, probing, sae-probes",
         ),
-        (["{planted}", "--metrics", "probing"], "the planted world has no texts"),
+        (["{planted}", "--metrics", "probing"], "probing: the planted world has no texts"),
+        (
+            ["{foreign}", "--model", "{model}", "--sae-probes", "x.whl"],
+            "--sae-probes x.whl: add sae-probes to --metrics",
+        ),
+        (
+            ["{foreign}", "--model", "{model}", "--metrics", "sae-probes", "--sae-probes", "x"],
+            "x holds no folder cleaned_data of sae-probes: download it",
+        ),
         (["{planted}", "--saebench", "x"], "SAEBench has no planted world"),
         (["{planted}", "--spaced"], "choose words of a model, and the planted world has none"),
         (["{planted}", "--model", "{model}"], "give --model and --layer"),

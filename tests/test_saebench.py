@@ -24,6 +24,7 @@ from atm_sae.evals.saebench import (
     join_evaluations,
     probing_json,
     read_saebench,
+    sae_probes_json,
     saebench_details,
     saebench_path,
     saebench_result,
@@ -105,6 +106,23 @@ def probing_result():
     )
 
 
+def benchmark_result():
+    tasks = pd.DataFrame(
+        dict(
+            task=["1_cats", "2_dogs"],
+            group=["1_cats", "2_dogs"],
+            n_train=[200, 300],
+            n_test=[99, 50],
+            sae_top_1_test_auc=[0.6, 0.8],
+            sae_top_1_val_auc=[0.65, 0.85],
+            sae_top_3_test_auc=[0.7, 0.9],
+            llm_test_auc=[0.9, 1.0],
+            llm_test_f1=[0.8, 0.9],
+        )
+    )
+    return ProbingResult.of([(tasks.to_dict("records"), 0)])
+
+
 RECONSTRUCTION = dict(
     mse=4096.0,
     mse_saebench=2.0,
@@ -134,6 +152,7 @@ def ours(path=None, **more):
     return [
         absorption_json(absorption_result(), path, name="one", **more),
         probing_json(probing_result(), SAE_DICT, path, **WHERE, **more),
+        sae_probes_json(benchmark_result(), SAE_DICT, path, **WHERE, **more),
         core_json(
             RECONSTRUCTION,
             SAE_DICT,
@@ -202,8 +221,10 @@ def test_all_evaluations_have_an_example_and_enough_required_fields():
     assert set(EXAMPLES) == set(EVALUATIONS)
     count = {name: sum(n == name for n, *_ in REQUIRED) for name in EVALUATIONS}
     # ten of the envelope, and: 1 group + 6 metrics + 6 of a letter;
-    # 2 groups + 1 metric + 2 of a data set; 7 groups + 26 metrics + 8 of a latent
-    assert count == dict(absorption_first_letter=10 + 13, sparse_probing=10 + 5, core=10 + 41)
+    # 2 groups + 1 metric + 2 of a data set; 2 groups + 1 of a data set; 7 groups + 26 metrics
+    # + 8 of a latent
+    probing = dict(sparse_probing=10 + 5, sparse_probing_sae_probes=10 + 3)
+    assert count == dict(absorption_first_letter=10 + 13, core=10 + 41) | probing
 
 
 @pytest.mark.parametrize("name, path", [case[:2] for case in REQUIRED], ids=ids(REQUIRED))
@@ -271,7 +292,7 @@ def test_lists_are_checked_entry_by_entry():
 
 def test_unknown_fields_pass_and_unknown_evaluations_do_not():
     validate_saebench(example("core") | {"more": 1})
-    known = "absorption_first_letter, sparse_probing, core"
+    known = "absorption_first_letter, sparse_probing, sparse_probing_sae_probes, core"
     with pytest.raises(
         ValueError, match=f"^eval_type_id: found 'absorption', expected one of {known}$"
     ):
@@ -304,7 +325,7 @@ def test_what_we_write_is_valid_and_read_back_unchanged(tmp_path):
         validate_saebench(r)
         assert json.loads(saebench_path(tmp_path, r).read_text()) == r
     table = read_saebench(tmp_path).set_index("eval_type")
-    assert table.source.tolist() == ["atm-sae"] * 3 and set(table.sae_id) == {"one"}
+    assert table.source.tolist() == ["atm-sae"] * 4 and set(table.sae_id) == {"one"}
     assert set(table.method) == {"batchtopk"} and set(table.layer) == {2}
     a, p, c = table.loc["absorption_first_letter"], table.loc["sparse_probing"], table.loc["core"]
     assert (
@@ -360,7 +381,7 @@ def test_equal_results_have_equal_bytes_and_different_ones_another_id(tmp_path):
         return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.json")}
 
     first = files(tmp_path / "a")
-    assert first == files(tmp_path / "b") and len(first) == 3
+    assert first == files(tmp_path / "b") and len(first) == 4
     base = absorption_json(absorption_result())
     others = [
         absorption_json(absorption_result(), name="two"),
@@ -466,6 +487,39 @@ def test_probing_details_are_means_of_groups():
     )
 
 
+def test_sae_probes_has_an_entry_for_each_task():
+    out = sae_probes_json(benchmark_result(), SAE_DICT, penalty="l2", lm_dtype="float16", **WHERE)
+    assert out["eval_result_details"][0] == dict(
+        dataset_name="1_cats", sae_top_1_test_auc=0.6, llm_test_auc=0.9, llm_test_f1=0.8
+    )
+    config = out["eval_config"]
+    assert (config["dataset_names"], config["ks"]) == (["1_cats", "2_dogs"], [1, 3])
+    assert (config["random_seed"], config["reg_type"], config["setting"]) == (42, "l2", "normal")
+    assert config["include_llm_baseline"] and "llm_dtype" not in config
+    scores = out["eval_result_metrics"]
+    assert scores["llm"] == pytest.approx(dict(llm_test_auc=0.95, llm_test_f1=0.85))
+    assert scores["sae"] == pytest.approx(dict(sae_top_1_test_auc=0.7))  # no val_auc, no k of 3
+    more = out["eval_result_unstructured"]
+    assert more["summary"]["sae_top_3_test_auc"] == pytest.approx(0.8)
+    assert (more["llm_dtype"], more["tasks"][1]["n_test"]) == ("float16", 50)
+    bare = benchmark_result()
+    bare.summary.pop("llm_test_auc")
+    assert not sae_probes_json(bare, SAE_DICT)["eval_config"]["include_llm_baseline"]
+
+
+def test_sae_probes_and_sparse_probing_stay_apart_in_one_row(tmp_path):
+    "Both have scores of the same name in SAEBench's files."
+    probing_json(probing_result(), SAE_DICT, tmp_path, **WHERE)
+    result = benchmark_result()
+    result.summary["llm_test_accuracy"] = 0.5
+    sae_probes_json(result, SAE_DICT, tmp_path, **WHERE)
+    (row,) = join_evaluations(read_saebench(tmp_path)).to_dict("records")
+    assert (row["llm_test_accuracy"], row["sae_probes_llm_test_accuracy"]) == (0.95, 0.5)
+    assert row["sae_probes_sae_top_1_test_auc"] == pytest.approx(0.7)
+    details = saebench_details(tmp_path, "sparse_probing_sae_probes")
+    assert details.dataset_name.tolist() == ["1_cats", "2_dogs"]
+
+
 def test_the_dtype_is_the_models_or_is_not_there():
     config = core_json(RECONSTRUCTION, SAE_DICT, lm_dtype="float16", **WHERE)["eval_config"]
     assert config["llm_dtype"] == "float16"
@@ -478,7 +532,7 @@ def test_the_protocol_of_each_file(tmp_path):
     published = FIXTURES / "example"
     tables = (read_saebench(folder).set_index("eval_type") for folder in (tmp_path, published))
     found = [table.protocol.fillna("").to_dict() for table in tables]
-    nothing = dict(sparse_probing="", core="")
+    nothing = dict(sparse_probing="", sparse_probing_sae_probes="", core="")
     assert found == [
         dict(absorption_first_letter="exact") | nothing,
         dict(absorption_first_letter="saebench") | nothing,
@@ -553,6 +607,7 @@ def test_example_of_saebench(tmp_path):
         "absorption_first_letter",
         "core",
         "sparse_probing",
+        "sparse_probing_sae_probes",
     ] and set(table.source) == {"SAEBench"}
     assert (
         set(table.method) == {"batchtopk"}
@@ -566,6 +621,7 @@ def test_example_of_saebench(tmp_path):
         and table.kl_div_score.isna().all()
         and table.l0.dtype == float
     )
+    assert table.sae_probes_sae_top_1_test_auc.tolist()[3] == 0.78
     one = read_saebench(EXAMPLES["sparse_probing"])
     assert (
         len(one) == 1
@@ -780,10 +836,12 @@ from pydantic import TypeAdapter
 from sae_bench.evals.absorption.eval_output import AbsorptionEvalOutput
 from sae_bench.evals.core.eval_output import CoreEvalOutput
 from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
+from sae_bench.evals.sparse_probing_sae_probes.eval_output import SparseProbingSaeProbesEvalOutput
 classes = dict(
     absorption_first_letter=AbsorptionEvalOutput,
     core=CoreEvalOutput,
     sparse_probing=SparseProbingEvalOutput,
+    sparse_probing_sae_probes=SparseProbingSaeProbesEvalOutput,
 )
 for file in sys.argv[1:]:
     text = open(file).read()

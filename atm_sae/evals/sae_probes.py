@@ -61,7 +61,10 @@ def benchmark_folder(
     if source is None:
         spec = find_spec("sae_probes")
         if spec is None or spec.origin is None:
-            raise ValueError(f"sae-probes is not installed: {_GET}, and give the file as `source`")
+            raise ValueError(
+                f"sae-probes is not installed: {_GET}, and give the file as `source` "
+                "(on the command line: --sae-probes FILE)"
+            )
         source = Path(spec.origin).parent
     path = Path(source).expanduser()
     root: Place = zipfile.Path(path) if zipfile.is_zipfile(path) else path

@@ -19,6 +19,7 @@ __all__ = [
     "saebench_result",
     "absorption_json",
     "probing_json",
+    "sae_probes_json",
     "core_json",
     "read_saebench",
     "saebench_details",
@@ -113,12 +114,13 @@ _ABSORPTION: dict[str, Schema] = dict(
     ),
 )
 
-
 # %% ../../nbs/evals/saebench.ipynb #cell-10
+_TOPS = [f"top_{k}_" for k in (1, 2, 5, 10, 20, 50, 100)]
+
+
 def _accuracies(of: str) -> list[str]:
     "Names of the accuracies of 'sae' or 'llm', at all features and at the top k."
-    tops = "", *(f"top_{k}_" for k in (1, 2, 5, 10, 20, 50, 100))
-    return [f"{of}_{top}test_accuracy" for top in tops]
+    return [f"{of}_{top}test_accuracy" for top in ("", *_TOPS)]
 
 
 _LLM, _SAE = _accuracies("llm"), _accuracies("sae")
@@ -139,6 +141,31 @@ _PROBING: dict[str, Schema] = dict(
     eval_result_details=_list(
         _object(dict(dataset_name=TEXT) | _LLM_REQUIRED, _LLM_OPTIONAL | _SAE_OPTIONAL)
     ),
+)
+
+_PROBED = ("test_accuracy", "test_auc", "test_f1")
+_BENCHMARK_LLM = [f"llm_{score}" for score in _PROBED]
+_BENCHMARK_SAE = ["sae_test_accuracy", *(f"sae_{top}{score}" for top in _TOPS for score in _PROBED)]
+_BENCHMARK_SCORES = {
+    of: _same(_or_null(NUMBER), " ".join(names))
+    for of, names in dict(llm=_BENCHMARK_LLM, sae=_BENCHMARK_SAE).items()
+}
+_BY_K = dict(sae_metrics_by_k=_or_null(OBJECT))
+_SAE_PROBES: dict[str, Schema] = dict(
+    eval_config=_object(
+        {},
+        _same(TEXT, "model_name reg_type setting results_path baseline_method")
+        | dict(random_seed=INTEGER, dataset_names=_list(TEXT), ks=_list(INTEGER))
+        | dict(model_cache_path=_or_null(TEXT))
+        | _same(FLAG, "binarize include_llm_baseline"),
+    ),
+    eval_result_metrics=_object({of: _object({}, s) for of, s in _BENCHMARK_SCORES.items()}),
+    eval_result_details=_list(
+        _object(
+            dict(dataset_name=TEXT), _BENCHMARK_SCORES["llm"] | _BENCHMARK_SCORES["sae"] | _BY_K
+        )
+    ),
+    **_BY_K,
 )
 
 # %% ../../nbs/evals/saebench.ipynb #cell-12
@@ -183,17 +210,18 @@ _CORE: dict[str, Schema] = dict(
 # %% ../../nbs/evals/saebench.ipynb #cell-14
 def _result_schema(parts: dict[str, Schema]) -> Schema:
     "The schema of a whole result, from those of its settings, metrics and details."
-    details = parts["eval_result_details"]
     required = _same(TEXT, "eval_type_id eval_id sae_bench_commit_hash")
     required |= _same(_or_null(TEXT), "sae_lens_id sae_lens_release_id sae_lens_version")
     required |= dict(datetime_epoch_millis=MILLIS, sae_cfg_dict=_or_null(OBJECT))
     required |= {k: parts[k] for k in ("eval_config", "eval_result_metrics")}
-    return _object(required, dict(eval_result_details=details, eval_result_unstructured={}))
+    optional = {k: part for k, part in parts.items() if k not in required}
+    return _object(required, optional | dict(eval_result_unstructured={}))
 
 
 EVALUATIONS: dict[str, Schema] = dict(
     absorption_first_letter=_result_schema(_ABSORPTION),
     sparse_probing=_result_schema(_PROBING),
+    sparse_probing_sae_probes=_result_schema(_SAE_PROBES),
     core=_result_schema(_CORE),
 )
 
@@ -441,6 +469,46 @@ def probing_json(
     )
 
 
+def sae_probes_json(
+    result: ProbingResult,  # of `evaluate_sae_probes`
+    sae: Dictionary | dict,  # the SAE, or a dict that describes it
+    path: Path | str | None = None,  # write it there: a .json file, or a folder of results
+    seed: int = 42,  # of `sae_probes_tasks`
+    penalty: str = "l1",  # of `evaluate_sae_probes`
+    lm_dtype: str | None = None,  # numbers that the language model computed in, such as bfloat16
+    **more: Any,  # model, layer, method, release, name, ...: see `saebench_result`
+) -> dict[str, Any]:
+    "A result of the benchmark sae-probes in SAEBench's form."
+    tasks = result.tasks.rename(columns=dict(task="dataset_name"))
+    scores = [c for c in tasks if c in _BENCHMARK_LLM + _BENCHMARK_SAE]
+    config = dict(
+        model_name=more.get("model", ""),
+        random_seed=seed,
+        dataset_names=tasks.dataset_name.tolist(),
+        reg_type=penalty,
+        setting="normal",
+        ks=sorted({int(k) for c in result.summary for k in re.findall(r"_top_(\d+)_", c)}),
+        binarize=False,
+        include_llm_baseline="llm_test_auc" in result.summary,
+        baseline_method="logreg",
+    )
+    llm, known = (
+        {k: v for k, v in result.summary.items() if k in names}
+        for names in (_BENCHMARK_LLM, _BENCHMARK_SAE)
+    )
+    return saebench_result(
+        "sparse_probing_sae_probes",
+        config,
+        dict(llm=llm, sae=known),
+        tasks[["dataset_name", *scores]].to_dict("records"),
+        sae,
+        path=path,
+        unstructured=dict(summary=result.summary, tasks=result.tasks.to_dict("records"))
+        | _dtype_entry(lm_dtype),
+        **more,
+    )
+
+
 # %% ../../nbs/evals/saebench.ipynb #cell-42
 def _frequency_metrics(f: Tensor) -> dict[str, float]:
     "Shares of latents that are active on more than 1% and 10% of tokens; f (d_sae,)."
@@ -538,7 +606,6 @@ _OTHERS = (
     "meta_structure_decoder_variance",
     "ravel",
     "scr",
-    "sparse_probing_sae_probes",
     "tpp",
     "unlearning",
 )
@@ -564,9 +631,10 @@ def _metrics(r: dict) -> dict[str, float | None]:
     "The numbers of a result by SAEBench's names, None where unknown; ValueError if there are none."
     groups = [g for g in (r.get("eval_result_metrics") or {}).values() if isinstance(g, dict)]
     unknown = -1 if r["eval_type_id"] == "core" else None
+    prefix = "sae_probes_" if r["eval_type_id"] == "sparse_probing_sae_probes" else ""
     found: dict[str, float | None] = {}
     for k, v in (item for group in groups for item in group.items()):
-        found[_OLD_NAMES.get(k) or k] = None if v == unknown else v
+        found[prefix + (_OLD_NAMES.get(k) or k)] = None if v == unknown else v
     if not any(_is_number(None, v) for v in found.values()):
         _fail("eval_result_metrics", "no numbers", f"the metrics of {r['eval_type_id']}")
     return found
