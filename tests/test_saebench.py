@@ -774,7 +774,7 @@ def test_newer_files_keep_the_hook_elsewhere(tmp_path):
         ),
         (
             '{"eval_type_id": "tpp", "eval_result_metrics": {"tpp_metrics": {}}}',
-            "holds no results of absorption_first_letter, sparse_probing, core",
+            f"holds no results of {', '.join(EVALUATIONS)}",
         ),
     ],
 )
