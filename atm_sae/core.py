@@ -18,6 +18,7 @@ __all__ = [
     "check_activations",
     "as_weights",
     "norm_limit",
+    "with_float64",
     "is_outlier",
     "replace_outliers",
     "one_thread",
@@ -260,6 +261,11 @@ def norm_limit(
     if not len(norms):
         return math.inf
     return ratio * float((norms[(len(norms) - 1) // 2] + norms[len(norms) // 2]) / 2)
+
+
+def with_float64(x: Tensor) -> Tensor:
+    "`x` itself, or its copy on the CPU if its device (MPS) has no float64."
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def is_outlier(

@@ -1,5 +1,6 @@
 "Whether a model reads the word at a layer: the exchange of words, the table, the choice."
 
+import contextlib
 import math
 import statistics
 import threading
@@ -33,6 +34,7 @@ from atm_sae.evals.reading import choose_layer, probe_scores, swap_table, word_a
 from atm_sae.evals import absorption, swap
 from atm_sae.evals.absorption import AbsorptionConfig, WordNotRead, evaluate_absorption
 from atm_sae.evals.swap import (
+    from_block,
     SwapResult,
     block_inputs,
     captured,
@@ -337,3 +339,14 @@ def test_each_word_is_asked_after_its_own_lines(lm, monkeypatch):
     absorption.ablation_absorbed(Silent(), lm, task, [5, 9, 11], batch_size=2)
     assert torch.equal(torch.cat(seen), task.tokens[[5, 9, 11]])
     assert [len(tokens) for tokens in seen] == [2, 1]
+
+
+def test_a_model_is_run_once_to_see_what_its_blocks_return(lm):
+    other, passes = replace(lm), []
+    hook = other.model.register_forward_hook(lambda *_: passes.append(1))
+    with contextlib.ExitStack() as stack:
+        stack.callback(hook.remove)
+        for _ in range(3):
+            with from_block(other, 1, torch.zeros(1, 1, 32)):
+                pass
+    assert len(passes) == 1

@@ -34,6 +34,7 @@ __all__ = [
     "check_causal",
     "share_weights",
     "in_order",
+    "in_threads",
     "next_token_losses",
     "last_logits",
     "next_token_logits",
@@ -57,7 +58,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -113,6 +114,19 @@ class LM:
     def device(self) -> torch.device:
         "Where the weights are."
         return next(self.model.parameters()).device
+
+    @cached_property
+    def returns_tuple(self) -> bool:
+        "True if its blocks return a tuple that begins with the stream, not the stream."
+        found = []
+        hook = hook_layer(self, 0).register_forward_hook(
+            lambda module, args, output: found.append(not isinstance(output, Tensor))
+        )
+        token = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        with ExitStack() as stack, torch.no_grad():
+            stack.callback(hook.remove)
+            self.model(input_ids=token, use_cache=False)
+        return found[0]
 
 
 # %% ../../nbs/data/lm.ipynb #cell-8
@@ -841,9 +855,10 @@ def check_tokens(lm: LM, tokens: Tensor) -> None:
             f"not {tokens.dtype} of shape {tuple(tokens.shape)}"
         )
     size = lm.model.get_input_embeddings().num_embeddings
-    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < size):
+    low, high = torch.stack(tokens.aminmax()).tolist() if tokens.numel() else (0, 0)  # sync: once
+    if not 0 <= low <= high < size:
         raise ValueError(
-            f"tokens hold ids from {int(tokens.min())} to {int(tokens.max())}, and {lm.name} knows "
+            f"tokens hold ids from {low} to {high}, and {lm.name} knows "
             f"0 to {size - 1}; were they made with another tokenizer?"
         )
     longest, length = _longest_context(lm), tokens.shape[1]
@@ -891,16 +906,17 @@ def read_site(
     "The activations of a site; nothing behind its block is computed."
     hook_site(lm, layer, site)
     check_tokens(lm, tokens)
+    at = None if at is None else at.to(lm.device)
     out = []
     for i in range(0, len(tokens), batch_size or max(len(tokens), 1)):
         rows = slice(i, i + (batch_size or len(tokens)))
         x = read_rows(lm, tokens[rows], layer, site)
         if at is not None:
-            row = torch.arange(len(x), device=x.device)
-            x = x[row, at[rows].to(x.device)]
+            x = x[torch.arange(len(x), device=x.device), at[rows]]
         out.append(x)
     if not out:
-        return torch.empty((0, tokens.shape[1], lm.d_model) if at is None else (0, lm.d_model))
+        shape = (0, tokens.shape[1], lm.d_model) if at is None else (0, lm.d_model)
+        return torch.empty(shape, device=lm.device)
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -989,6 +1005,19 @@ def in_order(
             yield result
 
 
+def in_threads(
+    function: Callable[[LM, _Item], _Result],
+    lm: LM,
+    items: Iterable[_Item],
+    threads: int | None = None,  # that run items; None: as many as PyTorch has
+) -> Iterator[_Result]:
+    """`function` of a model and each item, in the order of the items; a thread runs whole items.
+
+    The numbers do not depend on how many threads there are. On a GPU there is one."""
+    with one_thread() as usual:
+        yield from in_order(function, share_weights(lm, threads or usual), items)
+
+
 # %% ../../nbs/data/lm.ipynb #cell-59
 def next_token_losses(
     lm: LM,  # an LM
@@ -1048,9 +1077,19 @@ def prefix_cache(
     layer: int | None = None,  # the last block that is run; None: all blocks
 ) -> "DynamicCache":
     "Keys and values of n rows, of which each distinct row is run once."
+    distinct, which = prefixes.unique(dim=0, return_inverse=True)
+    return _run_prefixes(lm, distinct, which, layer)
+
+
+def _run_prefixes(
+    lm: LM,
+    distinct: Tensor,  # (m, length) token ids
+    which: Tensor,  # (n,) row of `distinct` for each result
+    layer: int | None,  # the last block that is run; None: all blocks
+) -> "DynamicCache":
+    "Keys and values of n rows."
     from transformers import DynamicCache
 
-    distinct, which = prefixes.unique(dim=0, return_inverse=True)
     past = DynamicCache(config=lm.model.config)
     with ExitStack() as hooks:
         if layer is not None:
@@ -1083,18 +1122,18 @@ def map_after_prefix(
     start: int,  # length of the prefix
     layer: int | None = None,  # the last block that is run on the prefixes; None: all blocks
     batch_size: int = 64,  # rows to run at a time
-    threads: int = 1,  # that run batches; the numbers do not depend on it
+    threads: int | None = None,  # as for `in_threads`
 ) -> Tensor:  # (n, ...) results of the rows, in their order
     "`function` of the tokens from `start` on, in batches; rows with the same prefix share its run."
-    _, which = tokens[:, :start].unique(dim=0, return_inverse=True)
+    distinct, which = tokens[:, :start].unique(dim=0, return_inverse=True)
     batches = list(prefix_batches(which, batch_size))
 
     def run(lm: LM, rows: Tensor) -> Tensor:
-        past = prefix_cache(lm, tokens[rows, :start], layer)
+        here, among = which[rows].unique_consecutive(return_inverse=True)  # rows lie by prefix
+        past = _run_prefixes(lm, distinct[here], among, layer)
         return function(lm, tokens[rows, start:], past)
 
-    models = share_weights(lm, threads)
-    out = torch.cat(list(in_order(run, models, batches)))
+    out = torch.cat(list(in_threads(run, lm, batches, threads)))
     return out[torch.cat(batches).argsort().to(out.device)]
 
 
@@ -1105,7 +1144,7 @@ def read_after_prefix(
     layer: int,  # which block
     site: str = "resid_post",  # which of its vectors, one of SITES
     batch_size: int = 64,  # rows to run at a time
-    threads: int = 1,  # that run batches; the numbers do not depend on it
+    threads: int | None = None,  # as for `in_threads`
 ) -> Tensor:  # (n, context - start, d_in)
     "The activations of `read_site` from `start` on; rows with the same prefix share its run."
     hook_site(lm, layer, site)

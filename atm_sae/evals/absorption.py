@@ -91,7 +91,7 @@ class AbsorptionConfig:
 
 
 SAEBENCH_THRESHOLDS = AbsorptionConfig()
-Indices = list[int] | np.ndarray  # of latents or words
+Indices = list[int] | np.ndarray | Tensor  # of latents or words
 _ZERO = 1e-8  # latents below this count as zero, as in SAEBench
 
 
@@ -318,7 +318,7 @@ def integrated_effects(
             word_gaps(lm, task, rows, stream.requires_grad_()).sum(), stream
         )
     mean = (slope * weights[:, None] / 2).sum(1)
-    return (z * (mean @ W_dec.T)).float().cpu()
+    return (z * (mean @ W_dec.T)).float()
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-42
@@ -351,17 +351,26 @@ def ablation_absorbed(
             "their activations have nothing in common"
         )
     check_causal(lm, task.layer, task.site)
-    unit, p = F.normalize(sae.W_dec.detach(), dim=1).cpu().float(), task.directions[task.letter]
-    absorbed = [torch.zeros(0, dtype=torch.bool)]
-    for part in torch.tensor(rows, dtype=torch.long).split(batch_size):
+    unit, p = F.normalize(sae.W_dec.detach(), dim=1).float(), task.directions[task.letter]
+    absorbed = [torch.zeros(0, dtype=torch.bool, device=unit.device)]
+    for part in torch.as_tensor(rows, dtype=torch.long).split(batch_size):
         if len(part):
             effects = integrated_effects(sae, lm, task, part, points)
-            absorbed.append(dominant_absorber(effects, p[part] @ unit.T))
-    return torch.cat(absorbed)
+            absorbed.append(dominant_absorber(effects, p[part].to(unit) @ unit.T))
+    return torch.cat(absorbed).cpu()
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-46
 _ENTRIES = 2**24  # of a dense array that is held at a time
+
+
+def _to_csr(z: Tensor) -> sparse.csr_matrix:
+    "A dense tensor as a sparse matrix on the CPU; only the entries that are not zero are copied."
+    rows, columns = z.nonzero().unbind(1)
+    ends = rows.bincount(minlength=len(z)).cumsum(0)
+    parts = (z[rows, columns], columns.int(), F.pad(ends, (1, 0)).int())
+    on_cpu = tuple(part.cpu().numpy() for part in parts)  # sync: once a batch
+    return sparse.csr_matrix(on_cpu, shape=tuple(z.shape))
 
 
 @torch.no_grad()
@@ -373,17 +382,14 @@ def encode_words(
     "Latents in units of length of the unit decoder rows. ValueError if one is NaN or infinite."
     W_dec = sae.W_dec.detach()
     norm, batch = W_dec.float().norm(dim=1), max(1, min(batch_size, _ENTRIES // len(W_dec)))
-    parts = [
-        sparse.csr_matrix((sae.encode(part.to(W_dec)).float() * norm).cpu().numpy())
-        for part in x.split(batch)
-    ]
+    parts = [_to_csr(sae.encode(part.to(W_dec)).float() * norm) for part in x.split(batch)]
     z = sparse.vstack(parts, format="csr")
     bad = int((~np.isfinite(z.data)).sum())
     if bad:
         raise ValueError(
             f"{bad} of the latents at the words are NaN or infinite: the SAE is damaged"
         )
-    return z, F.normalize(W_dec.float(), dim=1).cpu()
+    return z, F.normalize(W_dec.float(), dim=1)
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-47
@@ -465,7 +471,7 @@ def _ranked(
     ranked = protocol.rank(z[train], letter, counts, task.seed, config.max_k, config.l1_share)
     for j, i in enumerate(counts):
         if not len(ranked[j]):
-            ranked[j] = np.array([int((W_dec @ task.directions[i]).argmax())])
+            ranked[j] = np.array([int((W_dec @ task.directions[i].to(W_dec)).argmax())])
     columns, values = z.tocsc(), torch.zeros(len(counts), len(train), config.max_k)
     for value, latents in zip(values, ranked):
         value[:, : len(latents)] = torch.from_numpy(columns[:, latents].toarray())
@@ -482,21 +488,21 @@ def _score_words(
     config: AbsorptionConfig,
 ) -> pd.DataFrame:
     "Scores of the words in `rows`, of one letter."
-    dense = torch.from_numpy(z[rows].toarray())
-    q = dense * c
+    dense = torch.from_numpy(z[rows].toarray()).to(c)
+    q, chosen = dense * c, torch.from_numpy(main).to(c.device)
     others = q.clone()
-    others[:, main] = -torch.inf
+    others[:, chosen] = -torch.inf
     table = dict(
-        word=rows,
+        word=torch.from_numpy(rows),
         A=A,
-        M=q[:, main].sum(1),
-        T=absorbed_projection(q, c, main, config),
-        silent=(dense[:, main].abs() < _ZERO).all(1),
-        full=full_absorption(dense, c, main, A, config),
-        fraction=absorption_fraction(dense, c, main, A, config),
+        M=q[:, chosen].sum(1),
+        T=absorbed_projection(q, c, chosen, config),
+        silent=(dense[:, chosen].abs() < _ZERO).all(1),
+        full=full_absorption(dense, c, chosen, A, config),
+        fraction=absorption_fraction(dense, c, chosen, A, config),
         absorber=others.argmax(1),
     )
-    return pd.DataFrame({k: np.asarray(v) for k, v in table.items()})
+    return pd.DataFrame({k: v.cpu().numpy() for k, v in table.items()})
 
 
 def letter_words(
@@ -510,9 +516,11 @@ def letter_words(
 ) -> pd.DataFrame:
     "The test words of a letter on which its probe is right, with their scores."
     hit, p = task.hits[i], task.directions[i]
-    rows, c = hit.nonzero()[:, 0], W_dec @ p
+    rows, c = hit.nonzero()[:, 0], W_dec @ p.to(W_dec)
     parts = rows.split(max(1, _ENTRIES // len(c)))
-    tables = [_score_words(z, part.numpy(), task.x[part] @ p, c, main, config) for part in parts]
+    tables = [
+        _score_words(z, part.numpy(), (task.x[part] @ p).to(c), c, main, config) for part in parts
+    ]
     words = pd.concat(tables, ignore_index=True)
     return words.assign(letter=LETTERS[i], detected=detected[hit[task.test]].numpy())
 

@@ -40,7 +40,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..artefacts import Artefact, file_sha256, read_object, write_json
-from ..core import check_activations, generator, is_outlier, norm_limit, one_thread
+from atm_sae.core import (
+    check_activations,
+    generator,
+    is_outlier,
+    norm_limit,
+    one_thread,
+    with_float64,
+)
 from ..data.letters import word_vocabulary
 from ..data.text import bos_eos
 from ..data.lm import LM, check_causal, load_lm, read_after_prefix
@@ -155,7 +162,7 @@ def fit_letter_probes(
         raise ValueError(
             "the activations at the words are all alike: no probe can read anything from them"
         )
-    W, b = torch.zeros(26, x.shape[1]), torch.full((26,), -1.0)
+    W, b = x.new_zeros(26, x.shape[1]).float(), x.new_full((26,), -1.0).float()
     there = letter.unique()
     w, bias = fit_l2_probes(x / scale, letter[:, None] == there, l2)
     W[there], b[there] = (w.T / scale).float(), bias.float()
@@ -274,17 +281,19 @@ def task_from_activations(
 ) -> FirstLetterTask:
     """Split the words, fit the probes, score them on the test words; outliers are left out of both.
 
-    ValueError if x is not finite."""
-    x = check_activations(x, None, "activations at the words").float()
+    Computed on the device of x; the task is on the CPU. ValueError if x is not finite."""
+    x = with_float64(check_activations(x, None, "activations at the words")).float()
     letter = letter_indices(words.letter)
-    test = stratified_split(letter, seed)
+    split = stratified_split(letter, seed)
+    test, letter = split.to(x.device), letter.to(x.device)
     ordinary = ~is_outlier(x, norm_limit(x))
     fitted, scored = ~test & ordinary, test & ordinary
     W, b = fit_letter_probes(x[fitted], letter[fitted], l2)
     hit = x[scored] @ W.T + b > 0
-    f1 = f1_score(hit.T, F.one_hot(letter[scored], 26).T.bool()).float()
-    words = words.assign(test=test.numpy()).reset_index(drop=True)
+    f1 = f1_score(hit.T, (letter[scored, None] == torch.arange(26, device=x.device)).T).float()
+    words = words.assign(test=split.numpy()).reset_index(drop=True)
     spec = TaskSpec(seed=seed, **settings)
+    x, W, b, f1 = (v.cpu() for v in (x, W, b, f1))
     return FirstLetterTask(words, x, W, b, f1, model, spec, tokens, at, l2, lm_dtype)
 
 
@@ -331,7 +340,7 @@ def build_task(
         up_to_word = tokens[:, : start + 1].long()
         x = read_after_prefix(lm, up_to_word, start, layer, spec.site, threads=threads)[:, 0]
         task = task_from_activations(
-            x.float().cpu(),
+            x,
             words,
             model=lm.name,
             tokens=tokens,

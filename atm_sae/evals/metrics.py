@@ -9,6 +9,7 @@ __all__ = [
     "Autoencoder",
     "outlier_limit",
     "ordinary_rows",
+    "rows_key",
     "reconstruction_metrics",
     "activation_frequency",
     "SplicedReference",
@@ -50,15 +51,15 @@ from atm_sae.core import (
     is_outlier,
     norm_limit,
     one_thread,
+    with_float64,
 )
 from atm_sae.data.lm import (
     LM,
     check_hook,
     check_tokens,
     hook_site,
-    in_order,
-    residual_stream,
-    share_weights,
+    in_threads,
+    read_rows,
     splice,
 )
 from ..data.planted import World
@@ -103,7 +104,7 @@ def ordinary_rows(
     "Which activations are no outliers for this SAE. ValueError if all are outliers."
     limit = outlier_limit(sae, x)
     ordinary = ~is_outlier(x, limit)
-    if len(x) and not ordinary.any():
+    if len(x) and not ordinary.any():  # sync
         raise ValueError(
             f"all {len(x)} activations are outliers: their norms exceed the SAE's limit of "
             f"{limit:.4g}: are they of the model and layer that it was trained on?"
@@ -111,11 +112,18 @@ def ordinary_rows(
     return ordinary
 
 
+def rows_key(
+    ordinary: Tensor,  # (n, ...) what is kept of activations without their outliers
+) -> int:
+    "Names the kept rows: outliers have the largest norms, so the number of the others says which."
+    return len(ordinary)
+
+
 # %% ../../nbs/evals/metrics.ipynb #cell-13
 def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
     "The sums over one batch that the averages need."
     active = z != 0
-    x, z, x_hat = x.double(), z.double(), x_hat.double()
+    x, z, x_hat = (with_float64(v).double() for v in (x, z, x_hat))
     return dict(
         n=len(x),
         e2=(x - x_hat).square().sum(),
@@ -146,14 +154,14 @@ def _measured(sae: Dictionary, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sums(sae: Autoencoder, x: Tensor, batch_size: int) -> dict[str, Any]:
-    "`_batch_sums` over all rows of x."
+    "`_batch_sums` over all rows of x, on the CPU."
     total: dict[str, Any] = {}
     for part in x.split(batch_size):
         part = part.to(sae.W_dec)
         z = sae.encode(part)
         for k, v in _batch_sums(part, z, sae.decode(z)).items():
             total[k] = total.get(k, 0) + v
-    return total
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in total.items()}
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-15
@@ -201,22 +209,17 @@ def activation_frequency(
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-28
-def _ordinary(lm: LM, tokens: Tensor) -> Tensor:
-    "bool, shape of tokens: True where the token is not special."
-    special = torch.tensor(special_ids(lm.tokenizer), device=tokens.device)
-    return ~torch.isin(tokens, special)
-
-
-def _replace(sae: Autoencoder | None, replaced: Tensor) -> Callable[[Tensor], Tensor]:
-    "A function for `splice`: x_hat at replaced tokens (zero if sae is None), x elsewhere."
+def _replace(sae: Autoencoder | None, places: Tensor) -> Callable[[Tensor], Tensor]:
+    "A function for `splice`: x_hat at places of the batch (zero if sae is None), x elsewhere."
 
     def fn(resid: Tensor) -> Tensor:
-        new, x = resid.clone(), resid[replaced]
+        new = resid.flatten(0, 1).clone()
+        x = new[places]
         if sae is None:
-            new[replaced] = torch.zeros_like(x)
+            new[places] = torch.zeros_like(x)
         else:
-            new[replaced] = sae.decode(sae.encode(x.to(sae.W_dec))).to(x)
-        return new
+            new[places] = sae.decode(sae.encode(x.to(sae.W_dec))).to(x)
+        return new.view_as(resid)
 
     return fn
 
@@ -239,7 +242,8 @@ class _Batch:
 
     rows: Tensor  # (n, context) token ids
     ordinary: Tensor  # (n, context) bool: no special token
-    x: Tensor  # (n, context, d_in) activations of the site
+    places: Tensor  # (m,) their indices in the batch, counted row by row
+    x: Tensor  # (m, d_in) their activations of the site
     inputs: dict[int, Tensor]  # {block: (n, context, d_model) what it reads}
     bounds: dict[int, Tensor] = field(default_factory=dict)  # of `_bounds`
 
@@ -278,19 +282,22 @@ def spliced_reference(
     hook_site(lm, layer, site)
     check_tokens(lm, tokens)
     tokens = tokens.to(lm.device)
+    special = torch.tensor(special_ids(lm.tokenizer), device=lm.device)
 
     @torch.no_grad()
     def read(lm: LM, rows: Tensor) -> _Batch:
         with captured(lm, blocks, "resid_pre") as inputs, captured(lm, [layer], site) as x:
-            residual_stream(lm, rows, max(layer, blocks[-1]))
-        return _Batch(rows, _ordinary(lm, rows), x[layer], inputs)
+            read_rows(lm, rows, max(layer, blocks[-1]))
+        ordinary = ~torch.isin(rows, special)
+        places = ordinary.flatten().nonzero()[:, 0]  # sync: their number
+        return _Batch(rows, ordinary, places, x[layer].flatten(0, 1)[places], inputs)
 
     with one_thread() as threads:
         blocks = sorted({layer, lm.n_layers - 1})
         if not _can_skip(lm, blocks, tokens[:1]):
             blocks = [0]
-        batches = in_order(read, share_weights(lm, threads), tokens.split(batch_size))
-        return SplicedReference(lm, layer, site, list(batches))
+        batches = list(in_threads(read, lm, tokens.split(batch_size), threads))
+        return SplicedReference(lm, layer, site, batches)
 
 
 def _run(
@@ -315,33 +322,34 @@ def _original(reference: SplicedReference, number: int) -> Tensor:
     return kept[number]
 
 
-def _bounds(reference: SplicedReference, number: int, replaced: Tensor) -> Tensor:
+def _bounds(reference: SplicedReference, number: int, places: Tensor) -> Tensor:
     "CE and KL (2, 2, n, context - 1) of the untouched model and of zeros, by position."
-    batch, targets = reference.batches[number], reference.batches[number].rows[:, 1:]
-    n = int(replaced.sum())  # names the tokens: those whose norm is at most some limit
-    if n not in batch.bounds:
+    batch, key = reference.batches[number], rows_key(places)
+    if key not in batch.bounds:
         original = _original(reference, number)
-        zero = _run(reference, batch, reference.layer, _replace(None, replaced))
-        both = [_ce_and_kl(logp, targets, original) for logp in (original, zero)]
-        batch.bounds[n] = torch.stack(both)
-    return batch.bounds[n]
+        zero = _run(reference, batch, reference.layer, _replace(None, places))
+        both = [_ce_and_kl(logp, batch.rows[:, 1:], original) for logp in (original, zero)]
+        batch.bounds[key] = torch.stack(both)
+    return batch.bounds[key]
 
 
 @torch.no_grad()
 def _spliced_sums(sae: Autoencoder, reference: SplicedReference) -> tuple[Tensor, int, int]:
     "Sums (3, 2) of CE and KL for model, SAE and zeros; number of positions, and of outliers."
-    total = torch.zeros(3, 2, dtype=torch.float64, device=reference.lm.device)
-    n, n_outliers = 0, 0
+    total, n, n_outliers = torch.zeros(3, 2, dtype=torch.float64), 0, 0
     for number, batch in enumerate(reference.batches):
-        x, replaced = batch.x[batch.ordinary], batch.ordinary.clone()
-        replaced[batch.ordinary] = ~is_outlier(x, outlier_limit(sae, x))
+        outlier = is_outlier(batch.x, outlier_limit(sae, batch.x))
+        places = batch.places[~outlier]  # sync: how many there are
+        replaced = torch.zeros_like(batch.ordinary)
+        replaced.view(-1)[places] = True
         counts = replaced[:, :-1] & batch.ordinary[:, 1:]
-        orig, zero = _bounds(reference, number, replaced)
-        logp = _run(reference, batch, reference.layer, _replace(sae, replaced))
+        orig, zero = _bounds(reference, number, places)
+        logp = _run(reference, batch, reference.layer, _replace(sae, places))
         found = _ce_and_kl(logp, batch.rows[:, 1:], _original(reference, number))
-        total += torch.stack([orig, found, zero])[:, :, counts].double().sum(-1)
-        n += int(counts.sum())
-        n_outliers += int((batch.ordinary & ~replaced).sum())
+        counted = torch.stack([orig, found, zero])[:, :, counts]  # sync: how many there are
+        total = total.to(with_float64(counted).device) + with_float64(counted).double().sum(-1)
+        n += counted.shape[-1]
+        n_outliers += len(outlier) - len(places)
     return total, n, n_outliers
 
 

@@ -29,6 +29,7 @@ __all__ = [
 # %% ../../nbs/evals/probing.ipynb #cell-3
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -44,8 +45,8 @@ from atm_sae.artefacts import (
     stable_hash,
     write_json,
 )
-from ..core import generator, one_thread, pick_device
-from ..data.lm import LM, Site, check_hook, in_order, load_lm, read_site, share_weights
+from ..core import generator, one_thread, pick_device, with_float64
+from ..data.lm import LM, Site, check_hook, in_threads, load_lm, read_site
 from atm_sae.data.text import (
     bos_eos,
     checked_texts,
@@ -53,7 +54,7 @@ from atm_sae.data.text import (
     python_docs_by_package,
     special_ids,
 )
-from .metrics import Encoder, ordinary_rows
+from .metrics import Encoder, ordinary_rows, rows_key
 from .probes import fit_logistic
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _read_batch(lm: LM, layer: int, site: str, rows: list[list[int]], last: bool
     "Activations of the ordinary tokens of a few rows, or of the last one; one tensor a row."
     special, width = set(special_ids(lm.tokenizer)), max(map(len, rows))
     padded = torch.tensor([row + row[:1] * (width - len(row)) for row in rows])
-    x = read_site(lm, padded, layer, site).float().cpu()
+    x = read_site(lm, padded, layer, site).float().cpu()  # sync: a batch in one copy
     ordinary = [[j for j, t in enumerate(row) if t not in special] for row in rows]
     if last:
         ordinary = [positions[-1:] for positions in ordinary]
@@ -235,10 +236,9 @@ def build_probing(
     def read(lm: LM, batch: list[int]) -> list[Tensor]:
         return _read_batch(lm, layer, site, [rows[i] for i in batch], last)
 
-    with one_thread() as threads:
-        parts = in_order(read, share_weights(lm, threads), batches)
-        for i, part in zip(chain.from_iterable(batches), chain.from_iterable(parts)):
-            x[start[i] : start[i] + len(part)] = part
+    parts = in_threads(read, lm, batches)
+    for i, part in zip(chain.from_iterable(batches), chain.from_iterable(parts)):
+        x[start[i] : start[i] + len(part)] = part
     return ProbingData(tasks, x, lengths, texts, f"{lm.name} {Site(layer, site)}")
 
 
@@ -316,19 +316,19 @@ def mean_pool(
     lengths: Tensor,  # (n_texts,) how many belong to each
     encode: Callable[[Tensor], Tensor] | None = None,  # of a batch of rows; None: rows as they are
     batch_size: int = 4096,  # tokens at a time
-) -> Tensor:  # (n_texts, d')
+) -> Tensor:  # (n_texts, d'), on the device of encode(rows)
     "Mean over each text's tokens of encode(rows); zero for a text without tokens."
     text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     total = None
     for part, number in zip(rows.split(batch_size), text.split(batch_size)):
         z, first = part if encode is None else encode(part), int(number[0])
         if total is None:
-            total = torch.zeros(len(lengths), z.shape[1])
-        sums = torch.zeros(int(number[-1]) - first + 1, z.shape[1], device=z.device)
+            total = z.new_zeros((len(lengths), z.shape[1]), dtype=torch.float32)
+        sums = total.new_zeros(int(number[-1]) - first + 1, z.shape[1])
         sums.index_add_(0, (number - first).to(z.device), z.float())
-        total[first : first + len(sums)] += sums.cpu()
+        total[first : first + len(sums)] += sums
     assert total is not None  # there is at least one batch
-    return total.div_(lengths.clamp(min=1)[:, None])
+    return total.div_(lengths.clamp(min=1)[:, None].to(total.device))
 
 
 # %% ../../nbs/evals/probing.ipynb #cell-43
@@ -445,11 +445,12 @@ def _accuracies(
     ks: Sequence[int],
 ) -> list[dict[str, float]]:
     "For each task, the accuracies of probes on k features, and on all."
-    found = []
+    found, x = [], with_float64(x)
+    on = partial(torch.tensor, device=x.device)
     for task in data.tasks:
-        train = torch.tensor([data.texts[text] for text in task.train_texts])
-        test = torch.tensor([data.texts[text] for text in task.test_texts])
-        y, y_test = torch.tensor(task.train_labels), torch.tensor(task.test_labels)
+        train = on([data.texts[text] for text in task.train_texts])
+        test = on([data.texts[text] for text in task.test_texts])
+        y, y_test = on(task.train_labels), on(task.test_labels)
         row = {}
         for k in (*ks, None):
             name = f"{prefix}_test_accuracy" if k is None else f"{prefix}_top_{k}_test_accuracy"
@@ -474,15 +475,14 @@ def _only(data: ProbingData, tasks: list[ProbingTask]) -> ProbingData:
     return ProbingData(tasks, torch.cat([rows[i] for i in at]), data.lengths[at], texts, data.name)
 
 
-def _raw_rows(whole: ProbingData, kept: ProbingData, ks: Sequence[int]) -> list[dict[str, float]]:
+def _raw_rows(
+    whole: ProbingData, kept: ProbingData, ks: Sequence[int], device: torch.device
+) -> list[dict[str, float]]:
     "Accuracies on raw channels of a group's ordinary tokens; kept for SAEs with the same outliers."
-    key = (
-        kept.tasks[0].group,
-        len(kept.x),
-        *ks,
-    )  # outliers have the largest norms, so their number identifies them
+    key = (kept.tasks[0].group, rows_key(kept.x), *ks)
     if key not in whole.raw:
-        whole.raw[key] = _accuracies("llm", mean_pool(kept.x, kept.lengths), kept, ks)
+        x = mean_pool(kept.x, kept.lengths).to(device)
+        whole.raw[key] = _accuracies("llm", x, kept, ks)
     return whole.raw[key]
 
 
@@ -493,8 +493,9 @@ def _group_rows(
     "Accuracies of each task of a group, all its texts pooled once; how many tokens are outliers."
     kept = _without_outliers(sae, data)
     found = _accuracies("sae", _pooled(sae, kept), kept, ks)
+    raw = _raw_rows(whole, kept, ks, sae.W_dec.device)
     rows: list[dict[str, Any]] = []
-    for task, latents, channels in zip(data.tasks, found, _raw_rows(whole, kept, ks)):
+    for task, latents, channels in zip(data.tasks, found, raw):
         about = dict(task=task.name, group=task.group)
         sizes = dict(n_train=len(task.train_texts), n_test=len(task.test_texts))
         rows.append(about | sizes | latents | channels)

@@ -42,12 +42,11 @@ def word_activations(
         "(words, layers, d_in)"
         with captured(lm, layers, site) as streams:
             read_rows(lm, words, last, past=past)
-        return torch.stack([streams[layer][:, 0].cpu().float() for layer in layers], 1)
+        return torch.stack([streams[layer][:, 0] for layer in layers], 1)
 
     up_to_word = tokens[:, : start + 1].long()
-    with one_thread() as threads:
-        found = map_after_prefix(read, lm, up_to_word, start, last, batch_size, threads)
-    return dict(zip(layers, found.unbind(1)))
+    found = map_after_prefix(read, lm, up_to_word, start, last, batch_size)
+    return dict(zip(layers, found.cpu().float().unbind(1)))
 
 
 # %% ../../nbs/evals/reading.ipynb #cell-7

@@ -9,6 +9,7 @@ __all__ = [
     "captured",
     "block_inputs",
     "from_block",
+    "answer_index",
     "letter_logits",
     "swapped_logits",
     "SwapResult",
@@ -27,16 +28,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core import generator, one_thread
+from ..core import generator
 from ..data.letters import answer_tokens
 from atm_sae.data.lm import (
     LM,
     hook_layer,
-    in_order,
+    in_threads,
     last_logits,
     prefix_cache,
     read_rows,
-    share_weights,
     splice,
 )
 
@@ -64,19 +64,6 @@ def captured(
         yield found
 
 
-@torch.no_grad()
-def _returns_tuple(lm: LM) -> bool:
-    "True if the model's blocks return a tuple that begins with the stream, not the stream."
-    found = []
-    hook = hook_layer(lm, 0).register_forward_hook(
-        lambda module, args, output: found.append(not isinstance(output, Tensor))
-    )
-    with ExitStack() as stack:
-        stack.callback(hook.remove)
-        lm.model(input_ids=torch.ones(1, 1, dtype=torch.long, device=lm.device), use_cache=False)
-    return found[0]
-
-
 def block_inputs(
     lm: LM,
     tokens: Tensor,  # (n, length) token ids, those after `past`
@@ -94,7 +81,7 @@ def from_block(
     inputs: Tensor,  # (n, length, d_model) what it reads
 ) -> Iterator[None]:
     "Inside, forward passes of (n, length) tokens begin with block `layer`; their ids do not count."
-    as_tuple = layer > 0 and _returns_tuple(lm)
+    as_tuple = layer > 0 and lm.returns_tuple
 
     def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden_states,) if as_tuple else hidden_states
@@ -108,14 +95,20 @@ def from_block(
 
 
 # %% ../../nbs/evals/swap.ipynb #cell-7
+def answer_index(lm: LM) -> Tensor:
+    "(26,) tokens of the answers ' A' to ' Z', on the model's device."
+    return torch.tensor(answer_tokens(lm.tokenizer), device=lm.device)
+
+
 def letter_logits(
     lm: LM,
     tokens: Tensor,  # (n, length) token ids, those after `past`
     past: "DynamicCache",  # keys and values of the tokens before; it is changed
-    answers: Sequence[int] | None = None,  # `answer_tokens` of the tokenizer, if they are at hand
+    answers: Tensor | None = None,  # (26,) of `answer_index`, if it is at hand
 ) -> Tensor:  # (n, 26)
     "Logits of the answers ' A' to ' Z' at the end of each row."
-    return last_logits(lm, tokens, past)[:, answers or answer_tokens(lm.tokenizer)]
+    answers = answer_index(lm) if answers is None else answers
+    return last_logits(lm, tokens, past)[:, answers]
 
 
 def swapped_logits(
@@ -126,7 +119,7 @@ def swapped_logits(
     inputs: Tensor,  # (n, length, d_model) what the block reads
     stream: Tensor,  # (n, d_in) what replaces the site at the word
     site: str = "resid_post",  # which vectors of the block, one of SITES of `lm`
-    answers: Sequence[int] | None = None,  # `answer_tokens` of the tokenizer, if they are at hand
+    answers: Tensor | None = None,  # (26,) of `answer_index`, if it is at hand
 ) -> Tensor:  # (n, 26)
     "`letter_logits` with other activations at the word."
 
@@ -195,16 +188,17 @@ def _draw(lm: LM, tokens: Tensor, start: int, letter: Tensor, n: int, seed: int)
     other[by_letter] = rows[by_letter.roll(len(rows) // 2)]
     differs = letter[rows] != letter[other]
     rows, other = rows[differs], other[differs]
-    prompts = tokens[rows].long().to(lm.device)
+    prompts = tokens[rows].long()
     there = prompts[:, start:].clone()
     there[:, 0] = tokens[other, start]
-    letters = torch.stack([letter[rows], letter[other]]).to(lm.device)
-    return _Pairs(prompts[:, :start], prompts[:, start:], there, letters)
+    letters = torch.stack([letter[rows], letter[other]])
+    parts = (prompts[:, :start], prompts[:, start:], there, letters)
+    return _Pairs(*(part.to(lm.device) for part in parts))
 
 
 @torch.no_grad()
 def _swap_batch(
-    lm: LM, pairs: _Pairs, layers: Sequence[int], site: str, answers: Sequence[int]
+    lm: LM, pairs: _Pairs, layers: Sequence[int], site: str, answers: Tensor
 ) -> tuple[Tensor, Tensor]:  # (2, n) bool, (2, layers)
     "Right answers without an exchange; numbers of answers with the own and the other letter."
     past = prefix_cache(lm, pairs.prefix)
@@ -213,8 +207,8 @@ def _swap_batch(
     with captured(lm, layers, site) as streams:
         there = letter_logits(lm, pairs.there, copy.deepcopy(past), answers).argmax(1)
     right = torch.stack([own, there]) == pairs.letters
-    both = right.all(0).nonzero()[:, 0]
-    counts = torch.zeros(2, len(layers), dtype=torch.long)
+    both = right.all(0).nonzero()[:, 0]  # sync: how many pairs count
+    counts = torch.zeros(2, len(layers), dtype=torch.long, device=lm.device)
     past.batch_select_indices(both)
     for i, layer in enumerate(layers if len(both) else ()):
         place = (layer, inputs[layer][both], streams[layer][both, 0], site, answers)
@@ -238,15 +232,14 @@ def swap_words(
 
     Batches run in threads; the numbers do not depend on how many there are."""
     parts = _draw(lm, tokens, start, letter, n_pairs, seed).split(batch_size)
-    answers = answer_tokens(lm.tokenizer)
+    answers = answer_index(lm)
 
     def run(lm: LM, part: _Pairs) -> tuple[Tensor, Tensor]:
         return _swap_batch(lm, part, layers, site, answers)
 
-    with one_thread() as threads:  # each runs whole batches
-        found = list(in_order(run, share_weights(lm, threads), parts))
-    right = torch.cat([batch[0] for batch in found], 1)
-    n, counts = int(right.all(0).sum()), torch.stack([batch[1] for batch in found]).sum(0)
+    found = list(in_threads(run, lm, parts))
+    right = torch.cat([batch[0] for batch in found], 1).cpu()
+    n, counts = int(right.all(0).sum()), torch.stack([batch[1] for batch in found]).sum(0).cpu()
     own, swapped = (counts / n).tolist() if n else [[math.nan] * len(layers)] * 2
     about = (n, float(right[0].float().mean()), right.shape[1])
     return [SwapResult(*line, *about) for line in zip(layers, swapped, own)]

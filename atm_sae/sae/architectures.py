@@ -316,7 +316,8 @@ class TopK(SAEArchitecture):
 
     def places(self, pre: Tensor, weights: Weights, ranks: Ranks) -> Tensor:
         largest = pre.topk(self.k, sorted=False).indices
-        return (largest + pre.shape[1] * torch.arange(len(pre))[:, None]).flatten()
+        rows = torch.arange(len(pre), device=pre.device)
+        return (largest + pre.shape[1] * rows[:, None]).flatten()
 
     def activate(
         self,

@@ -474,7 +474,7 @@ class Trainer:
         self.sae.update_threshold(z, self.ranks)
         samples = len(x) * self.ranks.size
         self.inactive_for = torch.where(active_share > 0, 0, self.inactive_for + samples)
-        if self.steps % 10 == 0:
+        if self.steps % 10 == 0:  # sync: the host waits for the number of dead latents
             self.dead = (self.inactive_for > self.dead_after).nonzero().flatten()
         bad = ~torch.stack([x.sum(), loss.total.detach()]).isfinite()
         self.not_finite = torch.where((self.not_finite < 0) & bad, self.steps + 1, self.not_finite)
@@ -506,6 +506,7 @@ class Trainer:
             nan if keep is None else 1 - keep.float().mean(),
             nan if self.masker is None else self.masker.masked_activity(),
         ]
+        # sync: all numbers of a row in one copy, and those of `check`
         numbers = self.ranks.mean(torch.stack([v.float() for v in values])).tolist()
         tokens = self.steps * len(x) * self.ranks.size
         return (self.steps, tokens, *numbers, int(self.outliers))

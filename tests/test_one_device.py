@@ -1,0 +1,293 @@
+"Everything runs on the device of the SAE and the model, proved on a GPU without hardware."
+
+import copy
+import warnings
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import GPUTensor, fake_gpu
+from small import WORLD, small
+
+from atm_sae.core import with_float64
+from atm_sae.data.lm import in_threads, next_token_losses, read_site, share_weights
+from atm_sae.data.planted import PlantedWorld, WorldBatches
+from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption, integrated_effects
+from atm_sae.evals.first_letter import TaskSpec, build_task, letter_indices, word_prompts
+from atm_sae.evals.metrics import (
+    activation_frequency,
+    dictionary_agreement,
+    planted_metrics,
+    reconstruction_metrics,
+    spliced_metrics,
+    synthsaebench_metrics,
+)
+from atm_sae.evals.probing import ProbingTask, build_probing, score_probing
+from atm_sae.evals.reading import word_activations
+from atm_sae.evals.swap import swap_words
+from atm_sae.methods import METHODS, method_parts
+from atm_sae.sae.architectures import SAEConfig
+from atm_sae.sae.sae import SAE, calibrate_l0, random_sae
+from atm_sae.train.runs import make_trainer
+
+TOKENS = torch.randint(5, 900, (6, 20), generator=torch.Generator().manual_seed(0))
+
+
+def same(a, b):
+    "True if two results are equal to the last bit, wherever they are."
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b.cpu())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return np.array_equal(a, b, equal_nan=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+# --- the GPU without hardware
+
+
+def test_the_fake_gpu_finds_what_a_gpu_forbids():
+    with fake_gpu():
+        x = torch.ones(4, 3).to("cuda")
+        assert x.device.type == "cuda" and (x * 2 + 1).sum().cpu() == 36
+        for mixed in (
+            lambda: x + torch.ones(4, 3),
+            lambda: x[torch.arange(2)],
+            lambda: torch.zeros(3, device="cuda") @ torch.ones(3),
+            lambda: torch.where(torch.ones(4, 3) > 0, x, 0),
+        ):
+            with pytest.raises(RuntimeError, match="on the host, others on the GPU"):
+                mixed()
+        with pytest.raises(RuntimeError, match="a generator of the host draws"):
+            torch.rand(3, generator=torch.Generator(), device="cuda")
+        with pytest.raises(TypeError, match="copy it to the host"):
+            np.asarray(x)
+
+
+def test_the_fake_gpu_counts_copies_and_reads():
+    with fake_gpu() as counts:
+        x = torch.ones(4).to("cuda")
+        assert counts == dict(to_gpu=1)
+        assert float(x.sum()) == 4 and counts["reads"] == 1
+        assert x.tolist() == [1] * 4 and counts["to_host"] == 1
+        assert len(x[x > 0]) == len(x.nonzero()) == 4 and counts["sizes"] == 2
+
+
+# --- training
+
+
+def steps(method, device, n, counts=None):
+    "The trainer of a method after `n` steps, and what each step copied."
+    spec = small(method, log_every=12, precision="fp32", fast=False)
+    batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+    trainer = make_trainer(spec, batches, [0.1] * 40, torch.device(device))
+    copied = []
+    for step in range(n):
+        before = Counter(counts)
+        trainer.step(trainer.read_batch(step + 1))
+        copied.append(Counter(counts) - before)
+    return trainer, copied
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
+def test_training_stays_on_the_device(method):
+    "The numbers of the CPU's dense path; between readings the batch and the draws are copied."
+    expected, _ = steps(method, "cpu", 12)
+    with fake_gpu() as counts:
+        trainer, copied = steps(method, "cuda", 12, counts)
+        found = {name: weight.cpu() for name, weight in trainer.sae.state_dict().items()}
+    assert same(dict(expected.sae.state_dict()), found)
+    assert same([*map(list, expected.history.rows)], [*map(list, trainer.history.rows)])
+    architecture, _ = method_parts(method)
+    draws = (trainer.masker is not None) + (architecture == "ortsae")
+    assert copied[1:9] == [dict(to_gpu=1 + draws)] * 8
+    assert copied[10] == dict(to_gpu=1 + draws, sizes=1)  # the dead latents
+    assert copied[11]["to_host"] + copied[11]["reads"] == 4  # a row of the history
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "standard"])
+def test_places_of_the_sparse_path_are_on_the_device(architecture):
+    sae = SAE(SAEConfig(8, 16, architecture=architecture, k=3 if "k" in architecture[3:] else None))
+    pre = torch.randn(5, 16)
+    with fake_gpu() as counts:
+        there = sae.to("cuda")
+        places = there.architecture.places(pre.to("cuda"), there, SimpleNamespace(size=1))
+        assert isinstance(places, GPUTensor) and not counts["to_host"]
+
+
+def test_a_run_on_a_gpu_is_resumed(tmp_path):
+    spec = small("topk+atm", precision="fp32", fast=False)
+
+    def trainer(steps):
+        batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+        made = make_trainer(spec, batches, None, torch.device("cuda"), tmp_path)
+        made.restore_batches()
+        for step in range(made.steps, steps):
+            made.step(made.read_batch(step + 1))
+        return made
+
+    with fake_gpu():
+        whole = trainer(30)
+        trainer(20).save()
+        resumed = trainer(30)
+        assert all(isinstance(v, GPUTensor) for v in resumed.sae.state_dict().values())
+        state = {name: weight.cpu() for name, weight in whole.sae.state_dict().items()}
+        assert same(state, dict(resumed.sae.state_dict()))
+
+
+# --- model and evaluation
+
+
+@pytest.fixture(scope="module")
+def sae(lm):
+    x = read_site(lm, TOKENS, 1).flatten(0, 1)
+    config = SAEConfig(32, 64, architecture="jumprelu", target_l0=6)
+    return calibrate_l0(random_sae(config), x, 6, centre=True)
+
+
+@pytest.fixture(scope="module")
+def words(lm):
+    "A task in which every letter counts, though the model's weights are random."
+    task = build_task(lm, 1, max_words=300)
+    return replace(task, f1=torch.ones(26), b=task.b + 100)
+
+
+def absorption(lm, sae, words, protocol):
+    config = AbsorptionConfig(min_letters=1, max_candidates=8, min_f1=-1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = evaluate_absorption(sae, words, config, lm, protocol=protocol)
+    numbers = (t.select_dtypes("number").to_numpy() for t in (result.letters, result.words))
+    return list(numbers)
+
+
+def task(lm, sae, words):
+    made = build_task(lm, 1, max_words=150)
+    return [made.x, made.W, made.b, made.f1, made.swap.n, made.swap.n_pairs]
+
+
+def swaps(lm, sae, words):
+    table, tokens, at = word_prompts(lm, TaskSpec(1, max_words=100))
+    found = swap_words(lm, tokens, int(at[0]), letter_indices(table.letter), [0, 1], n_pairs=16)
+    return [[r.n, r.right, r.n_pairs] for r in found]
+
+
+def reading(lm, sae, words):
+    _, tokens, at = word_prompts(lm, TaskSpec(1, max_words=100))
+    return word_activations(lm, tokens, int(at[0]), [0, 1])
+
+
+def probing(lm, sae, words):
+    "Half of the texts say one thing, the others another."
+    texts = [f"file {i} is {'closed' if i % 2 else 'opened'} again" for i in range(24)]
+    odd = [bool(i % 2) for i in range(24)]
+    parts = (tuple(texts[:16]), tuple(odd[:16]), tuple(texts[16:]), tuple(odd[16:]))
+    return score_probing(sae, build_probing(lm, 1, [ProbingTask("a", "g", *parts)])).summary
+
+
+def activations(lm):
+    return read_site(lm, TOKENS, 1).flatten(0, 1)
+
+
+EVALUATIONS = dict(
+    extraction=lambda lm, sae, words: read_site(lm, TOKENS, 1, batch_size=4),
+    extraction_at=lambda lm, sae, words: read_site(lm, TOKENS, 1, at=torch.arange(6), batch_size=4),
+    losses=lambda lm, sae, words: next_token_losses(lm, TOKENS, 4),
+    spliced=lambda lm, sae, words: spliced_metrics(sae, lm, 1, TOKENS, 4),
+    reconstruction=lambda lm, sae, words: reconstruction_metrics(sae, activations(lm), 50),
+    reconstruction_of_host=lambda lm, sae, words: reconstruction_metrics(
+        sae, activations(lm).cpu(), 50
+    ),
+    frequency=lambda lm, sae, words: activation_frequency(sae, activations(lm), 50),
+    agreement=lambda lm, sae, words: dictionary_agreement(sae, sae),
+    task=task,
+    swaps=swaps,
+    reading=reading,
+    probing=probing,
+    absorption=lambda lm, sae, words: absorption(lm, sae, words, "exact"),
+    absorption_as_published=lambda lm, sae, words: absorption(lm, sae, words, "saebench"),
+    effects=lambda lm, sae, words: integrated_effects(sae, lm, words, torch.arange(4)),
+)
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_stays_on_the_device(name, lm, sae, words):
+    "It gives the numbers of the CPU, and no tensor of the host meets one of the GPU."
+    run = EVALUATIONS[name]
+    expected = run(lm, sae, words)
+    with fake_gpu():
+        on_gpu = replace(lm, model=copy.deepcopy(lm.model).to("cuda"))
+        found = run(on_gpu, copy.deepcopy(sae).to("cuda"), words)
+        assert same(expected, found)
+
+
+def test_planted_scores_stay_on_the_device():
+    sae = SAE(SAEConfig(8, 16, architecture="topk", k=3))
+    for measure in (planted_metrics, synthsaebench_metrics):
+        expected = measure(sae, PlantedWorld(WORLD), 300)
+        with fake_gpu():
+            on_gpu = copy.deepcopy(sae).to("cuda")
+            assert same(expected, measure(on_gpu, PlantedWorld(WORLD), 300))
+
+
+def copies(lm, batch_size, run):
+    with fake_gpu() as counts:
+        on_gpu = replace(lm, model=copy.deepcopy(lm.model).to("cuda"))
+        on_gpu.returns_tuple  # noqa: B018 (runs the model once)
+        counts.clear()
+        run(on_gpu, batch_size)
+        return Counter(counts)
+
+
+def test_a_batch_of_the_spliced_model_waits_for_the_gpu_a_few_times(lm, sae):
+    def run(on_gpu, batch_size):
+        spliced_metrics(copy.deepcopy(sae).to("cuda"), on_gpu, 1, TOKENS, batch_size)
+
+    two, six = copies(lm, 3, run), copies(lm, 1, run)
+    assert six["to_host"] == two["to_host"]
+    assert six["sizes"] - two["sizes"] <= 4 * 4  # for each of four more batches
+    one = copies(lm, 1, lambda lm, n: plain_pass(lm, TOKENS[:1]))
+    passes = 4  # read the inputs, untouched, zeros, SAE
+    assert six["reads"] - two["reads"] <= 4 * (passes * one["reads"] + 2)
+
+
+def plain_pass(lm, rows):
+    with torch.no_grad():
+        lm.model(input_ids=rows.to(lm.device), use_cache=False)
+
+
+def test_extraction_waits_no_more_than_the_model_itself(lm):
+    ours = copies(lm, 2, lambda lm, n: read_site(lm, TOKENS, 1, batch_size=n))
+    rows = TOKENS.split(2)
+    plain = copies(lm, 2, lambda lm, n: [plain_pass(lm, r) for r in rows])
+    assert ours["to_host"] == 0 and ours["reads"] <= plain["reads"]
+    assert ours["to_gpu"] <= plain["to_gpu"]
+
+
+def test_one_thread_runs_the_batches_of_a_gpu(lm):
+    assert [*in_threads(lambda lm, i: (i, torch.get_num_threads()), lm, range(5), 2)] == [
+        (i, 1) for i in range(5)
+    ]
+    with fake_gpu():
+        on_gpu = replace(lm, model=copy.deepcopy(lm.model).to("cuda"))
+        assert share_weights(on_gpu, 4) == [on_gpu]
+        assert [*in_threads(lambda lm, i: lm is on_gpu, on_gpu, range(3), 4)] == [True] * 3
+
+
+def test_numbers_move_from_a_device_without_float64():
+    x = torch.ones(2)
+    assert with_float64(x) is x
+    mps = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: x)
+    assert with_float64(mps) is x
