@@ -109,7 +109,7 @@ def full_absorption(
     return inactive & (c[top] >= config.cos_full) & (A > 0) & (q >= config.share * A)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-19
+# %% ../../nbs/evals/absorption.ipynb #cell-17
 def absorbed_projection(
     q: Tensor,  # (n, d_sae) z_j c_j
     c: Tensor,  # (d_sae,) cosines
@@ -123,7 +123,7 @@ def absorbed_projection(
     return q.topk(min(config.absorbers, q.shape[1]), dim=1).values.sum(1)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-20
+# %% ../../nbs/evals/absorption.ipynb #cell-18
 def absorption_fraction(
     z: Tensor,  # (n, d_sae) latents, one row a word
     c: Tensor,  # (d_sae,) cosines of the decoder rows with the probe
@@ -140,7 +140,7 @@ def absorption_fraction(
     return torch.where(counts, fraction, 0.0).clamp(0, 1)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-26
+# %% ../../nbs/evals/absorption.ipynb #cell-22
 def rank_latents(
     z: sparse.csr_matrix,  # (n, d_sae) latents of the training words, scipy sparse
     Y: np.ndarray,  # (n, letters) bool: does the word have the letter?
@@ -153,7 +153,7 @@ def rank_latents(
     return [best[W[best[:, i], i] > 0, i] for i in range(W.shape[1])]
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-30
+# %% ../../nbs/evals/absorption.ipynb #cell-25
 class AbsorptionProtocol(Protocol):
     "The steps in which protocols differ."
 
@@ -232,7 +232,7 @@ def find_protocol(
     return PROTOCOLS[protocol]
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-31
+# %% ../../nbs/evals/absorption.ipynb #cell-26
 def main_latents(
     z_train: Tensor,  # (letters, n, k) ranked latents on training words, padded with zeros
     Y_train: Tensor,  # (letters, n) bool
@@ -257,7 +257,7 @@ def main_latents(
     return number, best, found
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-35
+# %% ../../nbs/evals/absorption.ipynb #cell-29
 def letter_gap(
     logits: Tensor,  # (n, 26) of the answers
     letter: Tensor,  # (n,) 0..25
@@ -267,7 +267,7 @@ def letter_gap(
     return right - (logits.sum(1) - right) / 25
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-37
+# %% ../../nbs/evals/absorption.ipynb #cell-30
 def _prompts(task: FirstLetterTask) -> tuple[Tensor, int]:
     "Tokens of the task's prompts and the position of the word; ValueError if it has none."
     if task.tokens is None or task.at is None:
@@ -296,7 +296,7 @@ def word_gaps(
     return letter_gap(swapped_logits(lm, tokens, past, *place), letter).view(n, points)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-38
+# %% ../../nbs/evals/absorption.ipynb #cell-31
 def integrated_effects(
     sae: Encoder,  # anything with encode, W_dec
     lm: LM,  # the task's LM
@@ -321,7 +321,7 @@ def integrated_effects(
     return (z * (mean @ W_dec.T)).float()
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-42
+# %% ../../nbs/evals/absorption.ipynb #cell-35
 def dominant_absorber(
     effects: Tensor,  # (n, d_sae)
     c: Tensor,  # (d_sae,) or (n, d_sae), cosines with the probe
@@ -334,7 +334,7 @@ def dominant_absorber(
     return (top.values[:, 0] - top.values[:, 1] >= margin) & (c_top >= cos)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-44
+# %% ../../nbs/evals/absorption.ipynb #cell-37
 def ablation_absorbed(
     sae: Encoder,  # anything with encode, W_dec
     lm: LM,  # the task's LM
@@ -360,7 +360,7 @@ def ablation_absorbed(
     return torch.cat(absorbed).cpu()
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-46
+# %% ../../nbs/evals/absorption.ipynb #cell-39
 _ENTRIES = 2**24  # of a dense array that is held at a time
 
 
@@ -392,7 +392,7 @@ def encode_words(
     return z, F.normalize(W_dec.float(), dim=1)
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-47
+# %% ../../nbs/evals/absorption.ipynb #cell-40
 def _check_fits(sae: Dictionary, task: FirstLetterTask) -> None:
     "ValueError if the SAE reads another width, model or hook than the task."
     if sae.W_dec.shape[1] != task.d_in:
@@ -423,7 +423,7 @@ def _letters_that_count(task: FirstLetterTask, config: AbsorptionConfig, needed:
     return counts
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-49
+# %% ../../nbs/evals/absorption.ipynb #cell-42
 @dataclass(frozen=True)
 class WordLatents:
     "A task, and the latents of its words by one SAE."
@@ -457,7 +457,7 @@ def word_latents(
     return WordLatents(sae, task, ordinary, *encode_words(sae, x, batch_size))
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-51
+# %% ../../nbs/evals/absorption.ipynb #cell-43
 def _ranked(
     z: sparse.csr_matrix,
     W_dec: Tensor,
@@ -478,7 +478,7 @@ def _ranked(
     return ranked, values
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-52
+# %% ../../nbs/evals/absorption.ipynb #cell-44
 def _score_words(
     z: sparse.csr_matrix,
     rows: np.ndarray,
@@ -560,7 +560,7 @@ def _letter_row(
     return row
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-53
+# %% ../../nbs/evals/absorption.ipynb #cell-45
 def _with_ablation(
     words: pd.DataFrame, sae: Encoder, lm: LM, task: FirstLetterTask, limit: int
 ) -> pd.DataFrame:
@@ -611,7 +611,7 @@ def _score_task(
     return pd.DataFrame(rows).assign(eval_seed=task.seed), words
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-55
+# %% ../../nbs/evals/absorption.ipynb #cell-47
 METRIC_NAMES = dict(
     exact=("mean_full_absorption_score", "mean_absorption_fraction_score", "n_letters"),
     saebench=("saebench_full_absorption", "saebench_absorption_fraction", "saebench_letters"),
@@ -699,7 +699,7 @@ class AbsorptionResult:
         return f"AbsorptionResult({scores}; {about})"
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-56
+# %% ../../nbs/evals/absorption.ipynb #cell-48
 def describe_sae(sae: Dictionary) -> dict[str, Any]:
     "The SAE's configuration as plain data; at least its sizes."
     config = getattr(sae, "config", None)
@@ -707,7 +707,7 @@ def describe_sae(sae: Dictionary) -> dict[str, Any]:
     return sizes | to_plain(config) if is_dataclass(config) else sizes
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-57
+# %% ../../nbs/evals/absorption.ipynb #cell-49
 def _check_tasks(tasks: Sequence[FirstLetterTask]) -> None:
     "ValueError unless there are tasks, of one model and site, each with a seed of its own."
     if not tasks:
@@ -781,7 +781,7 @@ def evaluate_absorption(
     return AbsorptionResult(letters, words, to_plain(config) | setting, describe_sae(sae))
 
 
-# %% ../../nbs/evals/absorption.ipynb #cell-67
+# %% ../../nbs/evals/absorption.ipynb #cell-57
 def _f1_of_all(active: sparse.csr_matrix, Y: np.ndarray) -> np.ndarray:
     "F1 (26, d_sae) of every latent as a detector of every letter; Y (n, 26) is 1 or 0."
     total = Y.sum(0)[:, None] + np.asarray(active.sum(0))

@@ -195,7 +195,7 @@ def reconstruction_metrics(
     )
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-23
+# %% ../../nbs/evals/metrics.ipynb #cell-21
 @torch.no_grad()
 def activation_frequency(
     sae: Encoder,  # anything with encode, W_dec
@@ -208,7 +208,7 @@ def activation_frequency(
     return torch.stack(active).sum(0).cpu() / len(x)
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-28
+# %% ../../nbs/evals/metrics.ipynb #cell-26
 def _replace(sae: Autoencoder | None, places: Tensor) -> Callable[[Tensor], Tensor]:
     "A function for `splice`: x_hat at places of the batch (zero if sae is None), x elsewhere."
 
@@ -407,7 +407,7 @@ def spliced_metrics(
     return spliced_scores(sae, spliced_reference(lm, layer, tokens, batch_size, site))
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-34
+# %% ../../nbs/evals/metrics.ipynb #cell-30
 def match_latents(cosines: Tensor) -> tuple[Tensor, float]:
     "The latent of each feature (-1: none) and the mean |cosine|; cosines (n_latents, n_features)."
     i, j = linear_sum_assignment(-np.asarray(cosines))
@@ -416,7 +416,7 @@ def match_latents(cosines: Tensor) -> tuple[Tensor, float]:
     return latent, float(np.abs(np.asarray(cosines)[i, j]).mean())
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-38
+# %% ../../nbs/evals/metrics.ipynb #cell-33
 def detection_counts(
     active: Tensor,  # (n, d_sae) bool: active latents
     on: Tensor,  # (n, n_features) bool: features that are on
@@ -450,7 +450,7 @@ def best_detectors(
     return pd.DataFrame({k: v.numpy() for k, v in table.items()})
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-42
+# %% ../../nbs/evals/metrics.ipynb #cell-37
 def miss_rates(
     active: Tensor,  # (n,) bool: the parent's latent is active
     parent: Tensor,  # (n,) bool: the parent is on
@@ -461,7 +461,7 @@ def miss_rates(
     return float(with_child.float().mean()), float(alone.float().mean())
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-46
+# %% ../../nbs/evals/metrics.ipynb #cell-40
 def _feature_kinds(world: World) -> np.ndarray:
     "'parent', 'child' or 'free' for each feature."
     return np.where(world.is_parent, "parent", np.where(world.parent >= 0, "child", "free"))
@@ -543,7 +543,7 @@ def _planted_sample(
     return x, on if ordinary.all() else on[ordinary], active, cosines
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-47
+# %% ../../nbs/evals/metrics.ipynb #cell-41
 def planted_table(
     sae: Autoencoder,  # anything with encode, decode, W_dec
     world: World,  # the world that it was trained on
@@ -579,7 +579,7 @@ def planted_metrics(
     )
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-55
+# %% ../../nbs/evals/metrics.ipynb #cell-49
 def detector_scores(
     both: Tensor,  # (d_sae,) samples on which the latent is active and its feature is on
     n_latent: Tensor,  # (d_sae,) samples on which the latent is active
@@ -642,7 +642,7 @@ def synthsaebench_metrics(
     )
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-59
+# %% ../../nbs/evals/metrics.ipynb #cell-53
 @torch.no_grad()
 def dictionary_agreement(
     sae_a: Dictionary,  # anything with W_dec
@@ -665,7 +665,7 @@ def dictionary_agreement(
     return dict(mean_best_cosine=float(best), mcc=match_latents(cosines)[1], n_a=len(A), n_b=len(B))
 
 
-# %% ../../nbs/evals/metrics.ipynb #cell-63
+# %% ../../nbs/evals/metrics.ipynb #cell-57
 def late_movement(
     values: ArrayLike,  # recorded over training, in order: threshold, mask rate, ...
     share: float = 0.1,  # of the values, at the end

@@ -124,7 +124,7 @@ def against(
     return (*yes[:n], *turns[:n]), (True,) * n + (False,) * n
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-25
+# %% ../../nbs/evals/probing.ipynb #cell-23
 def group_tasks(
     group: str, train: Mapping[str, Sequence[str]], test: Mapping[str, Sequence[str]]
 ) -> list[ProbingTask]:
@@ -137,7 +137,7 @@ def group_tasks(
     ]
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-27
+# %% ../../nbs/evals/probing.ipynb #cell-25
 def probing_tasks(
     docs: Mapping[str, Sequence[str]] | None = None,  # {name: texts}; None: Python's docstrings
     groups: Mapping[str, Sequence[str]] = GROUPS,  # {group: names}
@@ -164,7 +164,7 @@ def probing_tasks(
     return tasks
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-30
+# %% ../../nbs/evals/probing.ipynb #cell-28
 def token_rows(
     tokenizer: "PreTrainedTokenizerBase",  # any transformers tokenizer
     texts: Iterable[str],
@@ -188,7 +188,7 @@ def _read_batch(lm: LM, layer: int, site: str, rows: list[list[int]], last: bool
     return [x[i, positions] for i, positions in enumerate(ordinary)]
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-31
+# %% ../../nbs/evals/probing.ipynb #cell-29
 @dataclass
 class ProbingData:
     "Activations of the texts of some tasks."
@@ -242,7 +242,7 @@ def build_probing(
     return ProbingData(tasks, x, lengths, texts, f"{lm.name} {Site(layer, site)}")
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-36
+# %% ../../nbs/evals/probing.ipynb #cell-32
 def _save(data: ProbingData, folder: Path) -> None:
     "Write activations and lengths, and their checksum."
     from safetensors.torch import save_file
@@ -269,7 +269,7 @@ def _load(folder: Path, tasks: list[ProbingTask]) -> ProbingData:
     return ProbingData(tasks, **load_file(file), texts=_all_texts(tasks), name=about["name"])
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-37
+# %% ../../nbs/evals/probing.ipynb #cell-33
 def probing_artefact(
     lm: LM,
     layer: int,  # block
@@ -310,7 +310,7 @@ def get_probing(
     )
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-39
+# %% ../../nbs/evals/probing.ipynb #cell-35
 def mean_pool(
     rows: Tensor,  # (n_tokens, d): all tokens, text after text
     lengths: Tensor,  # (n_texts,) how many belong to each
@@ -331,7 +331,7 @@ def mean_pool(
     return total.div_(lengths.clamp(min=1)[:, None].to(total.device))
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-43
+# %% ../../nbs/evals/probing.ipynb #cell-38
 def check_width(sae: Encoder, data: ProbingData) -> None:
     "ValueError if an SAE reads activations of another width than the data have."
     if sae.W_dec.shape[1] != data.x.shape[1]:
@@ -374,7 +374,7 @@ def probe_activations(
     return _pooled(sae, _without_outliers(sae, data))
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-45
+# %% ../../nbs/evals/probing.ipynb #cell-40
 def top_features(
     x: Tensor,  # (n, d) features of training texts
     y: Tensor,  # (n,) bool
@@ -384,7 +384,7 @@ def top_features(
     return (x[y].mean(0) - x[~y].mean(0)).abs().sort(descending=True, stable=True).indices[:k]
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-49
+# %% ../../nbs/evals/probing.ipynb #cell-43
 def _columns(x: Tensor) -> Iterable[tuple[Tensor, int]]:
     "Blocks of columns, each with the number of its first column."
     return zip(x.split(4096, dim=1), range(0, x.shape[1], 4096))
@@ -421,7 +421,7 @@ def fit_probe(
     return torch.cat([c.double().T @ (U @ (w / S)) for c, _ in _columns(x)]), b
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-51
+# %% ../../nbs/evals/probing.ipynb #cell-45
 def probe_accuracy(
     x_train: Tensor,  # (n, d)
     y_train: Tensor,  # (n,) bool
@@ -437,7 +437,7 @@ def probe_accuracy(
     return float(((_logits(x_test, w, b) > 0) == y_test).double().mean())
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-55
+# %% ../../nbs/evals/probing.ipynb #cell-49
 def _accuracies(
     prefix: str,  # of the names
     x: Tensor,  # (n_texts, d) features
@@ -459,7 +459,7 @@ def _accuracies(
     return found
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-57
+# %% ../../nbs/evals/probing.ipynb #cell-50
 def _groups(tasks: list[ProbingTask]) -> list[list[ProbingTask]]:
     "The tasks of each group."
     names = dict.fromkeys(t.group for t in tasks)
@@ -502,7 +502,7 @@ def _group_rows(
     return rows, len(data.x) - len(kept.x)
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-58
+# %% ../../nbs/evals/probing.ipynb #cell-51
 _SCORES = ("accuracy", "auc", "f1")  # ends of the names of columns with a score
 
 
@@ -524,7 +524,7 @@ class ProbingResult:
         return cls(table, {k: float(v) for k, v in means.items()}, n_outliers)
 
 
-# %% ../../nbs/evals/probing.ipynb #cell-61
+# %% ../../nbs/evals/probing.ipynb #cell-53
 def score_probing(
     sae: Encoder,  # anything with encode, W_dec
     data: ProbingData,

@@ -374,7 +374,7 @@ def _letter_details(letters: pd.DataFrame) -> list[dict]:
     return table.assign(num_split_features=number).to_dict("records")
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-32
+# %% ../../nbs/evals/saebench.ipynb #cell-31
 _SCORES = dict(
     absorption_fraction_score="fraction", full_absorption_score="full", num_split_features="n_split"
 )
@@ -429,7 +429,7 @@ def absorption_json(
     )
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-38
+# %% ../../nbs/evals/saebench.ipynb #cell-35
 def _dtype_entry(lm_dtype: str | None) -> dict[str, str]:
     "The numbers that the language model computed in, by SAEBench's name; nothing if unknown."
     return {} if lm_dtype is None else dict(llm_dtype=lm_dtype)
@@ -509,7 +509,7 @@ def sae_probes_json(
     )
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-42
+# %% ../../nbs/evals/saebench.ipynb #cell-38
 def _frequency_metrics(f: Tensor) -> dict[str, float]:
     "Shares of latents that are active on more than 1% and 10% of tokens; f (d_sae,)."
     out: dict[str, float] = {}
@@ -522,7 +522,7 @@ def _frequency_metrics(f: Tensor) -> dict[str, float]:
     return out
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-45
+# %% ../../nbs/evals/saebench.ipynb #cell-40
 _CORE_NAMES = dict(
     kl_div_score="kl_score",
     kl_div_with_ablation="kl_zero",
@@ -595,7 +595,7 @@ def core_json(
     )
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-50
+# %% ../../nbs/evals/saebench.ipynb #cell-44
 _OLD_NAMES = dict(
     mean_absorption_score="mean_full_absorption_score",
     absorption_rate="full_absorption_rate",
@@ -650,7 +650,7 @@ def _check_file(file: Path, r: dict) -> dict:
     return r
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-52
+# %% ../../nbs/evals/saebench.ipynb #cell-45
 def _results(file: Path) -> list[dict]:
     "The results in one file; ValueError naming the file and what is wrong."
     data = read_object(file, "is it a SAEBench result?")
@@ -678,7 +678,7 @@ def _all_results(path: Path | str) -> list[tuple[Path, dict]]:
     return found
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-54
+# %% ../../nbs/evals/saebench.ipynb #cell-46
 def _protocol(r: dict, source: str) -> str | None:
     "By which protocol absorption was scored: ours says it, SAEBench has its own; None for others."
     if r["eval_type_id"] != "absorption_first_letter":
@@ -724,7 +724,7 @@ def read_saebench(
     return pd.DataFrame(rows).infer_objects()
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-58
+# %% ../../nbs/evals/saebench.ipynb #cell-50
 _ABOUT = ("source", "release", "sae_id", "method")
 
 
@@ -748,7 +748,7 @@ def saebench_details(
     return pd.DataFrame([entry for file, r in results for entry in _details(file, r)])
 
 
-# %% ../../nbs/evals/saebench.ipynb #cell-61
+# %% ../../nbs/evals/saebench.ipynb #cell-53
 def join_evaluations(
     frame: pd.DataFrame,  # of `read_saebench`
 ) -> pd.DataFrame:
