@@ -21,6 +21,7 @@ __all__ = [
     "load_model",
     "Shown",
     "evaluate",
+    "explore",
     "export",
     "card_scores",
     "push",
@@ -36,6 +37,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from atm_sae.data.lm import LM, Site
     from atm_sae.data.synthsaebench import PlantedConfig
     from atm_sae.evals.probing import ProbingTask
+    from atm_sae.report.explore import Exploration
     from atm_sae.report.manifest import ObjectState
     from atm_sae.report.runner import Status
     from atm_sae.sae.sae import SAE
@@ -785,17 +788,22 @@ def _benchmark_tasks(wanted: Sequence[str], source: Path | None) -> "Sequence[Pr
     return ()
 
 
+def _check_no_words(o: Options) -> None:
+    "ValueError for options that choose words, which a planted world has not."
+    if o.max_words is not None or o.spaced:
+        raise ValueError(
+            "--max-words and --spaced choose words of a model, and the planted world has none; "
+            "leave them out"
+        )
+
+
 def _planted(
     s: Subject, data: "PlantedConfig", metrics: str | None, o: Options
 ) -> dict[str, dict[str, Any]]:
     "Scores of an SAE of the planted world; ValueError for what needs a language model."
     if o.saebench:
         raise ValueError("--saebench: SAEBench has no planted world; leave the option out")
-    if o.max_words is not None or o.spaced:
-        raise ValueError(
-            "--max-words and --spaced choose words of a model, and the planted world has none; "
-            "leave them out"
-        )
+    _check_no_words(o)
     asked = [] if metrics is None else _wanted(metrics)
     if probes := [name for name in asked if name in ("probing", SAE_PROBES)]:
         raise ValueError(
@@ -963,6 +971,81 @@ def evaluate(
 
 
 # %% ../nbs/cli.ipynb #cell-37
+_EXPLORE_HELP = "Folders of one or two SAEs, or hf:OWNER/NAME/FOLDER on the Hub."
+_FLOOR_HELP = "An untrained SAE; its scores stand beside those of the others."
+
+
+def _names(sources: Sequence[str], subjects: Sequence[Subject]) -> list[str]:
+    """What the page calls the SAEs: by their folders, or method and key of a run in the cache.
+
+    Where two SAEs would have one name, the whole paths."""
+
+    def short(source: str, s: Subject) -> str:
+        place = Path(source)
+        folder = place.parent.name if place.name == "sae" else place.name
+        is_key = re.fullmatch("[0-9a-f]{16}", folder)
+        return f"{s.method} {folder[:6]}" if is_key else folder
+
+    names = [short(*of) for of in zip(sources, subjects, strict=True)]
+    return names if len({*names}) == len(names) else list(sources)
+
+
+def _explored(name: str, s: Subject, o: Options) -> "Exploration":
+    "Score one SAE for the page."
+    from atm_sae.data.activations import ActivationSpec
+    from atm_sae.data.synthsaebench import planted_world
+    from atm_sae.evals.first_letter import get_task
+    from atm_sae.report.explore import explore_letters, explore_planted
+
+    if not isinstance(s.data, ActivationSpec):
+        _check_no_words(o)
+        return explore_planted(s.sae, planted_world(s.data), name)
+    lm = load_model(s.data.model, s.data.lm_dtype, o.device)
+    s.sae.to(lm.device)
+    which: dict[str, Any] = dict(max_words=o.max_words, spaced=o.spaced)
+    task = get_task(lm, s.data.layer, site=s.data.site, **which)
+    return explore_letters(s.sae, task, name, protocol=o.protocol)
+
+
+@app.command(epilog="Example: atm-sae explore my-sae other-sae --out explore.html")
+def explore(
+    sae: Annotated[list[str], typer.Argument(help=_EXPLORE_HELP)],
+    out: Annotated[Path, _option("The HTML file to write.", OUTPUT)] = Path("explore.html"),
+    floor: Annotated[str | None, _option(_FLOOR_HELP, metavar="SAE")] = None,
+    protocol: Annotated[str, _option(_PROTOCOL_HELP, metavar="exact|saebench")] = "exact",
+    max_words: Annotated[int | None, _option(_WORDS_HELP, min=1)] = None,
+    spaced: Annotated[bool, typer.Option("--spaced", help=_SPACED_HELP)] = False,
+    model: Annotated[
+        str | None, _option("A world, or a model, as in --data; by default the SAE's.", PLACE)
+    ] = None,
+    layer: Annotated[int | None, _option("By default the SAE's.", PLACE)] = None,
+    site: Annotated[
+        str | None, _option(f"{_SITE_HELP} By default the SAE's, else resid_post.", PLACE)
+    ] = None,
+    device: Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")] = "auto",
+    as_json: _Json = False,
+) -> None:
+    "Write an HTML page on what one or two SAEs absorb: words, latents, projections."
+    from atm_sae.report.explore import write_explore_page
+
+    if len(sae) > 2:
+        raise ValueError(f"the page shows one or two SAEs, not {len(sae)}: choose two")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'explore.html'}")
+    options = Options(protocol=protocol, max_words=max_words, spaced=spaced, device=device)
+    reads = Reads(model, layer, site, None)
+    sources = [*sae, *filter(None, [floor])]
+    subjects = [_subject(source, reads, None, None) for source in sources]
+    names = _names(sources, subjects)
+    found = [_explored(*of, options) for of in zip(names, subjects, strict=True)]
+    path = write_explore_page(out, found[: len(sae)], found[-1] if floor else None)
+    if as_json:
+        _print_json(dict(page=str(path), scores={each.name: each.scores for each in found}))
+    else:
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
+
+
+# %% ../nbs/cli.ipynb #cell-39
 _Format = Annotated[
     str,
     typer.Option(
@@ -1025,7 +1108,7 @@ def _show_card(sae: "SAE", repo_id: str, scores: Mapping[str, float], revision: 
     print(f"would send to {repo_id}: {', '.join(['README.md', *names])}\n\n{card}")
 
 
-# %% ../nbs/cli.ipynb #cell-38
+# %% ../nbs/cli.ipynb #cell-40
 _CARD_HELP = "Metrics for the card: what `evaluate --json` printed."
 _PRIVATE_HELP = "Make the repository private, if it is new."
 _PUSH_DRY_HELP = "Show the files and the card; send nothing."
@@ -1058,7 +1141,7 @@ def push(
     print(address)
 
 
-# %% ../nbs/cli.ipynb #cell-40
+# %% ../nbs/cli.ipynb #cell-42
 def _show_objects(rows: Sequence[Mapping[str, Any]]) -> None:
     "One line for each object."
     from atm_sae.report.page import clock
@@ -1088,7 +1171,7 @@ def _closing(done: "Mapping[str, Status]", out: Path, say: Callable[[str], objec
         say(f"results: {out / 'index.md'}")
 
 
-# %% ../nbs/cli.ipynb #cell-42
+# %% ../nbs/cli.ipynb #cell-44
 _Names = Annotated[
     list[str] | None,
     typer.Argument(autocompletion=_complete_object, help="Only these objects; as --only."),
@@ -1156,7 +1239,7 @@ def reproduce(
     return int(any(s.bad for s in done.values()))
 
 
-# %% ../nbs/cli.ipynb #cell-44
+# %% ../nbs/cli.ipynb #cell-46
 @app.command(epilog="Example: atm-sae fetch smollm2")
 def fetch(
     model: Annotated[str, typer.Argument(help="The model: smollm2.")],
@@ -1179,7 +1262,7 @@ def fetch(
         print(f"{model} {'is now in' if new else 'is already there:'} {folder}")
 
 
-# %% ../nbs/cli.ipynb #cell-46
+# %% ../nbs/cli.ipynb #cell-48
 @app.command(epilog="Example: atm-sae new-experiment width")
 def new_experiment(
     name: Annotated[str, typer.Argument(help="Of the notebook and of the object.")],
@@ -1200,7 +1283,7 @@ def new_experiment(
     print(f"atm-sae reproduce {name} --profile smoke{given}")
 
 
-# %% ../nbs/cli.ipynb #cell-48
+# %% ../nbs/cli.ipynb #cell-50
 _UsageError: Any = typer.BadParameter.__base__  # of click, which newer typers carry inside
 _EXPECTED = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
 
@@ -1268,6 +1351,6 @@ def main(
     return status
 
 
-# %% ../nbs/cli.ipynb #cell-49
+# %% ../nbs/cli.ipynb #cell-51
 if __name__ == "__main__" and "__file__" in globals():  # python -m atm_sae.cli, not a notebook
     sys.exit(main())

@@ -280,8 +280,9 @@ def test_templates_are_package_data():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = settings["package-data"]["atm_sae.report"]
     files = sorted(p.name for p in (ROOT / "atm_sae/report/templates").iterdir())
-    pages = ["index.md.j2", "page.css", "page.html.j2", "page.js"]
-    assert files == ["experiment.ipynb", "experiment.yaml", *pages]
+    explore = ["explore.css", "explore.html.j2", "explore.js"]
+    pages = ["index.md.j2", "page.css", "page.html.j2", "page.js", "theme.js"]
+    assert files == ["experiment.ipynb", "experiment.yaml", *explore, *pages]
     assert all(any(fnmatch(f"templates/{f}", p) for p in patterns) for f in files)
     assert sorted(templates().list_templates()) == files
 

@@ -1,0 +1,344 @@
+"The page on what SAEs absorb: its numbers, two SAEs, planted features, size, command, browser."
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from atm_sae.cli import main
+from atm_sae.data.planted import PlantedWorld, WorldConfig
+from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption
+from atm_sae.evals.constructed import absorbing_sae, letter_world, word_task
+from atm_sae.evals.first_letter import LETTERS
+from atm_sae.report.explore import (
+    N_BARS,
+    Exploration,
+    Item,
+    Latent,
+    Target,
+    absorbing_latents,
+    explore_letters,
+    explore_page,
+    explore_planted,
+    write_explore_page,
+)
+from atm_sae.sae.sae import SAE, SAEConfig
+
+WORLD = letter_world(30, 112)
+TASK = word_task(WORLD, n=30, spread=0.0)
+SAE_20 = absorbing_sae(WORLD, share=0.2)
+
+
+@pytest.fixture(scope="module")
+def explored():
+    return explore_letters(SAE_20, TASK, "mask on")
+
+
+@pytest.fixture(scope="module")
+def dense():
+    "An SAE with random weights, which has many more active latents than the page draws."
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(112, 150)).requires_grad_(False)
+    sae.W_dec.mul_(torch.rand(150, 1) + 0.5)  # rows of several lengths
+    return sae
+
+
+def by_hand():
+    "A world with directions at right angles, and an SAE that absorbs child 3 of parent 0."
+    world = PlantedWorld(WorldConfig(d_in=9, n_parents=3, children_per_parent=2, n_free=0))
+    world.directions = torch.eye(9)
+    sae = SAE(SAEConfig(9, 9)).requires_grad_(False)
+    sae.W_enc.copy_(torch.eye(9))
+    sae.W_enc[3, 0] = -10
+    sae.W_dec.copy_(torch.eye(9))
+    sae.W_dec[3, 0] = 1
+    return sae, world
+
+
+def data_of(page):
+    "The data of a page."
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+
+
+# ---- letters
+
+
+@pytest.mark.parametrize("which", ["constructed", "dense"])
+def test_what_is_written_is_z_times_the_cosine(which, explored, dense):
+    sae = dense if which == "dense" else SAE_20
+    found = explore_letters(sae, TASK, "x") if which == "dense" else explored
+    rows = {text: i for i, text in enumerate(TASK.words.text)}
+    main = {target.name: target.main for target in found.targets}
+    unit = F.normalize(sae.W_dec, dim=1)
+    for item in found.items[::7]:
+        x, p = TASK.x[rows[item.text]], TASK.directions[LETTERS.index(item.target)]
+        q = (sae.encode(x[None])[0] * sae.W_dec.norm(dim=1) * (unit @ p)).numpy()
+        assert item.A == pytest.approx(float(x @ p), abs=1e-5)
+        largest = {int(j) for j in np.argsort(-np.abs(q))[:N_BARS] if q[j]}
+        active = {j for j in main[item.target] if q[j]} | {*item.absorbing}
+        assert {*item.written} == largest | active
+        assert item.written == pytest.approx({j: q[j] for j in item.written}, abs=1e-3)
+        assert list(item.written.values()) == sorted(item.written.values(), reverse=True)
+        assert item.rest + sum(item.written.values()) == pytest.approx(q.sum(), abs=1e-3)
+        assert item.n_rest + len(item.written) == (q != 0).sum()
+    assert which == "constructed" or found.items[0].n_rest > 20
+
+
+def test_absorbed_words_are_those_whose_letter_is_silent(explored):
+    result = evaluate_absorption(SAE_20, TASK)
+    assert [item.text for item in explored.items] == result.words.text.tolist()
+    rows = {text: i for i, text in enumerate(TASK.words.text)}
+    for item in explored.items:
+        row = rows[item.text]
+        z = SAE_20.encode(TASK.x[row][None])[0]
+        assert item.full == float(z[TASK.letter[row]] == 0)
+        child = 26 + int(TASK.letter[row]) * 30 + row % 30
+        assert item.absorbing == ((child,) if item.full else ())
+    assert sum(item.full for item in explored.items) == 30  # a fifth of 156 words
+    assert explored.scores["full absorption"] == result.full
+    assert explored.scores["absorption fraction"] == result.fraction
+    assert explored.scores["L0 on the words"] == pytest.approx(1.8)
+    by_letter = {t.name: (t.main, t.scores["F1"]) for t in explored.targets}
+    letters = result.letters
+    pairs = zip(letters.main_latents.map(tuple), letters.k_sparse_f1)
+    assert by_letter == dict(zip(letters.first_letter, pairs))
+
+
+def test_a_latents_words_and_cosines(explored):
+    item = next(item for item in explored.items if item.full)
+    (child,), letter = item.absorbing, LETTERS.index(item.target)
+    latent = explored.latents[child]
+    assert latent.rate == 1 / len(TASK.words) and list(latent.top) == [item.text]
+    row = TASK.words.index[TASK.words.text == item.text][0]
+    z = SAE_20.encode(TASK.x[row][None])[0, child] * SAE_20.W_dec[child].norm()
+    assert latent.top[item.text] == pytest.approx(float(z), abs=1e-3)
+    cosines = F.normalize(SAE_20.W_dec, dim=1) @ TASK.directions.T
+    assert latent.cosines == pytest.approx(dict(zip(LETTERS, cosines[child].tolist())), abs=1e-5)
+    own = explored.latents[letter]  # active on the letter's words that are not absorbed
+    assert len(own.top) == 10 and own.rate == 24 / len(TASK.words)
+    assert all(text.startswith(item.target) for text in own.top)
+
+
+def test_absorbing_latents_of_both_scores():
+    q, cosines = (
+        np.array([0.5, 1.0, 4.0, 2.0, -1.0, 0.7, 0.6]),
+        np.array([0.2, 0.3, 0.05, 0.9, 0.5, 0.1, 0.4]),
+    )
+    latents = np.array([3, 5, 7, 9, 11, 13, 15])
+
+    def found(full, fraction, **thresholds):
+        config = AbsorptionConfig(**thresholds)
+        return absorbing_latents(latents, q, cosines, [9], full, fraction, config)
+
+    assert found(True, 0) == (7,)  # the cosine of 7 is too small for the fraction
+    assert found(False, 0.2) == (5, 13, 15) and found(False, 0.2, absorbers=1) == (5,)
+    assert found(True, 1) == (7, 5, 13, 15) and found(False, 0) == ()
+
+
+def test_an_outlier_is_left_out_and_the_words_stay_in_order():
+    "Latents of words are taken by their place among the ordinary words."
+    task = replace(TASK, x=TASK.x.clone())
+    task.x[3] *= 100
+    found = explore_letters(SAE_20, task, "x")
+    assert TASK.words.text[3] not in {item.text for item in found.items}
+    z = SAE_20.encode(task.x[-1][None])[0]
+    last = task.words.text.iloc[-1]
+    best = int((z * SAE_20.W_dec.norm(dim=1)).argmax())
+    assert last in found.latents[best].top
+
+
+# ---- planted features
+
+
+def test_a_planted_child_is_absorbed_or_not():
+    sae, world = by_hand()
+    found = explore_planted(sae, world, "by hand", n=3000)
+    items = {item.text: item for item in found.items}
+    assert list(items) == [f"child {i}" for i in range(3, 9)]
+    assert {name for name, item in items.items() if item.full} == {"child 3"}
+    absorbed, kept = items["child 3"], items["child 4"]
+    assert absorbed.full == 1 and absorbed.absorbing == (3,) and kept.absorbing == ()
+    assert 0 not in absorbed.written  # the parent's latent is zero
+    # latent 3 has a row of length sqrt 2, at 45 degrees: it writes the child's mean coefficient
+    assert absorbed.A == pytest.approx(1, abs=0.1) and absorbed.written[3] == pytest.approx(
+        1, abs=0.1
+    )
+    assert kept.written[0] == pytest.approx(kept.A, abs=1e-5)  # the parent alone writes A
+    first, second = found.targets[:2]
+    assert first.main == (0,) and 0.4 < first.scores["absorbed"] < 0.8
+    assert second.scores["absorbed"] == second.scores["miss rate"] == 0
+    assert found.latents[3].cosines["parent 0"] == pytest.approx(0.5**0.5, abs=1e-6)
+    assert found.latents[0].rate < found.latents[4].rate + found.latents[0].rate < 0.2
+    assert "parent 0 alone" in found.latents[0].top and "child 3" not in found.latents[0].top
+
+
+def test_a_parent_without_a_latent_is_absorbed_everywhere():
+    sae, world = by_hand()
+    few = SAE(SAEConfig(9, 2)).requires_grad_(False)
+    few.W_enc.copy_(sae.W_enc[:, 4:6])
+    few.W_dec.copy_(sae.W_dec[4:6])
+    found = explore_planted(few, world, "two latents", n=2000)
+    assert all(target.main == () for target in found.targets)
+    assert all(item.full == 1 for item in found.items)
+    assert explore_page([found])
+
+
+def test_a_world_without_parents_is_refused():
+    world = PlantedWorld(WorldConfig(d_in=9, n_parents=0, n_free=9))
+    with pytest.raises(ValueError, match="no parent features"):
+        explore_planted(by_hand()[0], world, "x")
+
+
+# ---- the page
+
+
+def test_the_page_has_the_numbers(explored):
+    page = explore_page([explored])
+    found = data_of(page)
+    (sae,) = found["saes"]
+    for place, item in zip(found["items"], explored.items, strict=True):
+        assert found["texts"][place[0]] == item.text and found["targets"][place[1]] == item.target
+        assert place[2] == pytest.approx(item.A, rel=1e-3)
+    full, fraction, n_rest, rest, absorbing, pairs = sae["items"][0]
+    item = explored.items[0]
+    assert (full, fraction, n_rest, rest) == (item.full, item.fraction, item.n_rest, item.rest)
+    assert tuple(absorbing) == item.absorbing and pairs[::2] == list(item.written)
+    assert pairs[1::2] == pytest.approx(list(item.written.values()), rel=1e-3)
+    rate, top, cosines = sae["latents"][str(pairs[0])]
+    latent = explored.latents[pairs[0]]
+    assert [found["texts"][i] for i in top[::2]] == list(latent.top)
+    assert cosines[1::2] == [round(100 * c) for c in latent.cosines.values()]
+    assert rate == pytest.approx(latent.rate, rel=1e-3)
+    assert sae["main"] == [[i] for i in range(26)]
+    assert '<td class="num">0.192</td>' in page and "806" in page
+
+
+def test_two_saes_and_a_floor(explored, dense):
+    off = explore_letters(absorbing_sae(WORLD, share=0.5), TASK, "mask off")
+    floor = explore_letters(dense, TASK, "random")
+    page = explore_page([explored, off], floor)
+    found = data_of(page)
+    assert [sae["name"] for sae in found["saes"]] == ["mask on", "mask off"]
+    absorbed = [sum(item[0] for item in sae["items"]) for sae in found["saes"]]
+    assert absorbed == [sum(i.full for i in each.items) for each in (explored, off)]
+    assert absorbed[0] < absorbed[1] and len(found["items"]) == len(explored.items)
+    assert "floor: random" in page and "random" not in json.dumps(found)
+    rows = re.findall(r'<th scope="row">full absorption</th>(.*?)</tr>', page)
+    assert rows[0].count("<td") == 3
+
+
+def test_saes_that_were_measured_otherwise_are_refused(explored):
+    small = explore_letters(SAE_20, word_task(WORLD, n=30, spread=0.0, seed=1), "other seed")
+    with pytest.raises(ValueError, match="mask on and other seed .* seeds differ"):
+        explore_page([explored, small])
+    strict = explore_letters(SAE_20, TASK, "strict", AbsorptionConfig(share=0.5))
+    with pytest.raises(ValueError, match="share differ"):
+        explore_page([explored], floor=strict)
+    with pytest.raises(ValueError, match="no SAE to show"):
+        explore_page([])
+
+
+def test_text_cannot_leave_its_place(explored):
+    evil = "</script><script>alert(1)</script>"
+    first = replace(explored.items[0], text=evil)
+    page = explore_page([replace(explored, name=evil, items=(first, *explored.items[1:]))])
+    assert page.count("</script>") == 2 and "<script>alert" not in page
+    assert data_of(page)["saes"][0]["name"] == evil
+
+
+def test_a_warning_about_the_layer_is_shown(explored):
+    assert 'class="doubt"><strong>Notice' not in explore_page([explored])
+    page = explore_page([replace(explored, notice="the model does not read the word")])
+    assert page.count("the model does not read the word") == 1
+
+
+def test_size_of_a_page_for_a_language_model(tmp_path):
+    "4,096 latents and 6,300 words: below 5 MB."
+    g = np.random.default_rng(0)
+    words = [f" word{i}" for i in range(31_586)]
+    q = g.normal(size=(6300, N_BARS)) * 3
+    shown = g.integers(0, 4096, (6300, N_BARS)).tolist()
+    items = tuple(
+        Item(
+            words[5 * i],
+            LETTERS[i % 26],
+            17.123,
+            0.0,
+            0.12345,
+            (shown[i][0],),
+            dict(zip(shown[i], q[i].tolist())),
+            24,
+            -0.12345,
+        )
+        for i in range(6300)
+    )
+    cosines, tops = g.normal(size=(4096, 26)) / 20, g.integers(0, len(words), (4096, 10))
+    values = g.random((4096, 10)) * 40
+    latents = {
+        j: Latent(0.0123, dict(zip([words[i] for i in tops[j]], values[j].tolist())),
+                  dict(zip(LETTERS, cosines[j].tolist())))
+        for j in range(4096)
+    }  # fmt: skip
+    targets = tuple(Target(letter, (i,), {"F1": 0.5}) for i, letter in enumerate(LETTERS))
+    one = Exploration("a", False, {}, "", {}, targets, items, latents)
+    path = write_explore_page(tmp_path / "page.html", [one, replace(one, name="b")])
+    assert path.stat().st_size < 5_000_000
+
+
+# ---- the command
+
+
+def test_explore_planted_from_the_shell(tmp_path, capsys):
+    torch.manual_seed(0)
+    SAE(SAEConfig(64, 80)).save(tmp_path / "one")
+    SAE(SAEConfig(64, 70)).save(tmp_path / "two" / "sae")
+    saes = [str(tmp_path / "one"), str(tmp_path / "two" / "sae")]
+    out = tmp_path / "page.html"
+    assert main(["explore", *saes, "--model", "planted", "--out", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    found = data_of(out.read_text(encoding="utf-8"))
+    assert said["page"] == str(out) and list(said["scores"]) == ["one", "two"]
+    assert found["terms"]["planted"] and [s["name"] for s in found["saes"]] == ["one", "two"]
+    assert len(found["targets"]) == 20 and len(found["items"]) == 80
+
+
+def test_explore_letters_from_the_shell(tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def tasks(lm, layer, seeds, **settings):
+        asked.update(settings, layer=layer, seeds=list(seeds))
+        return [TASK]
+
+    monkeypatch.setattr("atm_sae.evals.first_letter.get_tasks", tasks)
+    lm = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr("atm_sae.cli.load_model", lambda *of: lm)
+    SAE_20.save(tmp_path / "mine")
+    args = ["--model", "some-model", "--layer", "3", "--spaced", "--max-words", "900"]
+    out = tmp_path / "page.html"
+    assert main(["explore", str(tmp_path / "mine"), *args, "--out", str(out)]) == 0
+    assert asked == dict(layer=3, seeds=[0], site="resid_post", spaced=True, max_words=900)
+    assert f"{out}: 0.2 MB" in capsys.readouterr().out
+    found = data_of(out.read_text(encoding="utf-8"))
+    assert found["saes"][0]["name"] == "mine" and len(found["items"]) == 156
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["{sae}", "{sae}", "{sae}"], "one or two SAEs, not 3"),
+        (["{sae}", "--out", "{folder}"], "is a folder: name a file"),
+        (["{sae}", "--model", "planted", "--spaced"], "the planted world has none"),
+        (["{sae}"], "give --model and --layer"),
+        (["{folder}/none", "--model", "planted"], "none"),
+    ],
+)
+def test_wrong_use(args, message, tmp_path, capsys):
+    SAE(SAEConfig(64, 70)).save(tmp_path / "sae")
+    given = [a.format(sae=tmp_path / "sae", folder=tmp_path) for a in args]
+    assert main(["explore", *given]) != 0
+    assert message in capsys.readouterr().err
