@@ -193,7 +193,7 @@ def tiny_lm(
     return LM(_freeze(model), tokenizer, name, name, _weights_checksum(model, tokenizer))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-12
+# %% ../../nbs/data/lm.ipynb #cell-11
 SHIPPED = ("nano-gemma2",)  # models in data_dir()
 FETCHED = ("smollm2",)  # models that `atm-sae fetch` puts into the cache
 _FETCHED_NOTE = ".fetched.json"  # in the folder of such a model; no loader reads it
@@ -272,7 +272,7 @@ def _find_model(name: str) -> Path | None:
     return None
 
 
-# %% ../../nbs/data/lm.ipynb #cell-14
+# %% ../../nbs/data/lm.ipynb #cell-13
 def _hub_error(name: str, error: Exception) -> Exception:
     "The exception that says in one line why a model did not load."
     from huggingface_hub.errors import (
@@ -327,7 +327,7 @@ def _file_error(name: str, error: Exception) -> Exception:
     return error
 
 
-# %% ../../nbs/data/lm.ipynb #cell-16
+# %% ../../nbs/data/lm.ipynb #cell-14
 def _check_causal(config: "PreTrainedConfig", name: str) -> None:
     "ValueError unless the configuration is of a causal language model."
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
@@ -342,7 +342,7 @@ def _check_causal(config: "PreTrainedConfig", name: str) -> None:
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-18
+# %% ../../nbs/data/lm.ipynb #cell-16
 def _check_whole(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", missing: list[str], name: str
 ) -> None:
@@ -414,7 +414,7 @@ def _read_model(
     return model, tokenizer
 
 
-# %% ../../nbs/data/lm.ipynb #cell-20
+# %% ../../nbs/data/lm.ipynb #cell-18
 _WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth")  # refused
 _NOT_READ = (*_WEIGHTS, ".gif", ".jpg", ".md", ".pdf", ".png", ".py", ".svg")
 _DESCRIPTIONS = ("license", "notice", "readme")
@@ -511,7 +511,7 @@ def model_checksum(
     return f"{source}@{where['revision']}" if where else _folder_checksum(Path(source))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-22
+# %% ../../nbs/data/lm.ipynb #cell-20
 LM_DTYPES = ("float32", "bfloat16", "float16")  # that a model can compute in
 _WORTH = 1.25  # bfloat16 must be so many times as fast: it adds noise to every activation
 
@@ -575,7 +575,7 @@ def resolve_dtype(
     return fastest_dtype(model_config(name), device)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-24
+# %% ../../nbs/data/lm.ipynb #cell-22
 def load_lm(
     name: Path | str,  # 'nano-gemma2', 'smollm2', a folder, or an id such as 'google/gemma-2-2b'
     dtype: torch.dtype | str = "float32",  # to compute in; 'auto': see `resolve_dtype`
@@ -592,7 +592,7 @@ def load_lm(
     return LM(_freeze(model).to(device), tokenizer, name, source, model_checksum(name))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-26
+# %% ../../nbs/data/lm.ipynb #cell-24
 def save_lm(
     lm: LM,  # an LM
     folder: Path | str,  # where to; replaced if it exists
@@ -608,7 +608,7 @@ def save_lm(
     return Path(folder)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-33
+# %% ../../nbs/data/lm.ipynb #cell-29
 def _outermost_lists(model: nn.Module, n: int) -> dict[str, nn.ModuleList]:
     "{name: list} of the lists of `n` modules that are in no other such list."
     found: dict[str, nn.ModuleList] = {}
@@ -637,7 +637,7 @@ def hook_layer(
     return next(iter(lists.values()))[layer]
 
 
-# %% ../../nbs/data/lm.ipynb #cell-35
+# %% ../../nbs/data/lm.ipynb #cell-31
 SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")  # of a block, in their order
 _HOOK_NAMES = (
     r"blocks\.(?P<layer>\d+)\.hook_(?P<kind>\w+)",  # TransformerLens and SAELens
@@ -692,7 +692,7 @@ def hook_point(
     return dict(model_name=Path(str(model)).name, hook_name=Site(layer, site).hook_name)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-38
+# %% ../../nbs/data/lm.ipynb #cell-33
 def other_place(
     metadata: Mapping[str, Any],  # of an SAE
     place: Mapping[str, str],  # what is read: all or a part of `hook_point`
@@ -723,7 +723,7 @@ def check_hook(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-41
+# %% ../../nbs/data/lm.ipynb #cell-36
 _ADDED = {  # ends of the names of the modules whose output a block adds
     "attn_out": ("attn", "attention"),
     "mlp_out": ("mlp", "feed_forward", "ffn", "moe"),
@@ -931,7 +931,7 @@ def residual_stream(
     return read_site(lm, tokens, layer, batch_size=batch_size, at=at)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-43
+# %% ../../nbs/data/lm.ipynb #cell-38
 def compile_blocks(
     lm: LM,  # an LM; its blocks are changed
     layer: int,  # the block that is read
@@ -944,7 +944,7 @@ def compile_blocks(
     return lm
 
 
-# %% ../../nbs/data/lm.ipynb #cell-45
+# %% ../../nbs/data/lm.ipynb #cell-39
 def check_causal(
     lm: LM,  # an LM
     layer: int,  # the block that is read
@@ -960,7 +960,7 @@ def check_causal(
         )
 
 
-# %% ../../nbs/data/lm.ipynb #cell-54
+# %% ../../nbs/data/lm.ipynb #cell-45
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -1018,7 +1018,7 @@ def in_threads(
         yield from in_order(function, share_weights(lm, threads or usual), items)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-59
+# %% ../../nbs/data/lm.ipynb #cell-48
 def next_token_losses(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids
@@ -1035,7 +1035,7 @@ def next_token_losses(
     return torch.cat(out)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-63
+# %% ../../nbs/data/lm.ipynb #cell-51
 def last_logits(
     lm: LM,  # an LM
     tokens: Tensor,  # (n, context) token ids, on the model's device
@@ -1064,7 +1064,7 @@ def next_token_logits(
     return last_logits(lm, tokens.to(lm.device))
 
 
-# %% ../../nbs/data/lm.ipynb #cell-67
+# %% ../../nbs/data/lm.ipynb #cell-54
 def _takes_cache(lm: LM) -> bool:
     "True if the model reads keys and values of earlier tokens; some have none, or a state instead."
     takes = "past_key_values" in inspect.signature(lm.model.forward).parameters
@@ -1159,7 +1159,7 @@ def read_after_prefix(
     return map_after_prefix(read, lm, tokens, start, layer, batch_size, threads)
 
 
-# %% ../../nbs/data/lm.ipynb #cell-71
+# %% ../../nbs/data/lm.ipynb #cell-57
 @contextmanager
 def splice(
     lm: LM,  # an LM
