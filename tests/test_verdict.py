@@ -581,7 +581,7 @@ def test_the_figure_draws_the_numbers_of_the_table(runs, tmp_path):
 def test_the_rates_of_base_and_mask_are_said_where_they_differ(runs):
     evidence = read_evidence(runs)
     said = rate_sentence(evidence, "planted")
-    assert "2.6 times on ReLU + L1, 4.2 times on TopK" in said and "JumpReLU" not in said
+    assert "times 2.6 on ReLU + L1, 4.2 on TopK" in said and "JumpReLU" not in said
     assert rate_sentence(replace(evidence, tuned={}), "planted") == ""
 
 

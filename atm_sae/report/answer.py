@@ -279,12 +279,11 @@ def answer_table(
 def l0_lines(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[str]:
-    "On how many bases the first measure of absorption is lower or higher, at each L0."
+    "On which bases each measure of absorption is lower or higher, at each L0."
     lines = []
     for world, of in evidence.items():
         parts = _absorption_parts(world, of)
-        if parts:
-            lines.append(f"{world}, {parts[0].name}: {parts[0].by_l0()}.")
+        lines += [f"{world}, {part.name}: {part.by_l0()}." for part in parts]
     return lines
 
 
@@ -294,13 +293,13 @@ def rate_sentence(
 ) -> str:
     "Says on which bases the mask has another learning rate than the base; empty if on none."
     ratios = {base: rate_ratio(evidence, world, m, base) for m, base in evidence.mask_pairs}
-    parts = [f"{r:.2g} times on {method_name(b)}" for b, r in ratios.items() if r != 1]
+    parts = [f"{r:.2g} on {method_name(b)}" for b, r in ratios.items() if r != 1]
     if not parts:
         return ""
     return (
-        "The base and its masked form each have their own tuned learning rate. The rate with the "
-        f"mask, over the rate without: {', '.join(parts)}. So a difference there is that of the "
-        "mask and of the rate together."
+        "The base and its masked form each have their own tuned learning rate. The rate of the "
+        f"masked form is that of its base times {', '.join(parts)}; on other bases the rates are "
+        "equal. So a difference there is that of the mask and of the rate together."
     )
 
 
