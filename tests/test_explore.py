@@ -342,3 +342,153 @@ def test_wrong_use(args, message, tmp_path, capsys):
     given = [a.format(sae=tmp_path / "sae", folder=tmp_path) for a in args]
     assert main(["explore", *given]) != 0
     assert message in capsys.readouterr().err
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, explored):
+    "Two SAEs on letters, and one on a planted world."
+    folder = tmp_path_factory.mktemp("pages")
+    off = explore_letters(absorbing_sae(WORLD, share=0.5), TASK, "mask off")
+    planted = explore_planted(*by_hand(), "by hand", n=2000)
+    made = dict(two=[explored, off], planted=[planted])
+    return {name: write_explore_page(folder / f"{name}.html", of) for name, of in made.items()}
+
+
+@pytest.fixture
+def visit(browser, pages):
+    "Opens a page; whatever goes wrong in it, or asks for a file, fails the test at its end."
+    contexts, trouble = [], []
+
+    def open_page(name="two", place="", width=1280, **more):
+        context = browser.new_context(offline=True, viewport=dict(width=width, height=900), **more)
+        contexts.append(context)
+        page, own = context.new_page(), pages[name].as_uri()
+        page.on("console", lambda m: trouble.append(m.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda r: trouble.extend([] if r.url == own else [r.url[:200]]))
+        page.goto(own + place)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [t for t in trouble if not t.startswith("data:")] == []
+
+
+def shown_bars(page, side):
+    "{latent: q} of the bars of one SAE."
+    rows = page.locator(f"#word-view .sides > div:nth-child({side}) tbody tr")
+    cells = rows.evaluate_all("rows => rows.map(r => [r.cells[0].innerText, r.cells[2].innerText])")
+    return {name: float(q.replace("−", "-")) for name, q in cells}
+
+
+def test_bars_of_an_absorbed_word(visit, explored):
+    item = max(explored.items, key=lambda item: (item.full, item.fraction, item.A))
+    page = visit()
+    assert page.locator("#word").inner_text() == f"Word: {item.text}"  # the worst word
+    bars, (child,) = shown_bars(page, 1), item.absorbing
+    letter = LETTERS.index(item.target)
+    assert list(bars) == ["A", str(child), str(letter), "bias and error"]
+    assert bars["A"] == pytest.approx(item.A, rel=0.01) and bars[str(letter)] == 0
+    assert bars[str(child)] == pytest.approx(item.written[child], rel=0.01)
+    total = sum(q for name, q in bars.items() if name != "A")
+    assert total == pytest.approx(item.A, abs=0.02)
+    absorbing = page.locator(".fill.absorbing").first
+    colour = absorbing.evaluate("e => getComputedStyle(e).backgroundColor")
+    whole = page.locator(".fill.projection").first.bounding_box()["width"]
+    assert colour == "rgb(213, 94, 0)"
+    assert absorbing.bounding_box()["width"] / whole == pytest.approx(1, abs=0.05)
+    assert page.locator("#latent").inner_text() == f"Latent {child} of mask on"
+
+
+def test_a_deep_link_and_what_is_not_there(visit, explored):
+    kept = next(item for item in explored.items if not item.full)
+    page = visit(place=f"#word={kept.text}&sae=2&latent=3")
+    assert page.locator("#word").inner_text() == f"Word: {kept.text}"
+    assert page.locator("#latent").inner_text() == "Latent 3 of mask off"
+    assert "Main latent of D." in page.locator("#latent-view").inner_text()
+    assert page.locator("#latent-view tbody").nth(1).locator("tr").count() == 26
+    page.evaluate("location.hash = '#word=xyzzy&latent=99999'")
+    page.get_by_text("No such word on this page").wait_for()
+    assert "no such latent" in page.locator("#latent-view").inner_text()
+
+
+def test_search_with_the_keyboard_alone(visit, explored):
+    page = visit()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # the link that skips to the search
+    page.keyboard.press("Tab")
+    if page.evaluate("document.activeElement.id") != "query":
+        page.locator("#query").focus()
+    text = explored.items[-1].text
+    page.keyboard.type(text.lower())
+    assert page.locator("#count").inner_text() == "1 found"
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.id === 'word'")
+    assert page.locator("#word").inner_text() == f"Word: {text}"
+    page.locator("#query").fill("30")
+    found = page.locator("#found a").all_inner_texts()
+    assert found[:2] == ["latent 30 of mask on", "latent 30 of mask off"]
+    page.locator("#query").fill("s")
+    assert page.locator("#found a").first.inner_text() == "letter S"
+    page.locator("#found a").first.press("Enter")
+    page.wait_for_function("document.activeElement.id === 'worst'")
+    letters = page.locator("#words tbody td:nth-child(2)").all_inner_texts()
+    assert {*letters} == {"S"} and page.locator("#target").input_value() == "S"
+
+
+def test_the_table_of_letters_leads_to_latents_and_keeps_the_word(visit, explored):
+    text = explored.items[-1].text
+    page = visit(place=f"#word={text}")
+    link = page.locator("section[aria-labelledby=targets] tbody tr").nth(4).get_by_role("link")
+    assert link.all_inner_texts() == ["E", "4", "4"]
+    link.nth(2).click()
+    page.wait_for_function("document.activeElement.id === 'latent'")
+    assert page.locator("#latent").inner_text() == "Latent 4 of mask off"
+    assert page.locator("#word").inner_text() == f"Word: {text}"
+
+
+def test_order_and_more_words(visit):
+    page = visit()
+    rows = page.locator("#words tbody tr")
+    assert rows.count() == 12
+    page.get_by_role("button", name="Show more").click()
+    assert rows.count() == 24
+    page.locator("#order").select_option("2")  # largest difference
+    first = rows.first.locator("td").all_inner_texts()
+    assert {first[3], first[6]} == {"yes", "no"}
+
+
+def test_planted_children_in_the_page(visit):
+    page = visit("planted")
+    assert page.locator("#word").inner_text() == "Child 3"
+    assert "direction of parent 0" in page.locator("#word-view").inner_text()
+    assert "Absorbed on 100% of the samples." in page.locator("#word-view").inner_text()
+    assert page.locator("#words tbody tr").count() == 1
+    assert page.locator("[data-role=absorbing]").count() == 1
+
+
+@pytest.mark.parametrize("name", ["two", "planted"])
+def test_a_phone_in_the_dark(visit, name):
+    page = visit(name, width=390, color_scheme="dark", is_mobile=True, has_touch=True)
+    page.get_by_text("How to read this page").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    light = """e => getComputedStyle(e).backgroundColor.match(/\\d+/g).slice(0, 3)
+        .map(Number).reduce((a, b) => a + b) / 3"""
+    body = page.locator("body")
+    assert body.evaluate(light) < 40
+    page.locator("#theme").click()
+    assert body.evaluate(light) > 230
+
+
+def test_print_has_bars_and_no_controls(visit):
+    page = visit()
+    page.emulate_media(media="print", color_scheme="dark")
+    assert not page.locator("#query").is_visible() and not page.locator("#theme").is_visible()
+    assert page.locator(".fill.absorbing").first.is_visible()
+    adjust = "e => getComputedStyle(e).printColorAdjust"
+    assert page.locator(".fill.absorbing").first.evaluate(adjust) == "exact"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -26,6 +26,8 @@ function link(change, text) {
 // A leading space belongs to the word, and is shown unless all words have one.
 const spaced = items.every(([text]) => texts[text].startsWith(' '));
 const shownText = text => spaced ? text.trim() : text.replace(/^ /, '␣');
+// "letter S", "parent 3": planted features have their kind in their name.
+const withKind = (kind, name) => name.startsWith(kind) ? name : `${kind} ${name}`;
 const itemLink = i => link({word: texts[items[i][0]]}, shownText(texts[items[i][0]]));
 const latentLink = (k, j) => link({sae: k + 1, latent: j}, String(j));
 
@@ -167,7 +169,7 @@ function wordSide(k, i, bounds) {
     element('th', {scope: 'row'}, name), element('td', {class: 'role'}, ROLES[role]), numeric(q),
     bar(q, role, bounds, items[i][2])));
   const made = table(['latent', 'role', 'q', 'along p'], rows, 'bars');
-  const caption = `What is written along the direction of ${terms.target} ${targets[items[i][1]]}`;
+  const caption = `Written along the direction of ${withKind(terms.target, targets[items[i][1]])}`;
   made.prepend(element('caption', {class: 'quiet'}, `${caption}; dashed line: A`));
   return element('div', {}, heading, element('p', {}, said(k, i)), made);
 }
@@ -180,8 +182,9 @@ function legend() {
 
 function showWord(text) {
   const i = text === null ? sorted('', 0)[0] ?? 0 : findItem(text);
-  at('word').textContent = `${terms.item[0].toUpperCase()}${terms.item.slice(1)}: `
-    + shownText(i < 0 ? text : texts[items[i][0]]);
+  const name = shownText(i < 0 ? text : texts[items[i][0]]);
+  const kind = terms.item[0].toUpperCase() + terms.item.slice(1);
+  at('word').textContent = terms.planted ? name.replace(terms.item, kind) : `${kind}: ${name}`;
   if (i < 0) {
     at('word-view').replaceChildren(element('p', {}, `No such ${terms.item} on this page. `
       + terms.scope));
@@ -190,7 +193,7 @@ function showWord(text) {
   const values = saes.flatMap((sae, k) => sae.items[i] ? pieces(k, i).map(p => p[2]) : []);
   const bounds = [Math.min(0, ...values), Math.max(0, ...values) || 1];
   const sides = saes.map((_, k) => wordSide(k, i, bounds));
-  const about = `${terms.target} ${targets[items[i][1]]}, A = ${number(items[i][2])}`;
+  const about = `${withKind(terms.target, targets[items[i][1]])}, A = ${number(items[i][2])}`;
   at('word-view').replaceChildren(element('p', {class: 'quiet'}, about), legend(),
     element('div', {class: 'sides'}, ...sides));
   return i;
@@ -245,7 +248,7 @@ function search() {
   const ranked = [];
   if (asked) {
     for (const t of targets) {
-      const name = t.startsWith(terms.target) ? t : `${terms.target} ${t}`;
+      const name = withKind(terms.target, t);
       if ([t, name].some(x => x.toLowerCase() === asked)) ranked.push([0, link({target: t}, name)]);
     }
     const latent = asked.match(/^(?:latent )?(\d+)$/)?.[1];
@@ -306,5 +309,12 @@ at('target').addEventListener('input', () => {
   showWords();
 });
 at('order').addEventListener('input', () => { limit = STEP; showWords(); });
+// Links of the table of letters keep the rest of the address.
+at('targets').closest('section').addEventListener('click', event => {
+  const href = event.target.closest('a')?.getAttribute('href');
+  if (!href) return;
+  event.preventDefault();
+  location.hash = new URL(link(Object.fromEntries(new URLSearchParams(href.slice(1))), '').href).hash;
+});
 addEventListener('hashchange', show);
 show();
