@@ -196,7 +196,9 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return _run(operation, args, kwargs or {})
+        with self:  # inference mode leaves it to us to take operations apart
+            parts = operation.decompose(*args, **(kwargs or {}))
+        return _run(operation, args, kwargs or {}) if parts is NotImplemented else parts
 
 
 @contextmanager

@@ -12,9 +12,12 @@ import torch
 from fake_gpu import GPUTensor, fake_gpu
 from small import WORLD, small
 
-from atm_sae.core import with_float64
+from atm_sae.core import generator, with_float64
+from atm_sae.data.activations import token_activations
+from atm_sae.data.batches import StreamBatches
 from atm_sae.data.lm import in_threads, next_token_losses, read_site, share_weights
 from atm_sae.data.planted import PlantedWorld, WorldBatches
+from atm_sae.data.text import TokenRows
 from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption, integrated_effects
 from atm_sae.evals.first_letter import TaskSpec, build_task, letter_indices, word_prompts
 from atm_sae.evals.metrics import (
@@ -27,9 +30,11 @@ from atm_sae.evals.metrics import (
 )
 from atm_sae.evals.probing import ProbingTask, build_probing, score_probing
 from atm_sae.evals.reading import word_activations
+from atm_sae.evals.stability import read_without_learning
 from atm_sae.evals.swap import swap_words
-from atm_sae.methods import METHODS, method_parts
+from atm_sae.methods import METHODS
 from atm_sae.sae.architectures import SAEConfig
+from atm_sae.sae.atm import ATMConfig, make_masker
 from atm_sae.sae.sae import SAE, calibrate_l0, random_sae
 from atm_sae.train.runs import make_trainer
 
@@ -110,11 +115,10 @@ def test_training_stays_on_the_device(method):
         found = {name: weight.cpu() for name, weight in trainer.sae.state_dict().items()}
     assert same(dict(expected.sae.state_dict()), found)
     assert same([*map(list, expected.history.rows)], [*map(list, trainer.history.rows)])
-    architecture, _ = method_parts(method)
-    draws = (trainer.masker is not None) + (architecture == "ortsae")
+    draws = trainer.masker is not None
     assert copied[1:9] == [dict(to_gpu=1 + draws)] * 8
     assert copied[10] == dict(to_gpu=1 + draws, sizes=1)  # the dead latents
-    assert copied[11]["to_host"] + copied[11]["reads"] == 4  # a row of the history
+    assert copied[11] == dict(to_gpu=1 + draws, to_host=2, reads=2)  # a row of the history
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "standard"])
@@ -274,6 +278,47 @@ def test_extraction_waits_no_more_than_the_model_itself(lm):
     plain = copies(lm, 2, lambda lm, n: [plain_pass(lm, r) for r in rows])
     assert ours["to_host"] == 0 and ours["reads"] <= plain["reads"]
     assert ours["to_gpu"] <= plain["to_gpu"]
+
+
+def test_ordinary_tokens_are_found_without_a_wait(lm):
+    expected = token_activations(lm, TOKENS, 1, "bfloat16")
+    with fake_gpu() as counts:
+        on_gpu = replace(lm, model=copy.deepcopy(lm.model).to("cuda"))
+        counts.clear()
+        found = token_activations(on_gpu, TOKENS, 1, "bfloat16")
+        assert counts["sizes"] == counts["to_host"] == 0
+        assert same(expected, found)
+
+
+def test_the_buffer_of_a_stream_is_on_the_device(lm):
+    def batches(model):
+        return StreamBatches(model, TokenRows(TOKENS), 1, batch_size=8, seed=0, buffer=50)
+
+    here = batches(lm)
+    expected = [next(here) for _ in range(8)]
+    with fake_gpu() as counts:
+        on_gpu = replace(lm, model=copy.deepcopy(lm.model).to("cuda"))
+        there = batches(on_gpu)
+        counts.clear()
+        assert same(expected[:4], [next(there) for _ in range(4)])
+        assert counts["to_host"] == 4  # by `same`
+        state, resumed = there.state_dict(), batches(on_gpu)
+        state |= {name: state[name].cpu() for name in ("buffer", "rest")}
+        resumed.load_state_dict(state)
+        assert isinstance(resumed.buffer, GPUTensor) and isinstance(resumed.rest, GPUTensor)
+        assert same(expected[4:], [next(resumed) for _ in range(4)])
+
+
+def test_importance_is_read_on_the_device(lm):
+    def importance(device):
+        batches = WorldBatches(PlantedWorld(WORLD), 32, 0)
+        sae = SAE(SAEConfig(8, 16, architecture="topk", k=3)).to(device)
+        masker = make_masker(ATMConfig(), 16, 10, device)
+        return read_without_learning(sae, masker, batches, 3, generator(0))
+
+    expected = importance("cpu")
+    with fake_gpu():
+        assert same(expected, importance("cuda"))
 
 
 def test_one_thread_runs_the_batches_of_a_gpu(lm):

@@ -299,7 +299,8 @@ def token_activations(
     "Activations at the tokens that are not special; ValueError at a NaN or an infinity."
     x = read_site(lm, tokens, layer, site)
     special = torch.tensor(special_ids(lm.tokenizer), dtype=tokens.dtype)
-    x = x[~torch.isin(tokens.cpu(), special).to(x.device)].to(getattr(torch, dtype))
+    kept = (~torch.isin(tokens.cpu(), special)).flatten().nonzero()[:, 0]  # found on the CPU
+    x = x.flatten(0, 1)[kept.to(x.device)].to(getattr(torch, dtype))
     rows = f"token rows {row} to {row + len(tokens) - 1}"
     return check_activations(x, lm.d_model, f"{Site(layer, site)} of {lm.name} as {dtype}, {rows}")
 

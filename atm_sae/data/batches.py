@@ -170,8 +170,8 @@ class StreamBatches:
         self.size = buffer
         self._settings = dict(name=name, batch_size=batch_size, seed=seed, buffer=buffer)
         self.generator = generator(seed, "buffer")
-        # empty until the first batch is asked for
-        self.buffer = torch.zeros(0, self.d_in, dtype=getattr(torch, dtype))
+        # on the model's device; empty until the first batch is asked for
+        self.buffer = torch.zeros(0, self.d_in, dtype=getattr(torch, dtype), device=lm.device)
         self.rest = self.buffer.clone()  # activations that were not in the buffer yet ...
         self._used = 0  # ... except for the first `_used`
         self._start()
@@ -200,14 +200,14 @@ class StreamBatches:
         tokens, self.place = next(self._pieces)
         mine = self.ranks.share(tokens)
         x = token_activations(self.lm, mine, self.layer, self.dtype, 0, self.site)
-        x = x.cpu().clone()
+        x = x.clone()
         if self.ranks.size == 1:
             return x
         # parts differ in length by their special tokens: fill up, gather, cut
         longest = -(-tokens.numel() // self.ranks.size)
         filled = torch.cat([x, x.new_zeros(longest - len(x), self.d_in)])
         parts = self.ranks.gather(filled).split(longest)
-        lengths = self.ranks.gather(torch.tensor([len(x)])).tolist()
+        lengths = self.ranks.gather(torch.tensor([len(x)], device=x.device)).tolist()
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
 
     def _take(self, n: int) -> Tensor:
@@ -229,6 +229,7 @@ class StreamBatches:
         if not len(self.buffer):
             self.buffer = self._take(self.size).clone()
         at = torch.randperm(len(self.buffer), generator=self.generator)[: self.batch_size]
+        at = at.to(self.buffer.device)
         batch = self.buffer[at].float()
         self.buffer[at] = self._take(self.batch_size)
         return batch
@@ -246,8 +247,9 @@ class StreamBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go to a saved position; ValueError if the state belongs to another stream."
         check_same_reader(state["settings"], self.settings())
-        self.buffer = state["buffer"].clone()
-        self.rest, self._used = state["rest"].clone(), 0
+        device = self.lm.device
+        self.buffer = state["buffer"].to(device, copy=True)
+        self.rest, self._used = state["rest"].to(device, copy=True), 0
         self.generator.set_state(state["generator"])
         self._pieces.close()
         self.text.load_state_dict(state["place"])

@@ -410,10 +410,11 @@ def spliced_metrics(
 # %% ../../nbs/evals/metrics.ipynb #cell-30
 def match_latents(cosines: Tensor) -> tuple[Tensor, float]:
     "The latent of each feature (-1: none) and the mean |cosine|; cosines (n_latents, n_features)."
-    i, j = linear_sum_assignment(-np.asarray(cosines))
+    values = torch.as_tensor(cosines).cpu().numpy()
+    i, j = linear_sum_assignment(-values)
     latent = torch.full((cosines.shape[1],), -1)
     latent[j] = torch.as_tensor(i)
-    return latent, float(np.abs(np.asarray(cosines)[i, j]).mean())
+    return latent, float(np.abs(values[i, j]).mean())
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-33
@@ -526,7 +527,8 @@ def _direction_cosines(sae: Dictionary, world: World) -> Tensor:
         raise ValueError(
             f"the SAE reads width {sae.W_dec.shape[1]}, the world has width {world.d_in}"
         )
-    return F.normalize(sae.W_dec.detach().cpu().float(), dim=1) @ world.directions.T
+    rows = F.normalize(sae.W_dec.detach().float(), dim=1)
+    return (rows @ world.directions.T.to(rows.device)).cpu()
 
 
 @torch.no_grad()
@@ -650,14 +652,16 @@ def dictionary_agreement(
     alive: tuple[Tensor, Tensor] | None = None,  # (d_sae,) bool each: latents that count; None: all
 ) -> dict[str, float]:
     "How alike two dictionaries are: mean best cosine, and mean cosine of a one-to-one matching."
-    A, B = (F.normalize(s.W_dec.detach().cpu().float(), dim=1) for s in (sae_a, sae_b))
+    device = sae_a.W_dec.device
+    A, B = (F.normalize(s.W_dec.detach().to(device).float(), dim=1) for s in (sae_a, sae_b))
     if A.shape[1] != B.shape[1]:
         raise ValueError(
             f"the dictionaries have widths {A.shape[1]} and {B.shape[1]}: "
             "they read different activations"
         )
     if alive is not None:
-        A, B = A[torch.as_tensor(alive[0])], B[torch.as_tensor(alive[1])]
+        first, second = (torch.as_tensor(mask).to(device) for mask in alive)
+        A, B = A[first], B[second]
     if not len(A) or not len(B):
         raise ValueError("a dictionary has no latents that are alive to compare: check `alive`")
     cosines = A @ B.T

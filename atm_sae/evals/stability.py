@@ -153,7 +153,7 @@ def read_without_learning(
 ) -> Tensor:  # (d_sae,)
     "The masker's importances after `steps` batches, which the SAE encodes but does not learn from."
     for _ in range(steps):
-        x = next(batches)
+        x = next(batches).to(sae.W_dec)
         x = replace_outliers(x, ~ordinary_rows(sae, x))
         z = sae.encode(x)
         keep = masker.sample(draw, len(x))

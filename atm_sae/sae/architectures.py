@@ -401,10 +401,12 @@ def nearest_rows(
 ) -> Tensor:
     "(d_sae,) index of the row with the largest cosine to each row, within its chunk."
     n = len(rows)
-    order = torch.arange(n) if n <= chunk else torch.randperm(n, generator=draws)
-    nearest = torch.empty(n, dtype=torch.long, device=rows.device)
+    order = torch.arange(n, device=rows.device)
+    if n > chunk:  # drawn on the CPU: the chunks are the same on all devices
+        order = torch.randperm(n, generator=draws).to(rows.device)
+    nearest = torch.empty_like(order)
     with torch.no_grad():
-        for places in order.to(rows.device).split(chunk):
+        for places in order.split(chunk):
             part = rows[places]
             nearest[places] = places[(part @ part.T).fill_diagonal_(-2).argmax(1)]
     return nearest

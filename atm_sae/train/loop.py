@@ -490,7 +490,7 @@ class Trainer:
         l0: Tensor,
     ) -> tuple[float, ...]:
         "A row of the history: a number for each of COLUMNS."
-        nan = x.new_tensor(torch.nan)
+        nan = x.new_full((), torch.nan)
         error = self.ranks.mean((x - loss.x_hat).square().sum())
         variance = self.ranks.mean((x - self.ranks.mean(x.mean(0))).square().sum())
         has_penalty = self.sae.architecture.has_penalty
@@ -501,7 +501,7 @@ class Trainer:
             error / variance,
             l0,
             (self.inactive_for > self.dead_after).sum(),
-            torch.as_tensor(sparsity, device=x.device) if has_penalty else nan,
+            sparsity + x.new_zeros(()) if has_penalty else nan,
             nan if self.masker is None else self.masker.threshold(),
             nan if keep is None else 1 - keep.float().mean(),
             nan if self.masker is None else self.masker.masked_activity(),
