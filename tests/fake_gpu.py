@@ -47,6 +47,10 @@ class GPUTensor(torch.Tensor):
     def is_cuda(self) -> bool:
         return True
 
+    @property
+    def is_meta(self) -> bool:
+        return False
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 

@@ -309,3 +309,34 @@ def test_many_saes_are_compared_on_cached_and_streamed_activations(script, cache
     rows = many.measure(many.QUICK)
     assert [row[0] for row in rows] == ["cached", "streamed"] and min(rows[0][1:]) > 0
     assert passes == [1, 1, 1, 3] * 2
+
+
+BARE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys({missing}))  # importing one is a ModuleNotFoundError
+sys.argv = ["gpu.py", "--small", "--out", {out!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+# of the packages that this project names, those that neither PyTorch, transformers, safetensors,
+# pandas, scipy nor pytest needs
+EXTRA = {"joblib", "matplotlib", "PIL", "jsonschema", "sklearn", "datasets", "nbformat", "IPython"}
+
+
+def test_gpu_benchmark_in_its_small_form_needs_few_packages(tmp_path):
+    script = str(FOLDER / "gpu.py")
+    code = BARE.format(missing=sorted(EXTRA), out=str(tmp_path), script=script)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["method"] for row in found["training"]] == ["topk", "jumprelu", "standard", "atm"]
+    assert {"activations of layer 1", "reconstruction", "absorption, saebench"} <= {
+        row["what"] for row in found["model"]
+    }
+    assert not found["left_out"] and all(0 < v for v in found["ceilings"].values())
+    assert done.stdout == (tmp_path / "gpu.md").read_text() + "\n"
+
+
+def test_shares_of_a_chip_by_hand(script):
+    chip = dict(operations=1000, bytes=50)
+    expected = dict(seconds=2, of_operations=0.25, of_bytes=0.1)
+    assert script("gpu").shares(2, 500, 10, chip) == expected

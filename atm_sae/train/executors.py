@@ -37,9 +37,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
-from joblib.externals.loky.backend.reduction import dump
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
@@ -189,6 +186,10 @@ def run_in_processes(
     """Jobs in processes of this machine, each with one thread. LostWorker if one is killed.
 
     Each worker reads the function once, with all data that it holds."""
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky.backend.reduction import dump
+
     scratch = TemporaryDirectory(prefix="atm-sae-")
     folder = Path(scratch.name)
     pool = Parallel(
