@@ -264,7 +264,7 @@ def test_the_cost_of_masks_is_measured_where_they_hide_latents(script, tmp_path,
     task = masking.TASK | masking.QUICK
     x = masking.sparse_data(task, features=512)
     fresh = masking.make_trainer(task, x, masked=True)
-    fresh.step()
+    fresh.step(fresh.read_batch(1))
     masking.save_checkpoint(tmp_path / "fresh", fresh.state_dict(), "warm")
     with pytest.raises(SystemExit, match="hide 0% to 0% of the latents"):
         masking.one_round(task, x, tmp_path / "fresh")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atm_sae.methods import MASKS, METHODS, get_method, method_name, method_style
+from atm_sae.methods import ARCHITECTURES, MASKS, METHODS, get_method, method_name, method_style
 from atm_sae.report.figures import (
     axis_limits,
     few_colours,
@@ -397,10 +397,10 @@ def test_comparison_takes_the_language_model_and_the_nearest_l0(summary):
 
 def test_names_and_styles():
     bases = [m for m in METHODS if "+" not in m]
-    assert len({method_name(m) for m in bases}) == 10
+    assert len({method_name(m) for m in bases}) == len(bases)
     looks = {(method_style(m)["color"], method_style(m)["marker"]) for m in bases}
     colours = {get_method(m).colour for m in bases if not get_method(m).is_floor}
-    assert len(looks) == 10 and len(colours) == 7
+    assert len(looks) == len(bases) and len(colours) == len(ARCHITECTURES) + 2
     assert (
         method_name("batchtopk+dropout") == "BatchTopK + dropout"
         and method_name("atm c=1 - atm") == "ATM c=1 − ATM"
