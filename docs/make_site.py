@@ -118,7 +118,7 @@ def relative(target: str, page: str) -> str:
 def page_link(path: str, names: dict[str, str]) -> str:
     "Where in the site a file of the project is."
     if path.endswith("/index.md") and path.startswith("reports/"):
-        return path.removesuffix(".md") + ".html"
+        return "reports/index.html"  # which covers all profiles
     return posixpath.splitext(names[path])[0] + ".html" if path in names else path
 
 
