@@ -196,9 +196,11 @@ def _parts(
     return parts if all(part.lines for part in parts) else []
 
 
-def _absorption_parts(world: str, evidence: Evidence) -> list[_Part]:
-    "The two measures of absorption in one world."
-    return _parts(evidence, {measure.short: measure for measure in WORLDS[world]})
+def _absorption_parts(
+    world: str, evidence: Evidence, pairs: Sequence[tuple[str, str]] = ()
+) -> list[_Part]:
+    "The two measures of absorption in one world; `pairs` as for `_parts`."
+    return _parts(evidence, {measure.short: measure for measure in WORLDS[world]}, pairs=pairs)
 
 
 def _price_parts(world: str, evidence: Evidence) -> list[_Part]:
@@ -259,10 +261,7 @@ def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
 def _importance(evidence: Mapping[str, Evidence]) -> dict[str, str]:
     "The row on ATM against its dropout control in all worlds."
     pairs = [("atm", "dropout")]
-    parts = {
-        world: _parts(of, {m.short: m for m in WORLDS[world]}, pairs=pairs)
-        for world, of in evidence.items()
-    }
+    parts = {world: _absorption_parts(world, of, pairs) for world, of in evidence.items()}
     return _joined(IMPORTANCE_QUESTION, parts)
 
 
