@@ -3,6 +3,7 @@ evaluation on planted words, caches, messages."""
 
 import copy
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -745,6 +746,11 @@ def test_ablation_absorbed(lm, lm_task, task, halves, monkeypatch):
         False,
     ]  # 1.2, 0.9, 0.6: the margin is 1
     assert len(ab.ablation_absorbed(halves, lm, lm_task, [])) == 0
+    memory_mapped = np.array(rows)
+    memory_mapped.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(ab.ablation_absorbed(halves, lm, lm_task, memory_mapped)) == 3
     with pytest.raises(ValueError, match="without prompts"):
         ab.ablation_absorbed(halves, lm, task, rows)
     with pytest.raises(ValueError, match="built with tiny.*, not with other"):

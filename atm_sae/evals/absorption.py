@@ -353,7 +353,7 @@ def ablation_absorbed(
     check_causal(lm, task.layer, task.site)
     unit, p = F.normalize(sae.W_dec.detach(), dim=1).float(), task.directions[task.letter]
     absorbed = [torch.zeros(0, dtype=torch.bool, device=unit.device)]
-    for part in torch.as_tensor(rows, dtype=torch.long).split(batch_size):
+    for part in torch.as_tensor(np.array(rows), dtype=torch.long).split(batch_size):
         if len(part):
             effects = integrated_effects(sae, lm, task, part, points)
             absorbed.append(dominant_absorber(effects, p[part].to(unit) @ unit.T))
