@@ -13,6 +13,7 @@ from small import documents
 
 from atm_sae.cli import main
 from atm_sae.report import runner
+from atm_sae.report.figures import figure_text
 from atm_sae.report.manifest import load_manifest
 from atm_sae.report.new_experiment import new_experiment
 from atm_sae.report.runner import reproduce
@@ -36,10 +37,13 @@ def made(profile, out, **more):
 
 
 def check_outputs(items, out):
-    "Every declared output is there, and recorded."
+    "Every declared output is there, and recorded; every figure has a caption with n and its words."
     for item in items:
         for output in item.outputs:
             assert (out / output).stat().st_size > 0, output
+            if output.endswith(".png"):
+                words = figure_text(out / output)
+                assert "n = " in words.caption and words.alt, output
         record = json.loads((out / f"provenance/{item.name}.json").read_text())
         assert set(record["outputs"]) == {*item.outputs, f"notebooks/{item.name}.ipynb"}
 

@@ -18,12 +18,19 @@ from PIL import Image
 
 from atm_sae.methods import ARCHITECTURES, MASKS, METHODS, get_method, method_name, method_style
 from atm_sae.report.figures import (
+    FEW,
+    FigureText,
     axis_limits,
+    curve_style,
     few_colours,
+    figure_text,
     label_ends,
+    legend_above,
     plot_curves,
     plot_intervals,
+    range_text,
     save_figure,
+    seeds_text,
     set_style,
     spread,
     stamp,
@@ -435,13 +442,17 @@ def test_spread_by_hand():
     assert np.diff(np.sort(spread(y, 0.5))).min() >= 0.5 - 1e-9
 
 
-def test_figure_bytes_are_the_same_each_time(tmp_path, summary):
+WORDS = dict(caption="Absorption; n = 2. Lower is better.", alt="ATM is lowest: 0.06 − “small”.")
+
+
+def test_figure_bytes_are_the_same_each_time(tmp_path, rows, summary):
     set_style()
 
     def draw(folder):
         fig, ax = plt.subplots()
-        plot_curves(ax, summary, "absorption")
-        return [p.read_bytes() for p in save_figure(fig, folder, "f", summary, "default")]
+        plot_curves(ax, summary, "absorption", rows)
+        paths = save_figure(fig, folder, "f", summary, "default", **WORDS)
+        return [p.read_bytes() for p in paths]
 
     one, two = draw(tmp_path / "a"), draw(tmp_path / "b")
     assert (
@@ -454,11 +465,32 @@ def test_figure_bytes_are_the_same_each_time(tmp_path, summary):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["f.csv", "f.png", "f.svg"]
 
 
-def test_a_saved_png_has_few_colours_and_looks_the_same(tmp_path, summary):
+def test_caption_and_alternative_are_in_the_files(tmp_path, rows, summary):
+    "Smaller than before it was reduced or not, the PNG keeps its words; the SVG has a title."
     set_style()
     fig, ax = plt.subplots()
-    plot_curves(ax, summary, "absorption")
-    saved = save_figure(fig, tmp_path, "f", summary, "default")[0].read_bytes()
+    plot_curves(ax, summary, "absorption", rows)
+    png, svg, _ = save_figure(fig, tmp_path, "f", summary, "default", **WORDS)
+    assert figure_text(png) == FigureText(**WORDS)
+    assert f"<title>{WORDS['alt']}</title>" in svg.read_text(encoding="utf-8")
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (1, 1)).save(plain)
+    assert figure_text(plain) == FigureText("", "")
+
+
+@pytest.mark.parametrize("missing", ["caption", "alt"])
+def test_a_figure_without_words_is_refused(tmp_path, summary, missing):
+    fig = plt.figure()
+    with pytest.raises(ValueError, match=f"figure 'f': its {missing} is empty"):
+        save_figure(fig, tmp_path, "f", summary, "default", **WORDS | {missing: " "})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_png_has_few_colours_and_looks_the_same(tmp_path, rows, summary):
+    set_style()
+    fig, ax = plt.subplots()
+    plot_curves(ax, summary, "absorption", rows)
+    saved = save_figure(fig, tmp_path, "f", summary, "default", **WORDS)[0].read_bytes()
     many = io.BytesIO()
     fig.savefig(many, format="png", dpi=160)
     one, two = (Image.open(io.BytesIO(png)) for png in (saved, many.getvalue()))
@@ -467,14 +499,14 @@ def test_a_saved_png_has_few_colours_and_looks_the_same(tmp_path, summary):
     assert shift.mean() < 1 and few_colours(saved) == saved
 
 
-def test_svg_bytes_do_not_depend_on_the_layouts_last_bits(tmp_path, summary):
+def test_svg_bytes_do_not_depend_on_the_layouts_last_bits(tmp_path, rows, summary):
     "matplotlib names a clip path after coordinates that the file shows rounded."
 
     def svg(folder, width):
         fig, axes = plt.subplots(1, 2, figsize=(width, 3))
         for ax in axes:
-            plot_curves(ax, summary, "absorption")
-        path = save_figure(fig, tmp_path / folder, "f", summary, "default")[1]
+            plot_curves(ax, summary, "absorption", rows)
+        path = save_figure(fig, tmp_path / folder, "f", summary, "default", **WORDS)[1]
         return path.read_text()
 
     one, two = svg("a", 6.0), svg("b", 6.0 + 1e-12)
@@ -495,9 +527,70 @@ def test_intervals_of_two_seeds_do_not_flatten_the_axis(summary):
     assert -0.2 < ax.get_xlim()[0] and ax.get_xlim()[1] < 0.5
 
 
+def test_below_four_seeds_single_runs_are_drawn_and_no_interval(rows):
+    "Two seeds of ATM are two points; five of TopK have a bar, and their runs are not drawn."
+    topk = pd.concat([rows[rows.method == "topk"]] * 2 + [rows[rows.seed == 1].tail(1)])
+    topk = topk.assign(seed=range(5))
+    both = pd.concat([rows[rows.method == "atm"], topk])
+    summary = summary_table(both, ["absorption"])
+    assert sorted(summary.n) == [2, 5] and 2 < FEW < 5
+    _, ax = plt.subplots()
+    plot_curves(ax, summary, "absorption", both, label=False)
+    drawn = {tuple(line.get_ydata()) for line in ax.lines}
+    assert (0.05, 0.07) in drawn and len(ax.collections) == 1
+    bottom, top = ax.get_ylim()
+    assert bottom < 0.05 and 0.2 < top < 0.3
+    assert seeds_text(summary) == (
+        "Each curve is a mean over seeds (n = 2 to 5). Bars are 95% t-intervals. "
+        "Below 4 seeds, small points are the single runs instead."
+    )
+
+
+def test_the_words_on_a_range_by_hand():
+    lines = pd.DataFrame(
+        [
+            ("atm", 4, 0.1),
+            ("topk", 4, 0.3),
+            ("random", 4, 0.0),
+            ("atm", 8, 0.2),
+            ("random", 8, 0.5),
+        ],
+        columns=["method", "sparsity", "mean"],
+    )
+    assert range_text(lines) == (
+        "at target L0 4 from ATM 0.100 to TopK 0.300 (floor: random 0.00); "
+        "at target L0 8 from ATM 0.200 (floor: random 0.500)"
+    )
+
+
+def test_methods_differ_without_colour():
+    "Marker, line and face; the mask changes line and face and keeps the marker."
+    looks = {}
+    for method in [
+        *ARCHITECTURES,
+        *[f"{name}+atm" for name in ARCHITECTURES if name != "standard"],
+    ]:
+        style = curve_style(method)
+        looks[method] = (style["marker"], style["linestyle"], style["markerfacecolor"] == "white")
+    assert len(set(looks.values())) == len(looks)
+    assert curve_style("topk+atm")["marker"] == curve_style("topk")["marker"]
+    floors = [curve_style(name) for name in ("random", "frozen decoder")]
+    assert len({style["marker"] for style in floors}) == 2
+    assert {style["linestyle"] for style in floors} == {":"}
+
+
+def test_the_legend_has_each_name_of_any_panel_once(rows, summary):
+    set_style()
+    fig, (left, right) = plt.subplots(1, 2)
+    plot_curves(left, summary, "absorption", rows, methods=["atm"], label=False)
+    plot_curves(right, summary, "absorption", rows, methods=["atm", "topk"], label=False)
+    legend_above(fig)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["ATM", "TopK"]
+
+
 def test_plotting_one_point_or_a_difference(rows, summary):
     fig, (left, right) = plt.subplots(1, 2)
-    assert len(plot_curves(left, summary[summary.method == "atm"], "absorption")) == 1
+    assert len(plot_curves(left, summary[summary.method == "atm"], "absorption", rows)) == 1
     plot_intervals(right, difference_table(rows, ["absorption"]), "absorption")
     assert [t.get_text() for t in right.get_yticklabels()] == ["ATM − TopK"]
 

@@ -15,6 +15,7 @@ __all__ = [
     "answer_lines",
     "answer_figure",
     "answer_caption",
+    "answer_alt",
     "write_answer",
 ]
 
@@ -365,6 +366,19 @@ def answer_caption(
     )
 
 
+def answer_alt(
+    lines: pd.DataFrame,  # of `answer_lines`
+) -> str:
+    "What is to be seen: in each panel, the bases whose interval excludes 0."
+    parts = []
+    for panel, of in lines.groupby("panel", sort=False):
+        lower, higher = of.base[of.high < 0], of.base[of.low > 0]
+        found = {"lower": list(lower), "higher": list(higher)}
+        words = [f"{side} on {name_methods(bases)}" for side, bases in found.items() if bases]
+        parts.append(f"{panel}: {', '.join(words) or 'no difference shown'}.")
+    return f"With the mask. {' '.join(parts)}"
+
+
 def write_answer(
     found: Mapping[str, WorldEvidence],  # of `read_answer`
     folder: str | Path,  # of the landing page
@@ -374,4 +388,5 @@ def write_answer(
     if lines.empty:
         return None
     profiles = " and ".join(dict.fromkeys(of.profile for of in found.values()))
-    return save_figure(answer_figure(lines), folder, "answer", lines, profiles)[0]
+    words = dict(caption=answer_caption(found), alt=answer_alt(lines))
+    return save_figure(answer_figure(lines), folder, "answer", lines, profiles, **words)[0]

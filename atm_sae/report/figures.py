@@ -4,15 +4,24 @@
 
 # %% auto #0
 __all__ = [
+    "PRINT_WIDTH",
+    "SMALLEST",
+    "FEW",
     "set_style",
+    "curve_style",
     "spread",
     "label_ends",
     "axis_limits",
     "plot_curves",
+    "legend_above",
+    "seeds_text",
+    "range_text",
     "plot_intervals",
     "plot_effects",
     "stamp",
     "few_colours",
+    "FigureText",
+    "figure_text",
     "save_figure",
 ]
 
@@ -21,30 +30,34 @@ import contextlib
 import io
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from numpy.typing import ArrayLike
 
 from ..artefacts import atomic_write
-from ..methods import method_name, method_style
+from ..methods import ARCHITECTURES, get_method, method_name, method_style
 from .tables import SMOKE, write_csv
-from ..stats import format_interval
+from ..stats import format_interval, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% ../../nbs/report/figures.ipynb #cell-5
+PRINT_WIDTH = 7.0  # of a printed page, in inches
+SMALLEST = 8.0  # text in print, in points
 _STYLE = {
     "figure.figsize": (6.4, 3.2),
     "figure.dpi": 110,
     "savefig.dpi": 160,
     "figure.constrained_layout.use": True,
-    "font.size": 9,
+    "font.size": 8,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "text.color": "#303030",
@@ -53,10 +66,10 @@ _STYLE = {
     "axes.linewidth": 0.6,
     "axes.edgecolor": "#909090",
     "axes.labelcolor": "#303030",
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelsize": 9,
+    "axes.titlepad": 6,
+    "axes.labelsize": 8,
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#ECECEC",
@@ -73,7 +86,7 @@ _STYLE = {
     "ytick.labelsize": 8,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
+    "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
     "lines.markeredgewidth": 1.2,
     "svg.fonttype": "path",
@@ -89,6 +102,26 @@ def set_style() -> None:
 
 
 # %% ../../nbs/report/figures.ipynb #cell-8
+_MARKERS = ("o", "s", "^", "D", "P", "X", "h", "d", "*")  # one for each architecture
+
+
+def curve_style(
+    method: str,  # a method, or a variant of one
+) -> dict[str, str]:
+    "For `ax.plot`: colour and marker name the architecture, line and face of the marker the mask."
+    found, style = get_method(method), dict(method_style(method))
+    if found.is_floor:
+        return style | {"linestyle": ":"}
+    if found.architecture in ARCHITECTURES:
+        style["marker"] = _MARKERS[list(ARCHITECTURES).index(found.architecture) % len(_MARKERS)]
+    if found.mask:
+        style |= {"markerfacecolor": "#C8C8C8" if found.variant else "white"}
+        line = method_style(f"topk+{found.mask}")["linestyle"]
+        style["linestyle"] = "-." if found.variant else line
+    return style
+
+
+# %% ../../nbs/report/figures.ipynb #cell-11
 def spread(
     y: ArrayLike,  # wanted positions, (n,)
     gap: float,  # smallest distance
@@ -106,7 +139,7 @@ def spread(
     return out
 
 
-# %% ../../nbs/report/figures.ipynb #cell-11
+# %% ../../nbs/report/figures.ipynb #cell-14
 def label_ends(
     ax: "Axes",
     gap: float = 10,  # smallest distance between two names, in points
@@ -139,7 +172,7 @@ def label_ends(
         )
 
 
-# %% ../../nbs/report/figures.ipynb #cell-13
+# %% ../../nbs/report/figures.ipynb #cell-16
 def axis_limits(
     mean: ArrayLike,  # means, (n,)
     low: ArrayLike,  # lower bounds, (n,); NaN where unknown
@@ -158,7 +191,7 @@ def axis_limits(
     return (bottom - pad, top + pad)
 
 
-# %% ../../nbs/report/figures.ipynb #cell-16
+# %% ../../nbs/report/figures.ipynb #cell-20
 def _draw_interval(
     ax: "Axes",
     ends: Sequence[tuple[float, float]],  # two points
@@ -172,27 +205,53 @@ def _draw_interval(
         ax.add_collection(bar, autolim=False)
 
 
-# %% ../../nbs/report/figures.ipynb #cell-17
+# %% ../../nbs/report/figures.ipynb #cell-21
+FEW = 4  # below so many seeds, single runs are drawn and no interval
+
+
+def _draw_spread(
+    ax: "Axes",
+    curve: pd.DataFrame,  # summary lines of one method
+    runs: pd.DataFrame,  # its single runs, at all sparsities
+    metric: str,
+    x: str,
+    colour: str,
+) -> np.ndarray:
+    "The interval of each line, or its single runs where seeds are few; the values of these runs."
+    many = curve[curve.n >= FEW]
+    for at, low, high in zip(many[x], many.low, many.high):
+        _draw_interval(ax, [(at, low), (at, high)], colour)
+    few = runs[runs.sparsity.isin(curve.sparsity[curve.n < FEW])]
+    ax.plot(few[x], few[metric], "o", color=colour, ms=2.2, mew=0, alpha=0.7, zorder=1.5)
+    return few[metric].to_numpy(dtype=float)
+
+
 def plot_curves(
     ax: "Axes",  # where to draw
     summary: pd.DataFrame,  # summary table of one world
     metric: str,  # which metric
+    runs: pd.DataFrame,  # what the table averages: method, sparsity, x and the metric of each run
     x: str = "l0",  # column of the horizontal axis
     methods: Iterable[str] | None = None,  # in this order; None: all that are no differences
     label: bool = True,  # write the names at the ends
 ) -> pd.DataFrame:
-    "Mean and interval over L0, one curve for each method; returns the drawn lines of the table."
+    """Mean over L0, one curve for each method, with intervals or single runs (see `seeds_text`).
+
+    Returns the drawn lines of the table."""
     data = summary[summary.metric == metric]
     if methods is None:
         methods = [m for m in dict.fromkeys(data.method) if " - " not in m]
     methods = list(methods)
     data = data[data.method.isin(methods)].sort_values(x)
+    singles = []
     for m in methods:
-        curve, style = data[data.method == m], method_style(m)
+        curve, style = data[data.method == m], curve_style(m)
         ax.plot(curve[x], curve["mean"], label=method_name(m), **style)
-        for at, low, high in zip(curve[x], curve.low, curve.high):
-            _draw_interval(ax, [(at, low), (at, high)], style["color"])
-    ax.set_ylim(axis_limits(data["mean"], data.low, data.high))
+        of_method = runs[runs.method == m]
+        singles.append(_draw_spread(ax, curve, of_method, metric, x, style["color"]))
+    known = data.n >= FEW
+    values = np.concatenate([data["mean"], *singles])
+    ax.set_ylim(axis_limits(values, data.low[known], data.high[known]))
     if x == "l0":
         _l0_axis(ax, data)
     if label:
@@ -200,21 +259,93 @@ def plot_curves(
     return data
 
 
-# %% ../../nbs/report/figures.ipynb #cell-18
+# %% ../../nbs/report/figures.ipynb #cell-22
+def _apart(
+    ticks: Sequence[float],  # positive, in ascending order
+    width: float,  # of the axis, in points
+    gap: float = 20,  # smallest distance between two of them, in points
+) -> list[float]:
+    "Those of the ticks whose labels do not touch on a logarithmic axis; the first is kept."
+    scale = width / max(np.log(ticks[-1] / ticks[0]), 1e-9)
+    kept = [ticks[0]]
+    for tick in ticks[1:]:
+        if scale * np.log(tick / kept[-1]) >= gap:
+            kept.append(tick)
+    return kept
+
+
 def _l0_axis(ax: "Axes", data: pd.DataFrame) -> None:
     "A logarithmic L0 axis with ticks at the targets, or at powers of two."
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
     ax.set_xscale("log", base=2)
     targets = sorted({float(s) for s in data.sparsity if s == s and s > 0})
+    width = 72 * ax.get_position().width * ax.figure.get_figwidth()
     few = 1 < len(targets) <= 8
-    ax.xaxis.set_major_locator(FixedLocator(targets) if few else LogLocator(base=2))
+    ticks = _apart(targets, width) if few else targets
+    ax.xaxis.set_major_locator(FixedLocator(ticks) if few else LogLocator(base=2))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.set_xlabel("L0, mean number of active latents")
+    ax.set_xlabel("L0 (mean active latents)")
 
 
-# %% ../../nbs/report/figures.ipynb #cell-23
+# %% ../../nbs/report/figures.ipynb #cell-27
+def legend_above(
+    fig: "Figure",
+    columns: int = 5,  # names in a row
+) -> None:
+    "One legend above all panels, with each name of any panel once."
+    found: dict[str, Any] = {}
+    for ax in fig.axes:
+        for handle, name in zip(*ax.get_legend_handles_labels()):
+            found.setdefault(name, handle)
+    place = dict(loc="outside upper center", ncols=columns, columnspacing=1.2, handlelength=2.4)
+    fig.legend(found.values(), found.keys(), **place)
+
+
+# %% ../../nbs/report/figures.ipynb #cell-29
+def seeds_text(
+    lines: pd.DataFrame,  # summary lines that are drawn, with n
+    unit: str = "seeds",
+) -> str:
+    "What the points and bars of `plot_curves` are, in sentences with n."
+    n = lines.n[lines.n > 1].astype(int)
+    if n.empty:
+        return "n = 1: one run for each point."
+    counts = f"n = {n.min()}" + (f" to {n.max()}" if n.max() > n.min() else "")
+    bars = "Bars are 95% t-intervals."
+    singles = "Small points are the single runs."
+    if n.min() < FEW <= n.max():
+        singles = f"Below {FEW} {unit}, small points are the single runs instead."
+    shown = ([bars] if n.max() >= FEW else []) + ([singles] if n.min() < FEW else [])
+    return f"Each curve is a mean over {unit} ({counts}). {' '.join(shown)}"
+
+
+def _value_text(line: Any) -> str:
+    "`ATM 0.12` of a summary line."
+    return f"{method_name(line.method)} {format_number(float(line.mean))}"
+
+
+def range_text(
+    lines: pd.DataFrame,  # summary lines of one metric
+) -> str:
+    "The lowest and the highest method at the smallest and the largest target, and the floors."
+    parts = []
+    for target in sorted({lines.sparsity.min(), lines.sparsity.max()}):
+        here = list(lines[lines.sparsity == target].sort_values("mean").itertuples())
+        floors = [line for line in here if get_method(line.method).is_floor]
+        ours = [line for line in here if line not in floors]
+        if not ours:
+            continue
+        ends = dict.fromkeys(map(_value_text, (ours[0], ours[-1])))
+        text = f"at target L0 {target:g} from {' to '.join(ends)}"
+        if floors:
+            text += f" (floor: {', '.join(map(_value_text, floors))})"
+        parts.append(text)
+    return "; ".join(parts)
+
+
+# %% ../../nbs/report/figures.ipynb #cell-32
 def plot_intervals(
     ax: "Axes",  # where to draw
     summary: pd.DataFrame,  # summary lines, one for each method, of one world and sparsity
@@ -228,7 +359,7 @@ def plot_intervals(
     methods = list(dict.fromkeys(data.method)) if methods is None else list(methods)
     data = data.set_index("method").loc[methods].reset_index()
     for y, line in enumerate(data.itertuples()):
-        style = method_style(line.method.split(" - ")[0]) | {"linestyle": "none"}
+        style = curve_style(line.method.split(" - ")[0]) | {"linestyle": "none"}
         ax.plot(line.mean, y, **style)
         _draw_interval(ax, [(line.low, y), (line.high, y)], style["color"])
         ax.annotate(
@@ -236,7 +367,7 @@ def plot_intervals(
             (1.02, y),
             xycoords=("axes fraction", "data"),
             va="center",
-            fontsize=7.5,
+            fontsize=8,
             annotation_clip=False,
         )
     ax.set(yticks=range(len(methods)), yticklabels=[method_name(m) for m in methods])
@@ -246,7 +377,7 @@ def plot_intervals(
     return data
 
 
-# %% ../../nbs/report/figures.ipynb #cell-26
+# %% ../../nbs/report/figures.ipynb #cell-35
 def plot_effects(
     ax: "Axes",  # where to draw
     lines: pd.DataFrame,  # base, mean, low, high, n, agree: one line for each base
@@ -274,7 +405,7 @@ def plot_effects(
     ax.tick_params(axis="y", length=0)
 
 
-# %% ../../nbs/report/figures.ipynb #cell-29
+# %% ../../nbs/report/figures.ipynb #cell-38
 def stamp(
     fig: "Figure",
     profile: str,  # its name goes to the lower right corner
@@ -289,8 +420,8 @@ def stamp(
         SMOKE if smoke else f"profile: {profile}",
         ha="right",
         va="bottom",
-        fontsize=6,
-        color="#C03020" if smoke else "#909090",
+        fontsize=SMALLEST,
+        color="#C03020" if smoke else "#707070",
         gid="stamp",
     )
     if smoke:
@@ -299,11 +430,11 @@ def stamp(
     engine = fig.get_layout_engine()
     if engine:
         with contextlib.suppress(TypeError, NotImplementedError):  # not all engines have a rect
-            engine.set(rect=(0, 0.12 / height, 1, 1 - 0.12 / height))
+            engine.set(rect=(0, 0.15 / height, 1, 1 - 0.15 / height))
     return fig
 
 
-# %% ../../nbs/report/figures.ipynb #cell-32
+# %% ../../nbs/report/figures.ipynb #cell-41
 _NO_TRACE: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": None},
@@ -320,8 +451,12 @@ def few_colours(
         flat = image.convert("RGB").quantize(
             128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
         )
+        texts = {key: text for key, text in image.info.items() if isinstance(text, str)}
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(str(key), text)
     small = io.BytesIO()
-    flat.save(small, "png", optimize=True)
+    flat.save(small, "png", optimize=True, pnginfo=info)
     return min(small.getvalue(), png, key=len)
 
 
@@ -342,24 +477,68 @@ def _number_clip_paths(svg: str) -> str:
     return re.sub(pattern, lambda m: m[1] + names[m[2]], svg)
 
 
-# %% ../../nbs/report/figures.ipynb #cell-33
+# %% ../../nbs/report/figures.ipynb #cell-42
+@dataclass(frozen=True)
+class FigureText:
+    "What stands beside a figure; empty for a picture without it."
+
+    caption: str  # what is drawn, n, what the bars are, what is better
+    alt: str  # what is to be seen
+
+
+def figure_text(
+    path: Path | str,  # a PNG that `save_figure` wrote
+) -> FigureText:
+    "Caption and text alternative of a figure."
+    with Image.open(path) as image:
+        return FigureText(image.info.get("Description", ""), image.info.get("Title", ""))
+
+
+def _print_problems(fig: "Figure") -> list[str]:
+    "What makes the figure unreadable on a printed page."
+    from matplotlib.text import Text
+
+    width, found = fig.get_figwidth(), []
+    if width > PRINT_WIDTH:
+        found.append(f"it is {width:g} inches wide; draw it at most {PRINT_WIDTH:g} inches wide")
+    for text in fig.findobj(Text):
+        written = text.get_text().strip()
+        if written and text.get_visible() and text.get_fontsize() < SMALLEST:
+            size = f"{text.get_fontsize():g} pt"
+            found.append(f"{written!r} has {size}; write it with at least {SMALLEST:g} pt")
+    return found
+
+
 def save_figure(
     fig: "Figure",  # a matplotlib figure
     folder: Path | str,  # where to put it
     name: str,  # file name without suffix
     data: pd.DataFrame,  # what is drawn
     profile: str,  # stamped into the corner
+    *,
+    caption: str,  # what is drawn, n, what the bars are, what is better
+    alt: str,  # what is to be seen
 ) -> list[Path]:
-    "Write name.png, name.svg and name.csv, the same bytes each time; returns the three paths."
+    """Write name.png, name.svg and name.csv, the same bytes each time; returns the three paths.
+
+    ValueError if the caption or the alternative is empty, or the print would be unreadable."""
     import matplotlib as mpl
 
+    problems = [
+        f"its {what} is empty"
+        for what, text in dict(caption=caption, alt=alt).items()
+        if not text.strip()
+    ]
+    if problems:
+        raise ValueError(f"save_figure: figure {name!r}: {problems[0]}")
     _settle(stamp(fig, profile))
     paths = [Path(folder) / f"{name}.{suffix}" for suffix in ("png", "svg", "csv")]
     for path in paths[:2]:
         kind = path.suffix[1:]
         fixed = {"svg.hashsalt": "atm-sae", "svg.fonttype": "path"}
+        about = _NO_TRACE[kind] | {"Title": alt, "Description": caption}
         with atomic_write(path) as part, mpl.rc_context(fixed):
-            fig.savefig(part, format=kind, dpi=160, metadata=_NO_TRACE[kind])
+            fig.savefig(part, format=kind, dpi=160, metadata=about)
             if kind == "svg":
                 svg = _number_clip_paths(part.read_text(encoding="utf-8"))
                 part.write_text(svg, encoding="utf-8")
