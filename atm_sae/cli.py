@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.lm import LM, Site
     from atm_sae.data.synthsaebench import PlantedConfig
+    from atm_sae.evals.contexts import Passages
     from atm_sae.evals.probing import ProbingTask
     from atm_sae.report.explore import Exploration
     from atm_sae.report.manifest import ObjectState
@@ -684,6 +685,8 @@ class Options:
     spaced: bool = False  # of absorption: only words with a leading space
     device: str = "auto"  # where SAEs and models run
     tasks: "Sequence[ProbingTask]" = ()  # of sae-probes
+    ablation: bool = False  # of explore: score absorption by effects on the answer, too
+    context_tokens: int | None = None  # of explore: text for the contexts; None: the usual number
 
     def __post_init__(self) -> None:
         from atm_sae.core import pick_device
@@ -923,6 +926,15 @@ _SPACED_HELP = "Score absorption on words with a leading space only."
 _EVALUATE = (
     "my-sae --metrics core,absorption --eval-seeds 3 --saebench results --json > scores.json"
 )
+_MODEL_HELP = "A world, or a model, as in --data; by default the SAE's."
+_SITE_KIND_HELP = f"{_SITE_HELP} By default the SAE's, else resid_post."
+_ProtocolName = Annotated[str, _option(_PROTOCOL_HELP, metavar="exact|saebench")]
+_MaxWords = Annotated[int | None, _option(_WORDS_HELP, min=1)]
+_Spaced = Annotated[bool, typer.Option("--spaced", help=_SPACED_HELP)]
+_Model = Annotated[str | None, _option(_MODEL_HELP, PLACE)]
+_Layer = Annotated[int | None, _option("By default the SAE's.", PLACE)]
+_SiteKind = Annotated[str | None, _option(_SITE_KIND_HELP, PLACE)]
+_Device = Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")]
 
 
 @app.command(epilog=f"Example: atm-sae evaluate {_EVALUATE}")
@@ -930,18 +942,14 @@ def evaluate(
     sae: Annotated[list[str], typer.Argument(help=_SAES_HELP)],
     metrics: Annotated[str | None, _option(_METRICS_HELP)] = None,
     eval_seeds: Annotated[int, _option("Score absorption with so many seeds.", min=1)] = 1,
-    protocol: Annotated[str, _option(_PROTOCOL_HELP, metavar="exact|saebench")] = "exact",
-    max_words: Annotated[int | None, _option(_WORDS_HELP, min=1)] = None,
-    spaced: Annotated[bool, typer.Option("--spaced", help=_SPACED_HELP)] = False,
-    model: Annotated[
-        str | None, _option("A world, or a model, as in --data; by default the SAE's.", PLACE)
-    ] = None,
-    layer: Annotated[int | None, _option("By default the SAE's.", PLACE)] = None,
-    site: Annotated[
-        str | None, _option(f"{_SITE_HELP} By default the SAE's, else resid_post.", PLACE)
-    ] = None,
+    protocol: _ProtocolName = "exact",
+    max_words: _MaxWords = None,
+    spaced: _Spaced = False,
+    model: _Model = None,
+    layer: _Layer = None,
+    site: _SiteKind = None,
     tokens: Annotated[int | None, _option(_TOKENS_HELP, PLACE)] = None,
-    device: Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")] = "auto",
+    device: _Device = "auto",
     subfolder: Annotated[str | None, _option(_SUBFOLDER_HELP, PLACE)] = None,
     revision: Annotated[str | None, _option(_REVISION_HELP, PLACE)] = None,
     sae_probes: Annotated[Path | None, _option(_SAE_PROBES_HELP, metavar="PATH")] = None,
@@ -973,6 +981,15 @@ def evaluate(
 # %% ../nbs/cli.ipynb #cell-37
 _EXPLORE_HELP = "Folders of one or two SAEs, or hf:OWNER/NAME/FOLDER on the Hub."
 _FLOOR_HELP = "An untrained SAE; its scores stand beside those of the others."
+_CONTEXT_TOKENS = 16_384
+_CONTEXTS_HELP = (
+    "Held-out tokens from which the contexts of latents are taken, by default "
+    f"{_CONTEXT_TOKENS:,}: 12 s of CPU time for smollm2. 0: no contexts."
+)
+_ABLATION_HELP = (
+    "Add the ablation rate: absorption by effects on the model's answer, for up to 64 words. "
+    "It costs about 15 s of CPU time for each SAE of smollm2."
+)
 
 
 def _names(sources: Sequence[str], subjects: Sequence[Subject]) -> list[str]:
@@ -990,8 +1007,22 @@ def _names(sources: Sequence[str], subjects: Sequence[Subject]) -> list[str]:
     return names if len({*names}) == len(names) else list(sources)
 
 
-def _explored(name: str, s: Subject, o: Options) -> "Exploration":
-    "Score one SAE for the page."
+@functools.lru_cache(1)
+def _passages(data: "ActivationSpec", o: Options) -> "Passages | None":
+    "Held-out text that the contexts of all latents are taken from."
+    from atm_sae.data.batches import held_out_tokens
+    from atm_sae.evals.contexts import read_passages
+
+    n = _CONTEXT_TOKENS if o.context_tokens is None else o.context_tokens
+    if n == 0:
+        return None
+    lm = load_model(data.model, data.lm_dtype, o.device)
+    source = f"held-out text, {data.text or 'Python documentation and letter lines'}"
+    return read_passages(lm, held_out_tokens(data, lm, n), data.layer, data.site, source)
+
+
+def _explored(name: str, s: Subject, o: Options, read: Data) -> "Exploration":
+    "Score one SAE for the page; contexts are taken from the text of the data `read`."
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.synthsaebench import planted_world
     from atm_sae.evals.first_letter import get_task
@@ -999,12 +1030,24 @@ def _explored(name: str, s: Subject, o: Options) -> "Exploration":
 
     if not isinstance(s.data, ActivationSpec):
         _check_no_words(o)
+        _check_no_model(o)
         return explore_planted(s.sae, planted_world(s.data), name)
     lm = load_model(s.data.model, s.data.lm_dtype, o.device)
     s.sae.to(lm.device)
     which: dict[str, Any] = dict(max_words=o.max_words, spaced=o.spaced)
     task = get_task(lm, s.data.layer, site=s.data.site, **which)
-    return explore_letters(s.sae, task, name, protocol=o.protocol)
+    passages = _passages(read, o) if isinstance(read, ActivationSpec) else None
+    scorer = lm if o.ablation else None
+    return explore_letters(s.sae, task, name, protocol=o.protocol, lm=scorer, passages=passages)
+
+
+def _check_no_model(o: Options) -> None:
+    "ValueError for options of explore that need a language model."
+    if o.ablation or o.context_tokens is not None:
+        raise ValueError(
+            "--ablation and --context-tokens run a language model, and the planted world has none; "
+            "leave them out"
+        )
 
 
 @app.command(epilog="Example: atm-sae explore my-sae other-sae --out explore.html")
@@ -1012,17 +1055,15 @@ def explore(
     sae: Annotated[list[str], typer.Argument(help=_EXPLORE_HELP)],
     out: Annotated[Path, _option("The HTML file to write.", OUTPUT)] = Path("explore.html"),
     floor: Annotated[str | None, _option(_FLOOR_HELP, metavar="SAE")] = None,
-    protocol: Annotated[str, _option(_PROTOCOL_HELP, metavar="exact|saebench")] = "exact",
-    max_words: Annotated[int | None, _option(_WORDS_HELP, min=1)] = None,
-    spaced: Annotated[bool, typer.Option("--spaced", help=_SPACED_HELP)] = False,
-    model: Annotated[
-        str | None, _option("A world, or a model, as in --data; by default the SAE's.", PLACE)
-    ] = None,
-    layer: Annotated[int | None, _option("By default the SAE's.", PLACE)] = None,
-    site: Annotated[
-        str | None, _option(f"{_SITE_HELP} By default the SAE's, else resid_post.", PLACE)
-    ] = None,
-    device: Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")] = "auto",
+    context_tokens: Annotated[int | None, _option(_CONTEXTS_HELP, min=0)] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help=_ABLATION_HELP)] = False,
+    protocol: _ProtocolName = "exact",
+    max_words: _MaxWords = None,
+    spaced: _Spaced = False,
+    model: _Model = None,
+    layer: _Layer = None,
+    site: _SiteKind = None,
+    device: _Device = "auto",
     as_json: _Json = False,
 ) -> None:
     "Write an HTML page on what one or two SAEs absorb: words, latents, projections."
@@ -1032,12 +1073,14 @@ def explore(
         raise ValueError(f"the page shows one or two SAEs, not {len(sae)}: choose two")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file, such as {out / 'explore.html'}")
-    options = Options(protocol=protocol, max_words=max_words, spaced=spaced, device=device)
-    reads = Reads(model, layer, site, None)
+    words: dict[str, Any] = dict(protocol=protocol, max_words=max_words, spaced=spaced)
+    more: dict[str, Any] = dict(ablation=ablation, context_tokens=context_tokens)
+    options, reads = Options(device=device, **words, **more), Reads(model, layer, site, None)
     sources = [*sae, *filter(None, [floor])]
     subjects = [_subject(source, reads, None, None) for source in sources]
     names = _names(sources, subjects)
-    found = [_explored(*of, options) for of in zip(names, subjects, strict=True)]
+    read = subjects[0].data
+    found = [_explored(*of, options, read) for of in zip(names, subjects, strict=True)]
     path = write_explore_page(out, found[: len(sae)], found[-1] if floor else None)
     if as_json:
         _print_json(dict(page=str(path), scores={each.name: each.scores for each in found}))

@@ -1,5 +1,6 @@
 "The page on what SAEs absorb: its numbers, two SAEs, planted features, size, command, browser."
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -11,9 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from atm_sae.cli import main
+from atm_sae.data.lm import read_site
 from atm_sae.data.planted import PlantedWorld, WorldConfig
+from atm_sae.data.synthsaebench import TreeWorld, TreeWorldConfig
+from atm_sae.data.text import pack_tokens, special_ids
 from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption
 from atm_sae.evals.constructed import absorbing_sae, letter_world, word_task
+from atm_sae.evals.contexts import Passages, read_passages, top_contexts
 from atm_sae.evals.first_letter import LETTERS
 from atm_sae.report.explore import (
     N_BARS,
@@ -37,6 +42,24 @@ SAE_20 = absorbing_sae(WORLD, share=0.2)
 @pytest.fixture(scope="module")
 def explored():
     return explore_letters(SAE_20, TASK, "mask on")
+
+
+@pytest.fixture(scope="module")
+def passages():
+    "A text of 60 tokens in 6 passages; latent 3 is largest on token 25, latent 30 is never active."
+    x = torch.zeros(60, 112)
+    x[[4, 14, 25, 26, 34, 44, 54]] = torch.tensor([2.0, 3, 9, 4, 5, 6, 7])[:, None] * child_of_d()
+    words = [f" w{i}" for i in range(60)]
+    words[26] = "\n<b>"
+    return Passages(torch.arange(60), tuple(words), torch.arange(60) // 10, x, "a small text")
+
+
+def child_of_d():
+    "An activation on which latent 3, that of D, is active."
+    row = int(
+        np.flatnonzero((TASK.letter == 3).numpy() & (SAE_20.encode(TASK.x)[:, 3] > 0).numpy())[0]
+    )
+    return TASK.x[row]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +217,85 @@ def test_a_world_without_parents_is_refused():
         explore_planted(by_hand()[0], world, "x")
 
 
+@pytest.mark.parametrize("world", [PlantedWorld, TreeWorld])
+def test_features_are_named_by_their_kind(world):
+    "Parents, children, and features that are neither; each direction has its own name."
+    config = WorldConfig(d_in=30, n_parents=2, children_per_parent=2, n_free=3)
+    if world is TreeWorld:
+        config = TreeWorldConfig(n_features=10, d_in=30, n_roots=1, n_branches=2, depth=2)
+    made = world(config)
+    sae = SAE(SAEConfig(30, made.n_features)).requires_grad_(False)
+    sae.W_enc.copy_(made.directions.T)
+    sae.W_dec.copy_(made.directions)
+    found = explore_planted(sae, made, "true directions", n=3000)
+    for j, latent in found.latents.items():
+        kind = "parent" if made.is_parent[j] else "child" if made.parent[j] >= 0 else "feature"
+        best = max(latent.cosines, key=lambda name: latent.cosines[name])
+        assert best == f"{kind} {j}" and latent.cosines[best] == pytest.approx(1, abs=1e-5)
+    assert len(found.latents) > 5 and explore_page([found])
+
+
+# ---- contexts
+
+
+def test_contexts_of_latents(passages):
+    found = top_contexts(SAE_20, passages)
+    z = SAE_20.encode(passages.x) * SAE_20.W_dec.norm(dim=1)
+    assert {*found} == {*z.any(0).nonzero()[:, 0].tolist()} and 3 in found
+    assert found[3].rate == 7 / 60
+    starts = [context.start for context in found[3].top]
+    assert starts == [20, 50, 40, 30, 10]  # one for each passage, the largest five
+    for context in found[3].top:
+        values = z[context.start : context.start + len(context.z), 3].tolist()
+        assert context.z == pytest.approx(values, abs=1e-4) and len(context.z) == 10
+    assert max(found[3].top[0].z) == pytest.approx(float(z[25, 3]), abs=1e-4)
+
+
+def test_a_context_is_a_part_of_a_long_passage_and_no_text_is_shown_twice(passages):
+    one = replace(passages, number=torch.zeros(60, dtype=torch.long))
+    (context,) = top_contexts(SAE_20, one)[3].top
+    assert (context.start, len(context.z)) == (13, 19)  # 12 tokens before token 25, and 6 behind
+    same = replace(passages, tokens=torch.arange(60) % 10)
+    assert len(top_contexts(SAE_20, same)[3].top) == 1
+
+
+def test_outliers_of_a_text_are_left_out(passages):
+    sae = absorbing_sae(WORLD, share=0.2)
+    sae.metadata = dict(max_norm=float(passages.x[25].norm()) * 0.9)
+    found = top_contexts(sae, passages)
+    assert found[3].rate == pytest.approx(6 / 59) and found[3].top[0].start == 50
+
+
+def test_passages_of_a_model(lm):
+    "Special tokens are left out and end passages; activations are those at the tokens."
+    tokens = pack_tokens(lm.tokenizer, ["first words here", "second text"], 8)
+    found = read_passages(lm, tokens, 1, source="two texts")
+    special = torch.isin(tokens, torch.tensor(special_ids(lm.tokenizer)))
+    assert found.tokens.tolist() == tokens[~special].tolist()
+    x = read_site(lm, tokens, 1, "resid_post")[~special]
+    assert torch.allclose(found.x, x.float(), atol=1e-5)
+    groups = [len([*group]) for _, group in itertools.groupby(found.number.tolist())]
+    runs = itertools.chain(*(itertools.groupby(row) for row in special.tolist()))
+    assert groups == [len([*group]) for is_special, group in runs if not is_special]
+    assert found.about == f"{len(found)} tokens of two texts"
+
+
+def test_the_page_has_the_contexts_and_their_text_once(explored, passages):
+    found = explore_letters(SAE_20, TASK, "with text", passages=passages)
+    data = data_of(explore_page([found, replace(found, name="again")]))
+    words, ids = data["tokens"]["texts"], data["tokens"]["ids"]
+    assert [words[i] for i in ids] == list(passages.texts)
+    *_, rate, contexts = data["saes"][0]["latents"]["3"]
+    start, length, *pairs = contexts[0]
+    assert (start, length, pairs[::2]) == (20, 10, [5, 6]) and rate == pytest.approx(
+        7 / 60, abs=1e-4
+    )
+    assert "60 tokens of a small text" in found.about
+    assert len(data["saes"][0]["latents"]["30"]) == 3  # active on words only
+    with pytest.raises(ValueError, match="text differ"):
+        explore_page([found, explored])
+
+
 # ---- the page
 
 
@@ -228,8 +330,15 @@ def test_two_saes_and_a_floor(explored, dense):
     assert absorbed == [sum(i.full for i in each.items) for each in (explored, off)]
     assert absorbed[0] < absorbed[1] and len(found["items"]) == len(explored.items)
     assert "floor: random" in page and "random" not in json.dumps(found)
-    rows = re.findall(r'<th scope="row">full absorption</th>(.*?)</tr>', page)
-    assert rows[0].count("<td") == 3
+    (row,) = re.findall(r'<th scope="row">full absorption</th>(.*?)</tr>', page)
+    assert re.findall(">([^<]+)</td>", row) == ["0.192", "0.506", "+0.314", "0.00"]
+    rates = [[target.scores["full"] for target in each.targets] for each in (explored, off)]
+    apart = np.subtract(*reversed(rates))
+    letter = LETTERS[int(apart.argmax())]
+    (row,) = re.findall(rf'href="#target={letter}">{letter}</a></th>(.*?)</tr>', page, re.S)
+    cells = [cell.strip() for cell in re.findall(r'<td class="num">(.*?)</td>', row, re.S)]
+    assert float(cells[-2]) == pytest.approx(apart.max(), abs=1e-3) and apart.max() > 0.3
+    assert explore_page([explored]).count(">difference<") == 0
 
 
 def test_saes_that_were_measured_otherwise_are_refused(explored):
@@ -307,6 +416,39 @@ def test_explore_planted_from_the_shell(tmp_path, capsys):
     assert len(found["targets"]) == 20 and len(found["items"]) == 80
 
 
+def test_ablation_and_contexts_from_the_shell(tmp_path, monkeypatch, capsys, passages):
+    "Both SAEs are scored with the model, and their contexts come from one reading of one text."
+    asked, read = [], []
+
+    def scored(sae, latents, config, lm, protocol):
+        asked.append(lm)
+        result = evaluate_absorption(sae, latents, config, protocol=protocol)
+        rate = dict(ablation_absorption_rate=0.25)
+        return replace(result, letters=result.letters.assign(**rate))
+
+    def held_out(data, lm, n):
+        read.append((data.layer, n))
+        return torch.zeros(1, 2)
+
+    lm = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr("atm_sae.evals.first_letter.get_tasks", lambda *of, **more: [TASK])
+    monkeypatch.setattr("atm_sae.cli.load_model", lambda *of: lm)
+    monkeypatch.setattr("atm_sae.report.explore.evaluate_absorption", scored)
+    monkeypatch.setattr("atm_sae.data.batches.held_out_tokens", held_out)
+    monkeypatch.setattr("atm_sae.evals.contexts.read_passages", lambda *of: passages)
+    saes = [str(tmp_path / name) for name in ("one", "two")]
+    for path in saes:
+        SAE_20.save(path)
+    args = ["--model", "a-model", "--layer", "5", "--ablation", "--context-tokens", "512"]
+    out = tmp_path / "page.html"
+    assert main(["explore", *saes, *args, "--out", str(out)]) == 0
+    assert asked == [lm, lm] and read == [(5, 512)]
+    page = out.read_text(encoding="utf-8")
+    assert page.count(">ablation rate</th>") == 4  # scores, two SAEs, difference
+    assert "<strong>ablation rate</strong> is the share of words" in page
+    assert len(data_of(page)["tokens"]["ids"]) == 60
+
+
 def test_explore_letters_from_the_shell(tmp_path, monkeypatch, capsys):
     asked = {}
 
@@ -318,10 +460,14 @@ def test_explore_letters_from_the_shell(tmp_path, monkeypatch, capsys):
     lm = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr("atm_sae.cli.load_model", lambda *of: lm)
     SAE_20.save(tmp_path / "mine")
+    read = []
+    monkeypatch.setattr("atm_sae.evals.contexts.read_passages", lambda *of: read.append(of))
     args = ["--model", "some-model", "--layer", "3", "--spaced", "--max-words", "900"]
+    args += ["--context-tokens", "0"]
     out = tmp_path / "page.html"
     assert main(["explore", str(tmp_path / "mine"), *args, "--out", str(out)]) == 0
     assert asked == dict(layer=3, seeds=[0], site="resid_post", spaced=True, max_words=900)
+    assert read == []
     assert f"{out}: 0.2 MB" in capsys.readouterr().out
     found = data_of(out.read_text(encoding="utf-8"))
     assert found["saes"][0]["name"] == "mine" and len(found["items"]) == 156
@@ -333,6 +479,8 @@ def test_explore_letters_from_the_shell(tmp_path, monkeypatch, capsys):
         (["{sae}", "{sae}", "{sae}"], "one or two SAEs, not 3"),
         (["{sae}", "--out", "{folder}"], "is a folder: name a file"),
         (["{sae}", "--model", "planted", "--spaced"], "the planted world has none"),
+        (["{sae}", "--model", "planted", "--ablation"], "--ablation .* run a language model"),
+        (["{sae}", "--model", "planted", "--context-tokens", "9"], "the planted world has none"),
         (["{sae}"], "give --model and --layer"),
         (["{folder}/none", "--model", "planted"], "none"),
     ],
@@ -341,19 +489,25 @@ def test_wrong_use(args, message, tmp_path, capsys):
     SAE(SAEConfig(64, 70)).save(tmp_path / "sae")
     given = [a.format(sae=tmp_path / "sae", folder=tmp_path) for a in args]
     assert main(["explore", *given]) != 0
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 # ---- in a browser
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory, explored):
+def two(passages):
+    "Two SAEs on the same words and text."
+    saes = {"mask on": SAE_20, "mask off": absorbing_sae(WORLD, share=0.5)}
+    return [explore_letters(sae, TASK, name, passages=passages) for name, sae in saes.items()]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, two):
     "Two SAEs on letters, and one on a planted world."
     folder = tmp_path_factory.mktemp("pages")
-    off = explore_letters(absorbing_sae(WORLD, share=0.5), TASK, "mask off")
     planted = explore_planted(*by_hand(), "by hand", n=2000)
-    made = dict(two=[explored, off], planted=[planted])
+    made = dict(two=two, planted=[planted])
     return {name: write_explore_page(folder / f"{name}.html", of) for name, of in made.items()}
 
 
@@ -387,8 +541,7 @@ def shown_bars(page, side):
 
 def test_bars_of_an_absorbed_word(visit, explored):
     item = max(explored.items, key=lambda item: (item.full, item.fraction, item.A))
-    page = visit()
-    assert page.locator("#word").inner_text() == f"Word: {item.text}"  # the worst word
+    page = visit(place=f"#word={item.text}")
     bars, (child,) = shown_bars(page, 1), item.absorbing
     letter = LETTERS.index(item.target)
     assert list(bars) == ["A", str(child), str(letter), "bias and error"]
@@ -414,6 +567,31 @@ def test_a_deep_link_and_what_is_not_there(visit, explored):
     page.evaluate("location.hash = '#word=xyzzy&latent=99999'")
     page.get_by_text("No such word on this page").wait_for()
     assert "no such latent" in page.locator("#latent-view").inner_text()
+
+
+def test_contexts_in_the_page(visit):
+    page = visit(place="#latent=3")
+    rows = page.locator("#latent-view .contexts tbody tr")
+    assert rows.count() == 5
+    marks = rows.first.locator("mark")
+    assert marks.all_inner_texts() == [" w25", "↵<b>"]
+    largest = rows.first.locator("mark.largest")
+    assert largest.all_inner_texts() == [" w25"]
+    z = largest.get_attribute("title").removeprefix("z = ")
+    assert rows.first.locator("td.num").inner_text() == z
+    assert "w20 w21 w22 w23 w24 w25" in rows.first.inner_text()
+    shares = marks.evaluate_all("m => m.map(e => Number(e.style.getPropertyValue('--share')))")
+    assert shares[0] == 1 and 0.15 <= shares[1] < 0.6
+    assert "of the 60 tokens" in page.locator("#latent-view").inner_text()
+    page.evaluate("location.hash = '#latent=30'")
+    page.get_by_text("Active on none of the 60 tokens").wait_for()
+
+
+def test_a_letter_by_deep_link(visit):
+    page = visit(place="#target=D")
+    letters = page.locator("#words tbody td:nth-child(2)").all_inner_texts()
+    assert {*letters} == {"D"} and page.locator("#target").input_value() == "D"
+    assert page.evaluate("document.activeElement.id") == "worst"
 
 
 def test_search_with_the_keyboard_alone(visit, explored):
@@ -451,15 +629,26 @@ def test_the_table_of_letters_leads_to_latents_and_keeps_the_word(visit, explore
     assert page.locator("#word").inner_text() == f"Word: {text}"
 
 
-def test_order_and_more_words(visit):
+def test_order_and_more_words(visit, two):
     page = visit()
     rows = page.locator("#words tbody tr")
     assert rows.count() == 12
     page.get_by_role("button", name="Show more").click()
     assert rows.count() == 24
-    page.locator("#order").select_option("2")  # largest difference
     first = rows.first.locator("td").all_inner_texts()
-    assert {first[3], first[6]} == {"yes", "no"}
+    assert (first[3], first[6], first[9]) in {("yes", "no", "−1"), ("no", "yes", "+1")}
+    text = page.locator("#words p").first.inner_text()
+    counts = re.fullmatch(
+        r"Fully absorbed by both SAEs: (\d+) words, only by mask on: (\d+), "
+        r"only by mask off: (\d+)\.", text
+    ).groups()  # fmt: skip
+    both, one, other = map(int, counts)
+    on, off = ([item.full for item in each.items] for each in two)
+    assert (both + one, both + other) == (sum(on), sum(off))
+    assert both == sum(a * b for a, b in zip(on, off, strict=True)) and one + other > 0
+    page.locator("#order").select_option(label="worst in mask off first")
+    first = rows.first.locator("td").all_inner_texts()
+    assert first[6] == "yes"
 
 
 def test_planted_children_in_the_page(visit):
@@ -469,6 +658,9 @@ def test_planted_children_in_the_page(visit):
     assert "Absorbed on 100% of the samples." in page.locator("#word-view").inner_text()
     assert page.locator("#words tbody tr").count() == 1
     assert page.locator("[data-role=absorbing]").count() == 1
+    features = page.locator("#latent-view .bars tbody th").all_inner_texts()
+    assert {"parent 0", "child 3"} <= {*features}  # latent 3 points along both
+    assert not page.get_by_text("Contexts with the largest values").count()
 
 
 @pytest.mark.parametrize("name", ["two", "planted"])

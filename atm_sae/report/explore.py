@@ -6,7 +6,7 @@
 __all__ = [
     "N_BARS",
     "N_TOP",
-    "N_COSINES",
+    "N_FEATURES",
     "MOST_PARENTS",
     "Target",
     "Item",
@@ -15,9 +15,11 @@ __all__ = [
     "Written",
     "written_along",
     "absorbing_latents",
+    "nearest_directions",
     "describe_latents",
     "explore_letters",
     "explore_planted",
+    "feature_names",
     "Terms",
     "check_same_setting",
     "page_data",
@@ -38,7 +40,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..artefacts import atomic_write
+from ..artefacts import atomic_write, stable_hash
 from ..core import generator
 from ..data.lm import Site
 from ..data.planted import World
@@ -51,6 +53,7 @@ from atm_sae.evals.absorption import (
     find_protocol,
     word_latents,
 )
+from ..evals.contexts import Context, LatentContexts, Passages, top_contexts
 from ..evals.first_letter import LETTERS, FirstLetterTask
 from ..evals.metrics import Autoencoder, planted_table, reconstruction_metrics
 from ..evals.swap import SwapResult
@@ -92,7 +95,8 @@ class Latent:
 
     rate: float  # share of words or samples on which it is active
     top: Mapping[str, float]  # {word: z}, the largest
-    cosines: Mapping[str, float]  # {target: cosine of its decoder row and the direction}
+    cosines: Mapping[str, float]  # {letter or feature: cosine of the decoder row and its direction}
+    text: LatentContexts | None = None  # where in the text it is active
 
 
 @dataclass(frozen=True)
@@ -106,15 +110,16 @@ class Exploration:
     scores: Mapping[str, float | None]  # {row of the first table: value}
     targets: tuple[Target, ...]
     items: tuple[Item, ...]
-    latents: Mapping[int, Latent]  # those that are active on a word or sample
+    latents: Mapping[int, Latent]  # those that are active on a word or sample, or in the text
     notice: str = ""  # what a reader must know first
+    tokens: Sequence[str] = ()  # the text that contexts are taken from
     thresholds: AbsorptionConfig = SAEBENCH_THRESHOLDS
 
 
 # %% ../../nbs/report/explore.ipynb #cell-8
 N_BARS = 8  # latents of a word that are drawn one by one
 N_TOP = 10  # words of a latent
-N_COSINES = 26  # targets of a latent: all letters, or the parents of largest absolute cosine
+N_FEATURES = 10  # of a planted world: those with the largest absolute cosines with a latent
 
 
 class Written(NamedTuple):
@@ -160,27 +165,39 @@ def absorbing_latents(
 
 
 # %% ../../nbs/report/explore.ipynb #cell-15
+def nearest_directions(
+    W_dec: Tensor,  # (d_sae, d_in) unit decoder rows
+    directions: Tensor,  # (m, d_in) rows of length 1
+    names: Sequence[str],  # (m,)
+    n: int,  # how many for each latent, at most
+) -> list[dict[str, float]]:  # {name: cosine} of each latent, in the order of `names`
+    "The directions with the largest absolute cosines with each decoder row."
+    found = []
+    for rows in W_dec.split(1024):
+        cosines = rows @ directions.T.to(rows)
+        near = cosines.abs().topk(min(n, len(names))).indices.sort().values
+        pairs = zip(near.tolist(), cosines.gather(1, near).tolist())
+        found += [{names[i]: c for i, c in zip(*pair)} for pair in pairs]
+    return found
+
+
 def describe_latents(
     z: sparse.csr_matrix,  # (n, d_sae) latents of the words
     texts: Sequence[str],  # (n,) the words
-    cosines: np.ndarray,  # (d_sae, targets) of decoder rows and directions
-    targets: Sequence[str],  # their names
+    cosines: Sequence[Mapping[str, float]],  # (d_sae,) see `nearest_directions`
     rates: np.ndarray | None = None,  # (d_sae,) share of samples; None: share of the words
+    contexts: Mapping[int, LatentContexts] | None = None,  # of latents that are active in a text
 ) -> dict[int, Latent]:
-    "Each latent that is active on a word: its top words and its cosines."
-    columns, found = z.tocsc(), {}
+    "Each latent that is active on a word or in the text: its top words, cosines and contexts."
+    columns, found, contexts = z.tocsc(), {}, contexts or {}
     if rates is None:
         rates = np.diff(columns.indptr) / max(len(texts), 1)
-    for j in np.flatnonzero(np.diff(columns.indptr)).tolist():
+    for j in sorted({*np.flatnonzero(np.diff(columns.indptr)).tolist(), *contexts}):
         part = slice(columns.indptr[j], columns.indptr[j + 1])
         rows, values = columns.indices[part], columns.data[part]
-        top = np.argsort(-values, kind="stable")[:N_TOP]
-        near = np.sort(np.argsort(-np.abs(cosines[j]), kind="stable")[:N_COSINES])
-        found[j] = Latent(
-            float(rates[j]),
-            {texts[rows[i]]: float(values[i]) for i in top},
-            {targets[i]: float(cosines[j, i]) for i in near},
-        )
+        best = np.argsort(-values, kind="stable")[:N_TOP]
+        top = {texts[rows[i]]: float(values[i]) for i in best}
+        found[j] = Latent(float(rates[j]), top, cosines[j], contexts.get(j))
     return found
 
 
@@ -234,16 +251,24 @@ def _letter_scores(result: AbsorptionResult, usual: Mapping[str, float]) -> dict
     return {name: value for name, value in scores.items() if value == value}
 
 
-def _letters_about(result: AbsorptionResult) -> str:
-    "Model, protocol and words in a sentence."
+def _letters_setting(result: AbsorptionResult, passages: Passages | None) -> dict[str, Any]:
+    "What two SAEs on one page must share."
+    setting = {k: v for k, v in result.config.items() if k not in ("n_outliers", "swap")}
+    text = stable_hash(passages.tokens.tolist()) if passages else None
+    return setting | dict(ablation="ablation_absorption_rate" in result.letters, text=text)
+
+
+def _letters_about(result: AbsorptionResult, passages: Passages | None) -> str:
+    "Model, protocol, words and text in sentences."
     config = result.config
     site = Site(config["layer"], config["site"])
     place = f"{Path(config['model']).name}, {site}" if config["model"] else "Given activations"
     kind = " with a leading space" if config["spaced"] else ""
+    text = f" Contexts of latents are taken from {passages.about}." if passages else ""
     return (
         f"{place}. {len(result.words):,} of {config['n_words']:,} words{kind}: the test words on "
         f"which the probes of {len(result.letters)} letters are right. Protocol "
-        f"{config['protocol']}, evaluation seed {config['seeds'][0]}."
+        f"{config['protocol']}, evaluation seed {config['seeds'][0]}.{text}"
     )
 
 
@@ -254,6 +279,7 @@ def explore_letters(
     config: AbsorptionConfig = SAEBENCH_THRESHOLDS,
     protocol: str = "exact",  # one of PROTOCOLS
     lm: "LM | None" = None,  # the task's LM: adds the ablation rate
+    passages: Passages | None = None,  # text read at the task's layer and site: adds contexts
 ) -> Exploration:
     "Score an SAE on the first-letter task, and keep what the page shows. Errors of the scores."
     latents = word_latents(sae, task)
@@ -267,17 +293,20 @@ def explore_letters(
         mine = words[words.letter == row["first_letter"]]
         targets.append(_letter_target(row))
         items += _word_items(mine, latents.z[hits], cosines[:, i], row["main_latents"], config)
+    near = nearest_directions(latents.W_dec, scored.directions, LETTERS, len(LETTERS))
+    contexts = top_contexts(sae, passages) if passages else {}
     swap = result.config["swap"]
     return Exploration(
         name,
         False,
-        {k: v for k, v in result.config.items() if k not in ("n_outliers", "swap")},
-        _letters_about(result),
+        _letters_setting(result, passages),
+        _letters_about(result, passages),
         _letter_scores(result, reconstruction_metrics(sae, task.x)),
         tuple(targets),
         tuple(items),
-        describe_latents(latents.z, scored.words.text.tolist(), cosines, list(LETTERS)),
+        describe_latents(latents.z, scored.words.text.tolist(), near, None, contexts),
         SwapResult(**swap).problem if swap else "",
+        passages.texts if passages else (),
         config,
     )
 
@@ -398,7 +427,7 @@ def explore_planted(
         for i, group in enumerate(groups)
         if group.child >= 0 and np.isfinite(means.A[i])
     ]
-    names, texts = [f"parent {parent}" for parent in main], [group.text for group in groups]
+    near = nearest_directions(W_dec, world.directions, feature_names(world), N_FEATURES)
     return Exploration(
         name,
         True,
@@ -407,8 +436,15 @@ def explore_planted(
         _planted_scores(table, usual, len(W_dec)),
         tuple(_parent_target(row) for row in parents.to_dict("records")),
         tuple(items),
-        describe_latents(means.z, texts, cosines, names, means.rates),
+        describe_latents(means.z, [group.text for group in groups], near, means.rates),
     )
+
+
+def feature_names(world: World) -> list[str]:
+    "What the page calls the features: parents, children, and features that are neither."
+    pairs = zip(world.is_parent.tolist(), world.parent.tolist())
+    kinds = ["parent" if above else "child" if of >= 0 else "feature" for above, of in pairs]
+    return [f"{kind} {i}" for i, kind in enumerate(kinds)]
 
 
 def _parent_target(row: Mapping[str, Any]) -> Target:
@@ -433,6 +469,7 @@ class Terms:
     scope: str  # which items the page has
     share: str = ""  # threshold of both scores of words
     absorbers: int = 0  # most latents that the fraction counts
+    candidates: int = 0  # most words that the ablation rate is estimated from
 
 
 def _terms(explored: Exploration) -> Terms:
@@ -442,7 +479,7 @@ def _terms(explored: Exploration) -> Terms:
         return Terms(True, *names, "It has the children of the most frequent parents.")
     scope = "It has the test words on which the probe of their letter is right."
     config = explored.thresholds
-    limits = f"{config.share:.0%}", config.absorbers
+    limits = f"{config.share:.0%}", config.absorbers, config.max_candidates
     return Terms(False, "word", "words", "letter", "letters", "words", scope, *limits)
 
 
@@ -488,22 +525,35 @@ def _sae_data(
     explored: Exploration,
     keys: Sequence[tuple[str, str]],  # (target, text) of the items of the page
     text: _Numbers,
-    target: _Numbers,
+    targets: Sequence[str],
+    direction: _Numbers,
 ) -> dict[str, Any]:
     "What explore.js reads of one SAE."
     items = {(item.target, item.text): item for item in explored.items}
     main = {each.name: list(each.main) for each in explored.targets}
-    latents = {}
-    for j, latent in explored.latents.items():
-        top = {text(word): value for word, value in latent.top.items()}
-        hundredths = [[target(name), round(100 * c)] for name, c in latent.cosines.items()]
-        latents[j] = [_rounded(latent.rate), _flat(top), sum(hundredths, [])]
+    latents = explored.latents.items()
     return dict(
         name=explored.name,
-        main=[main.get(name) for name in target.places],
+        main=[main.get(name) for name in targets],
         items=[_item_data(items[key]) if key in items else None for key in keys],
-        latents=latents,
+        latents={j: _latent_data(latent, text, direction) for j, latent in latents},
     )
+
+
+def _latent_data(latent: Latent, text: _Numbers, direction: _Numbers) -> list[Any]:
+    "What explore.js reads of one latent; with a text, its rate there and its contexts."
+    top = {text(word): value for word, value in latent.top.items()}
+    hundredths = [[direction(name), round(100 * c)] for name, c in latent.cosines.items()]
+    found = [_rounded(latent.rate), _flat(top), sum(hundredths, [])]
+    if latent.text is None:
+        return found
+    return [*found, _rounded(latent.text.rate), [_context_data(c) for c in latent.text.top]]
+
+
+def _context_data(context: Context) -> list[Any]:
+    "First token and number of tokens, then place and value where the latent is not zero."
+    values = {place: value for place, value in enumerate(context.z) if value}
+    return [context.start, len(context.z), *_flat(values, 3)]
 
 
 def _item_data(item: Item) -> list[Any]:
@@ -517,13 +567,19 @@ def page_data(explorations: Sequence[Exploration]) -> dict[str, Any]:
     terms = _terms(explorations[0])
     shared = {(i.target, i.text): i.A for each in explorations for i in each.items}
     names = [*LETTERS] if not terms.planted else [t.name for t in explorations[0].targets]
-    text, target = _Numbers(), _Numbers(names)
-    items = [[text(word), target(name), _rounded(A)] for (name, word), A in shared.items()]
-    saes = [_sae_data(each, list(shared), text, target) for each in explorations]
+    text, direction, token = _Numbers(), _Numbers(names), _Numbers()
+    items = [[text(word), names.index(name), _rounded(A)] for (name, word), A in shared.items()]
+    saes = [_sae_data(each, list(shared), text, names, direction) for each in explorations]
+    ids = [token(each) for each in explorations[0].tokens]
     kept = ("planted", "item", "items", "target", "rows", "scope")
-    named = {name: getattr(terms, name) for name in kept}
     return dict(
-        terms=named, targets=list(target.places), items=items, saes=saes, texts=list(text.places)
+        terms={name: getattr(terms, name) for name in kept},
+        targets=names,
+        items=items,
+        saes=saes,
+        texts=list(text.places),
+        directions=list(direction.places),
+        tokens=dict(texts=list(token.places), ids=ids),
     )
 
 
@@ -533,7 +589,23 @@ def _target_rows(explorations: Sequence[Exploration]) -> list[dict[str, Any]]:
     found = [{target.name: target for target in each.targets} for each in explorations]
     names = dict.fromkeys(name for each in found for name in each)
     order = list(names) if explorations[0].planted else sorted(names)
-    return [dict(name=name, targets=[each.get(name) for each in found]) for name in order]
+    rows = []
+    for name in order:
+        scores = [each[name].scores for each in found if name in each]
+        changes = _changes(scores) if len(found) == len(scores) == 2 else {}
+        rows.append(dict(name=name, targets=[each.get(name) for each in found], changes=changes))
+    return rows
+
+
+def _changes(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    "The second SAE's scores less those of the first, where both have one; counts are left out."
+    first, second = scores
+    pairs = {name: (first[name], second.get(name)) for name in first}
+    return {
+        name: b - a
+        for name, (a, b) in pairs.items()
+        if isinstance(a, float) and isinstance(b, float)
+    }
 
 
 def _score_text(value: float | None) -> str:
@@ -541,6 +613,29 @@ def _score_text(value: float | None) -> str:
     if value is None or isinstance(value, int):
         return "–" if value is None else f"{value:,}"
     return format_number(value)
+
+
+def _change_text(value: float | None) -> str:
+    "A difference as the tables of the page show it."
+    if value is None or value != value:
+        return "–"
+    return f"{'+' if value > 0 else ''}{format_number(value)}".replace("-", "−")
+
+
+def _compared(explorations: Sequence[Exploration]) -> list[str]:
+    "Columns of the letters in which two SAEs are compared; none for another number of SAEs."
+    if len(explorations) != 2:
+        return []
+    scores = explorations[0].targets[0].scores
+    return [column for column, value in scores.items() if isinstance(value, float)]
+
+
+def _score_rows(columns: Sequence[Exploration], n: int) -> list[tuple[str, list[str], str]]:
+    "Rows of the first table: label, the scores, and the difference of `n` = 2 SAEs."
+    labels = dict.fromkeys(label for each in columns for label in each.scores)
+    changes = _changes([each.scores for each in columns[:2]]) if n == 2 else {}
+    texts = [[_score_text(each.scores.get(label)) for each in columns] for label in labels]
+    return [(label, row, _change_text(changes.get(label))) for label, row in zip(labels, texts)]
 
 
 def explore_page(
@@ -551,8 +646,6 @@ def explore_page(
     check_same_setting([*explorations, *([] if floor is None else [floor])])
     first, names = explorations[0], [each.name for each in explorations]
     columns = [*explorations, *([] if floor is None else [floor])]
-    labels = dict.fromkeys(label for each in columns for label in each.scores)
-    head = [(la, [_score_text(each.scores.get(la)) for each in columns]) for la in labels]
     text = json.dumps(page_data(explorations), separators=(",", ":"), ensure_ascii=False)
     page = templates().get_template("explore.html.j2")
     return page.render(
@@ -561,11 +654,14 @@ def explore_page(
         floor="" if floor is None else floor.name,
         terms=_terms(first),
         about=first.about,
-        head=head,
+        head=_score_rows(columns, len(names)),
         notices=list(dict.fromkeys(each.notice for each in explorations if each.notice)),
         columns=list(first.targets[0].scores),
+        compared=_compared(explorations),
+        ablation="ablation rate" in first.scores,
         rows=_target_rows(explorations),
         score=_score_text,
+        change=_change_text,
         data=text.replace("<", "\\u003c"),
     )
 

@@ -1,10 +1,12 @@
 'use strict';
 
-const {terms, texts, targets, items, saes} = JSON.parse(
+const {terms, texts, targets, directions, items, saes, tokens} = JSON.parse(
   document.getElementById('data').textContent
 );
 const at = id => document.getElementById(id);
 const number = x => x === null ? '–' : Number(x.toPrecision(3)).toString().replace('-', '−');
+const difference = x => (x > 0 ? '+' : '') + number(x);
+const two = saes.length === 2; // then their differences are shown
 const STEP = 12; // words that are shown at first; each press of "Show more" doubles the number
 let limit = STEP;
 
@@ -38,12 +40,15 @@ function findItem(text) {
   return items.findIndex(([t]) => texts[t].trim().toLowerCase() === plain);
 }
 
-function table(heads, rows, kind = '') {
+// `groups` are [name, number of columns] of a row above the heads.
+function table(heads, rows, kind = '', groups = []) {
   const numbers = n => rows.length && rows[0].cells[n].classList.contains('num');
   const head = element('tr', {}, ...heads.map((name, n) =>
     element('th', {scope: 'col', class: numbers(n) ? 'num' : ''}, name)));
+  const above = groups.length ? [element('tr', {}, ...groups.map(([name, colspan]) =>
+    name ? element('th', {scope: 'colgroup', colspan}, name) : element('td', {colspan})))] : [];
   const body = element('tbody', {}, ...rows);
-  return element('table', {class: kind}, element('thead', {}, head), body);
+  return element('table', {class: kind}, element('thead', {}, ...above, head), body);
 }
 
 function inBox(made, name) {
@@ -66,11 +71,14 @@ const compare = (a, b) => {
 const orders = saes.map((sae, k) => [
   saes.length > 1 ? `worst in ${sae.name} first` : 'worst first', i => badness(k, i),
 ]);
-if (saes.length > 1) {
-  orders.push(['largest difference first', i => {
-    const [one, two] = [badness(0, i), badness(1, i)];
-    return [Math.abs(one[0] - two[0]), Math.abs(one[1] - two[1]), items[i][2]];
-  }]);
+// Of both scores, the second SAE's less the first's; null where one of them has no score.
+const change = (i, n) => {
+  const [a, b] = [0, 1].map(k => scores(k, i)[n]);
+  return a === null || b === null ? null : b - a;
+};
+if (two) {
+  orders.unshift(['largest difference first', i =>
+    [Math.abs(change(i, 0)), Math.abs(change(i, 1)), items[i][2]]]);
 }
 at('order').append(...orders.map(([name], n) => element('option', {value: n}, name)));
 at('order').closest('label').hidden = orders.length < 2;
@@ -94,24 +102,33 @@ function wordRow(i) {
     const more = terms.planted ? [] : [numeric(fraction)];
     return [shown, ...more, element('td', {}, ...links)];
   });
-  const row = element('tr', {}, cell(itemLink(i)), cell(targets[target]), numeric(A), ...cells);
+  const last = two ? [element('td', {class: 'num'}, difference(change(i, terms.planted ? 0 : 1)))] : [];
+  const row = element('tr', {}, cell(itemLink(i)), cell(targets[target]), numeric(A), ...cells, ...last);
   if (state().get('word') === texts[items[i][0]]) row.setAttribute('aria-current', 'true');
   return row;
 }
 
+// "Fully absorbed by both SAEs: 3 words, only by one: 5, only by two: 4."
+function compared(found) {
+  const count = (a, b) => found.filter(i =>
+    a === Boolean(scores(0, i)[0]) && b === Boolean(scores(1, i)[0])).length;
+  const verb = terms.planted ? 'Absorbed on some samples' : 'Fully absorbed';
+  return `${verb} by both SAEs: ${count(true, true)} ${terms.items}, `
+    + `only by ${saes[0].name}: ${count(true, false)}, only by ${saes[1].name}: ${count(false, true)}.`;
+}
+
 function showWords() {
   const found = sorted(at('target').value, Number(at('order').value));
-  const of = name => saes.length > 1 ? `, ${name}` : '';
-  const heads = saes.flatMap(({name}) => [
-    (terms.planted ? 'absorbed' : 'fully absorbed') + of(name),
-    ...(terms.planted ? [] : ['fraction' + of(name)]),
-    'absorbing latents' + of(name),
-  ]);
+  const kinds = terms.planted ? ['absorbed'] : ['fully absorbed', 'fraction'];
+  const heads = [terms.item, terms.target, 'A', ...saes.flatMap(() => [...kinds, 'absorbing latents'])];
+  if (two) heads.push(kinds[kinds.length - 1]);
+  const groups = [['', 3], ...saes.map(({name}) => [name, kinds.length + 1])];
+  if (two) groups.push(['difference', 1]);
   const rows = found.slice(0, limit).map(wordRow);
-  const made = inBox(table([terms.item, terms.target, 'A', ...heads], rows), terms.items);
+  const made = inBox(table(heads, rows, '', saes.length > 1 ? groups : []), terms.items);
   const count = element('p', {class: 'quiet'}, `${Math.min(limit, found.length)} of `
     + `${found.length} absorbed ${terms.items}. On this page: ${items.length} ${terms.items}.`);
-  at('words').replaceChildren(made, count);
+  at('words').replaceChildren(...(two ? [element('p', {}, compared(found))] : []), made, count);
   if (found.length > limit) {
     const more = element('button', {type: 'button', class: 'more'}, 'Show more');
     more.addEventListener('click', () => { limit *= 2; showWords(); });
@@ -215,10 +232,47 @@ function cosineBars(found, main) {
   const pairs = [];
   for (let n = 0; n < found.length; n += 2) pairs.push([found[n], found[n + 1] / 100]);
   const bounds = [Math.min(0, ...pairs.map(p => p[1])), Math.max(...pairs.map(p => p[1]), 0.01)];
-  const rows = pairs.map(([target, cosine]) => element('tr', {},
-    element('th', {scope: 'row'}, link({target: targets[target]}, targets[target])), numeric(cosine),
-    bar(cosine, main.includes(target) ? 'main' : 'other', bounds, null)));
-  return table([terms.target, 'cosine', 'cos(d, p)'], rows, 'bars');
+  const named = name => {
+    if (targets.includes(name)) return link({target: name}, name);
+    return items.some(([t]) => texts[t] === name) ? link({word: name}, name) : name;
+  };
+  const rows = pairs.map(([n, cosine]) => element('tr', {},
+    element('th', {scope: 'row'}, named(directions[n])), numeric(cosine),
+    bar(cosine, main.includes(targets.indexOf(directions[n])) ? 'main' : 'other', bounds, null)));
+  return table([terms.planted ? 'feature' : terms.target, 'cosine', 'cos(d, p)'], rows, 'bars');
+}
+
+// A line break in a token would break the line of the table.
+const shownToken = text => text.replace(/\n/g, '↵').replace(/\t/g, '⇥');
+
+// A context is [number of the first token, how many, then place and value where the latent is active].
+function contextRow([start, length, ...pairs], largest) {
+  const values = new Map();
+  for (let n = 0; n < pairs.length; n += 2) values.set(pairs[n], pairs[n + 1]);
+  const most = Math.max(...values.values());
+  const parts = Array.from({length}, (_, n) => {
+    const text = shownToken(tokens.texts[tokens.ids[start + n]]);
+    const z = values.get(n);
+    if (z === undefined) return text;
+    return element('mark', {class: z === most ? 'largest' : '', title: `z = ${number(z)}`,
+      style: `--share:${Math.max(z / largest, 0.15).toFixed(2)}`}, text);
+  });
+  return element('tr', {}, numeric(most), element('td', {class: 'context'}, ...parts));
+}
+
+function contexts(rate, found) {
+  const heading = element('h3', {}, 'Contexts with the largest values');
+  const count = tokens.ids.length.toLocaleString('en');
+  if (!found) {
+    const none = `Active on none of the ${count} tokens of the text.`;
+    return [heading, element('p', {class: 'quiet'}, none)];
+  }
+  const about = `Active on ${number(100 * rate)}% of the ${count} tokens of the text. `
+    + 'Tokens on which it is active are marked; the stronger the colour, the larger z.';
+  const largest = Math.max(...found[0].slice(2).filter((_, n) => n % 2));
+  const rows = found.map(context => contextRow(context, largest));
+  return [heading, element('p', {class: 'quiet'}, about),
+    inBox(table(['largest z', 'context'], rows, 'contexts'), 'contexts')];
 }
 
 function showLatent(k, j) {
@@ -230,15 +284,18 @@ function showLatent(k, j) {
     at('latent-view').replaceChildren(element('p', {}, problem));
     return;
   }
-  const [rate, top, cosines] = found;
+  const [rate, top, cosines, textRate, inText] = found;
   const main = saes[k].main.flatMap((latents, t) => (latents || []).includes(Number(j)) ? [t] : []);
   const about = `Active on ${number(100 * rate)}% of the ${terms.rows}. `
-    + (main.length ? `Main latent of ${main.map(t => targets[t]).join(', ')}.` : 'No main latent.');
+    + (main.length ? `Main latent of ${main.map(t => targets[t]).join(', ')}.`
+      : `It is the main latent of no ${terms.target}.`);
   at('latent-view').replaceChildren(element('p', {class: 'quiet'}, about),
     element('div', {class: 'sides'},
-      element('div', {}, element('h3', {}, `Largest on these ${terms.items}`), topWords(top)),
+      element('div', {}, element('h3', {}, `Largest on these ${terms.items}`),
+        top.length ? topWords(top) : element('p', {class: 'quiet'}, 'Active on none of them.')),
       element('div', {}, element('h3', {}, 'Cosine of its decoder row and the directions'),
-        cosineBars(cosines, main))));
+        cosineBars(cosines, main))),
+    ...(tokens.ids.length ? contexts(textRate, inText) : []));
 }
 
 // ---- search
