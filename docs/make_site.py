@@ -31,6 +31,10 @@ EXAMPLE_HREF = re.compile(r'\bhref="(?!#|[a-z]+:)[^"]*"')
 EXAMPLE_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![/#]|[a-z]+:)[^)\s]+\)")
 PARTS = ["core", "data", "sae", "train", "evals", "report"]
 PAGE_SUFFIXES = (".ipynb", ".md")
+# the page of `atm-sae explore` on two small SAEs of the toy model: what makes it, and what shows it
+SAMPLE, SAMPLE_OF = "explore.html", "report/explore"
+SAMPLE_SAES = ["standard+off", "atm"]
+SAMPLE_SIZE = "--data nano-gemma2 --l0 16 --d-sae 512 --steps 600 --set n_tokens=120000"
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,28 @@ def with_markdown(output: dict, change: Callable[[str], str]) -> dict:
     return output | dict(data=data) if data else output
 
 
+# ---- the sample page of the explorer
+
+
+def sample_link(root: Path, page: str) -> str:
+    "A sentence of a page that leads to the sample; '' for a project without the explorer."
+    if not (root / f"nbs/{SAMPLE_OF}.ipynb").exists():
+        return ""
+    address = f"site:{relative(SAMPLE, page)}"
+    return f"A [sample page of the explorer]({address}) shows two small SAEs, mask off and on."
+
+
+def write_sample(path: Path) -> None:
+    "Train two small SAEs, or take them from the cache, and write the sample page."
+    from atm_sae.cli import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        failed = main(["train", *SAMPLE_SAES, *SAMPLE_SIZE.split(), "-q", "--out", folder])
+        saes = [str(next(Path(folder).glob(f"{name}-*"), folder)) for name in SAMPLE_SAES]
+        if failed or main(["explore", *saes, "--out", str(path)]):
+            sys.exit("the sample page of the explorer was not made: see the message above")
+
+
 # ---- the source that Sphinx reads
 
 
@@ -243,6 +269,7 @@ def write_results(root: Path, source: Path, pages: Iterable[Page]) -> None:
     "The list of experiments, by group."
     known = {page.name for page in pages}
     lines = ["# Results", "The [page of results](site:reports/index.html) shows all figures."]
+    lines.append(sample_link(root, "results"))
     groups: dict[str, list[str]] = {}
     for entry in objects(root):
         names = [f"experiments/{at}{entry['name']}" for at in ("", "full/")]
@@ -299,7 +326,8 @@ def write_source(root: Path, source: Path) -> tuple[dict[str, str], set[str]]:
     names, used = page_names(root, pages), set()
     for page in pages:
         change = partial(with_site_links, page=page, root=root, names=names, used=used)
-        write_page(root, source, page, change, contents(root, pages) * (page.name == "index"))
+        ends = {"index": contents(root, pages), SAMPLE_OF: sample_link(root, SAMPLE_OF)}
+        write_page(root, source, page, change, ends.get(page.name, ""))
     write_library(root, source)
     write_results(root, source, pages)
     for path in used:
@@ -375,6 +403,8 @@ def build(root: Path = ROOT, site: Path | None = None) -> Path:
         if status:
             sys.exit(status)
         copy_files(root, made, names, used)
+        if sample_link(root, "index"):
+            write_sample(made / SAMPLE)
         if broken := broken_links(made):
             sys.exit("links that lead nowhere:\n  " + "\n  ".join(broken))
         shutil.rmtree(site, ignore_errors=True)

@@ -124,6 +124,7 @@ def project(tmp_path):
     cells = [f"# Small\n\n{formula}\n\n{links}\n\n[own](tutorial/own.md#second-part)"]
     write_notebook(root / "nbs/index.ipynb", *cells)
     write_notebook(root / "nbs/core/width.ipynb", "# Width\n\n[index](../index.ipynb)", hidden)
+    write_notebook(root / "nbs/report/explore.ipynb", "# Explore")
     write_notebook(root / "reports/notebooks/width.ipynb", "# Run\n\n[Width](../core/width.ipynb)")
     notebook = json.loads((root / "reports/notebooks/width.ipynb").read_text())
     notebook["cells"].append(code("# | echo: false\nprint(1)", shown))
@@ -192,7 +193,8 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
 @pytest.mark.skipif(
     bool(missing("sphinx", "myst_nb", "furo", "ziamath")), reason="needs the extra `site`"
 )
-def test_a_site_without_network(project, browser, tmp_path):
+def test_a_site_without_network(project, browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_site, "write_sample", lambda path: path.write_text("<h1>Sample</h1>"))
     site = make_site.build(project, tmp_path / "site")
     assert "secret" not in (site / "core/width.html").read_text()
     context, trouble = browser.new_context(offline=True, color_scheme="dark"), []
@@ -221,6 +223,10 @@ def test_a_site_without_network(project, browser, tmp_path):
     assert "L0 that every method is asked for" in page.locator("table").all_inner_texts()[-1]
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, re.findall(r"\d+", dark)[:3])) < 60
+    for name in ("results", "report/explore"):
+        page.goto((site / f"{name}.html").as_uri())
+        page.get_by_role("link", name="sample page of the explorer").click()
+        assert page.locator("h1").inner_text() == "Sample"
     page.goto((site / "search.html").as_uri() + "?q=absorption")
     page.locator("#search-results li a").first.wait_for(timeout=10_000)
     assert any(text == "Small" for text in page.locator("#search-results li a").all_inner_texts())
@@ -238,6 +244,19 @@ def test_a_link_that_leads_nowhere_keeps_the_old_site(project, tmp_path):
     with pytest.raises(SystemExit):
         make_site.build(project, tmp_path / "site")
     assert (tmp_path / "site/index.html").read_text() == "old"
+
+
+def test_the_sample_page_is_made_by_the_commands(tmp_path, monkeypatch):
+    "Both commands run, on a planted world and for a few steps."
+    monkeypatch.setenv("ATM_SAE_CACHE", str(tmp_path / "cache"))
+    size = "--data planted --l0 4 --d-sae 100 --steps 20 --batch-size 64"
+    monkeypatch.setattr(make_site, "SAMPLE_SIZE", size)
+    make_site.write_sample(tmp_path / "sample.html")
+    text = (tmp_path / "sample.html").read_text(encoding="utf-8")
+    assert 'colspan="4">standard+off-l0_4-seed0<' in text and ">atm-l0_4-seed0<" in text
+    monkeypatch.setattr(make_site, "SAMPLE_SIZE", "--data no-such-model")
+    with pytest.raises(SystemExit, match="sample page of the explorer was not made"):
+        make_site.write_sample(tmp_path / "sample.html")
 
 
 # ---- make lab
