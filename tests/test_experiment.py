@@ -16,6 +16,10 @@ from atm_sae.data.planted import PlantedWorld, WorldConfig
 from atm_sae.evals.metrics import planted_metrics
 from atm_sae.report.experiment import (
     Experiment,
+    bfloat16_gap,
+    bfloat16_rounding,
+    implied_l0,
+    log_log_at,
     plain_log_ticks,
     planted_scores,
     published_scores,
@@ -70,6 +74,62 @@ def test_published_scores_without_an_l0():
     published = published_scores("saebench_full_absorption")
     assert published.metric.nunique() == 1
     assert np.isnan(published.l0[published.method == "atm"]).all()
+
+
+def values(**of_methods):
+    "Published values of one metric; a pair is a value and its L0."
+    pairs = [v if isinstance(v, tuple) else (v, np.nan) for v in of_methods.values()]
+    value, l0 = zip(*pairs)
+    return pd.DataFrame(dict(method=list(of_methods), metric="mse", value=value, l0=l0))
+
+
+def test_which_published_values_are_bfloat16_numbers():
+    assert [bfloat16_gap(v) for v in (0.5, 0.99, 1, 0.0898)] == [2**-8, 2**-8, 2**-7, 2**-11]
+    rounding = bfloat16_rounding(values(atm=0.5508, topk=0.5526, jumprelu=1.671875))
+    assert rounding.fits.tolist() == [True, False, True]
+    assert rounding.nearest.tolist() == [141 / 256, 141 / 256, 1.671875]
+    assert rounding.chance.tolist() == pytest.approx([256e-4, 256e-4, 128e-6])
+
+
+def test_published_reconstruction_fits_bfloat16():
+    for metric in ("mse_saebench", "cosine"):
+        assert bfloat16_rounding(published_scores(metric, "reconstruction")).fits.all()
+    probing = published_scores("sae_top_1_test_accuracy", "probing")
+    assert not bfloat16_rounding(probing).fits.any()
+
+
+def test_lines_on_log_axes():
+    "From 1 at 10 to 0.01 at 1,000: 0.1 at 100, the square root of 0.001 at 316."
+    points = [0.01, 1], [1000, 10]
+    assert log_log_at(0.1, *points) == pytest.approx(100)
+    assert log_log_at(10**-1.5, *points) == pytest.approx(10**2.5)
+    assert log_log_at(1, *points) == pytest.approx(10)
+    assert np.isnan(log_log_at(1.1, *points)) and np.isnan(log_log_at(0.009, *points))
+
+
+def test_the_l0_that_an_error_implies():
+    "Errors 2, 0.5 and 0.125 at L0 16, 64 and 256; rounding moves each by 1 in 256."
+    published = values(standard=(0.125, 256.0), atm=0.5, jumprelu=(2.0, 16.0))
+    l0, low, high = implied_l0(published)
+    assert l0 == pytest.approx(64)
+    assert (low, high) == pytest.approx((63.5, 64.5), abs=0.01)
+    cosines = values(standard=(0.875, 256.0), atm=0.75, jumprelu=(0.5, 16.0))
+    assert implied_l0(cosines, perfect=1)[0] == pytest.approx(64)
+    between = "standard", "jumprelu"
+    assert implied_l0(published, between=between) == pytest.approx((l0, low, high))
+    assert np.isnan(
+        implied_l0(values(standard=(0.125, 256.0), atm=3.0, jumprelu=(2.0, 16.0)))
+    ).all()
+    edge = implied_l0(values(standard=(0.125, 256.0), atm=2.0, jumprelu=(2.0, 16.0)))
+    assert edge[0] == pytest.approx(16) and np.isnan(edge[1:]).all()
+
+
+def test_the_l0_of_the_published_atm():
+    squared = implied_l0(published_scores("mse_saebench", "reconstruction"))
+    cosine = implied_l0(published_scores("cosine", "reconstruction"), perfect=1)
+    assert squared[0] == pytest.approx(4180, rel=0.002)
+    assert cosine[0] == pytest.approx(3930, rel=0.002)
+    assert cosine[1] < squared[1] < squared[0] < squared[2] < cosine[2]
 
 
 def test_ranking_puts_the_highest_first():

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from notebooks import execute_forked
@@ -74,6 +75,44 @@ def test_the_whole_smoke_profile(tmp_path, in_forks):
         check_summary(name, metric, tmp_path)
     page = (tmp_path / "index.md").read_text()
     assert SMOKE in page and all(item.title in page for item in items)
+
+
+DENSITY = """profiles:
+  smoke: {description: tiny, budget: a minute}
+objects:
+  - name: density
+    title: Density
+    notebook: 65_density.ipynb
+    parameters:
+      smoke: {methods: [topk], targets: [4], floor_targets: [], seeds: [0]}
+    outputs:
+      - figures/density.{png,svg,csv}
+      - figures/density_measured.{png,svg,csv}
+      - tables/density.{csv,md,tex}
+      - tables/density-rounding.{csv,md,tex}
+      - tables/density-measured.{csv,md,tex}
+      - tables/density-summary.csv
+      - tables/density-runs.csv
+"""
+
+
+def test_the_l0_of_the_published_atm(tmp_path, in_forks):
+    "The inference needs no SAE; its table, its figure and its words tell the same L0s."
+    path = tmp_path / "experiments" / "manifest.yaml"
+    path.parent.mkdir()
+    shutil.copy(ROOT / "nbs/experiments/65_density.ipynb", path.parent)
+    path.write_text(DENSITY)
+    made("smoke", tmp_path / "out", manifest=path)
+    tables = tmp_path / "out" / "tables"
+    inferred = pd.read_csv(tables / "density.csv").set_index("measure")
+    assert inferred["implied L0"].to_dict() == {"MSE": "4,182", "Cosine": "3,929"}
+    assert inferred["share of the latents"].tolist() == ["25.5%", "24.0%"]
+    fits = pd.read_csv(tables / "density-rounding.csv").groupby("metric").fits.unique()
+    assert fits.map(list).to_dict() == {"Cosine": ["yes"], "MSE": ["yes"], "Top-1 probing": ["no"]}
+    words = figure_text(tmp_path / "out/figures/density.png")
+    assert "L0 4,182 by MSE and L0 3,929 by Cosine" in words.caption
+    reading = (tmp_path / "out/notebooks/density.ipynb").read_text()
+    assert "(0.0114 − 0.0068) / 0.0114 = 40%, against JumpReLU only" in reading
 
 
 # ---- a new experiment

@@ -7,18 +7,28 @@ __all__ = [
     "Experiment",
     "planted_scores",
     "published_scores",
+    "bfloat16_gap",
+    "bfloat16_rounding",
+    "log_log_at",
+    "implied_l0",
     "ranking_sentence",
     "plain_log_ticks",
 ]
 
 # %% ../../nbs/report/experiment.ipynb #cell-2
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..core import pick_device
@@ -128,6 +138,60 @@ def published_scores(
 
 
 # %% ../../nbs/report/experiment.ipynb #cell-14
+def bfloat16_gap(value: float) -> float:
+    "The distance between neighbouring bfloat16 numbers at `value`."
+    return 2.0 ** (math.frexp(value)[1] - 8)
+
+
+def bfloat16_rounding(
+    published: pd.DataFrame,  # `published_scores`: method, metric, value
+) -> pd.DataFrame:  # method, metric, value, nearest, fits, chance
+    """Which values can be rounded bfloat16 numbers.
+
+    A value fits if the nearest bfloat16 number, with the decimals of the value, is the value.
+    The chance is that of a random value with as many decimals."""
+    rows = []
+    for line in published.itertuples():
+        decimals = max(0, -int(Decimal(str(line.value)).as_tuple().exponent))
+        nearest = torch.tensor(line.value, dtype=torch.float64).bfloat16().item()
+        chance = min(1.0, 10.0**-decimals / bfloat16_gap(line.value))
+        fits = round(nearest, decimals) == line.value
+        rows.append((line.method, line.metric, line.value, nearest, fits, chance))
+    return pd.DataFrame(rows, columns=["method", "metric", "value", "nearest", "fits", "chance"])
+
+
+# %% ../../nbs/report/experiment.ipynb #cell-18
+def log_log_at(
+    x: float,  # where to read
+    xs: ArrayLike,  # (n,) positive, in any order
+    ys: ArrayLike,  # (n,) positive
+) -> float:
+    "y at `x` on the lines between the points, straight on log axes; NaN outside the points."
+    order = np.argsort(xs)
+    log_x, log_y = np.log(np.asarray(xs)[order]), np.log(np.asarray(ys)[order])
+    return float(np.exp(np.interp(np.log(x), log_x, log_y, left=math.nan, right=math.nan)))
+
+
+def implied_l0(
+    published: pd.DataFrame,  # `published_scores` of one metric: method, value, l0
+    method: str = "atm",  # whose L0 is unknown
+    between: Sequence[str] = ("jumprelu", "standard"),  # methods with one known L0 each
+    perfect: float = 0.0,  # value of a perfect reconstruction: 0 for an error, 1 for a cosine
+) -> tuple[float, float, float]:  # L0, its lowest and highest value within bfloat16 rounding
+    """The L0 at which the error stands on the line between two other methods.
+
+    NaN for an error that does not lie between theirs, or only without the rounding."""
+    lines = published.set_index("method").loc[[method, *between]]
+    error = (lines.value - perfect).abs().to_numpy()
+    half = np.array([bfloat16_gap(value) / 2 for value in lines.value])
+    l0s = lines.l0.to_numpy(float)[1:]
+    found = log_log_at(error[0], error[1:], l0s)
+    moved = [error + half * signs for signs in itertools.product((-1, 1), repeat=len(error))]
+    corners = [log_log_at(values[0], values[1:], l0s) for values in moved]
+    return found, float(np.min(corners)), float(np.max(corners))
+
+
+# %% ../../nbs/report/experiment.ipynb #cell-22
 def ranking_sentence(
     summary: pd.DataFrame,  # a summary table
     metric: str,
@@ -143,7 +207,7 @@ def ranking_sentence(
     return f"- at L0 {target:g}: {', '.join(parts)}."
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-16
+# %% ../../nbs/report/experiment.ipynb #cell-24
 def plain_log_ticks(
     axis: Any,  # a Matplotlib axis with a log scale
     ticks: Iterable[float],
