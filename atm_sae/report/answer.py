@@ -341,10 +341,10 @@ def answer_figure(
     set_style()
     titles = list(dict.fromkeys(lines.panel))
     rows = -(-len(titles) // 3)
-    fig, axes = plt.subplots(rows, 3, figsize=(9.4, 2.1 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, 3, figsize=(7, 2.1 * rows), squeeze=False)
     for ax, title in zip(axes.flat, titles):
         plot_effects(ax, lines[lines.panel == title])
-        ax.set_title(title)
+        ax.set_title(title.replace(": ", "\n"))
     for ax in axes[:, 1:].flat:
         ax.set_yticklabels([])
     for ax in axes[-1]:

@@ -215,9 +215,9 @@ def plain_log_ticks(
     slack: float = 1.2,
 ) -> None:
     "Ticks without powers of ten, within the range of the values."
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     values = list(values)
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,g}"))
     axis.set_minor_formatter(NullFormatter())
     axis.set_ticks([t for t in ticks if min(values) / slack < t < max(values) * slack])

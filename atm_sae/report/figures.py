@@ -14,6 +14,8 @@ __all__ = [
     "axis_limits",
     "plot_curves",
     "legend_above",
+    "share_height",
+    "split_by_mask",
     "seeds_text",
     "range_text",
     "plot_intervals",
@@ -102,7 +104,7 @@ def set_style() -> None:
 
 
 # %% ../../nbs/report/figures.ipynb #cell-8
-_MARKERS = ("o", "s", "^", "D", "P", "X", "h", "d", "*")  # one for each architecture
+_MARKERS = ("o", "*", "^", "D", "P", "X", "s", "p", "d")  # one for each architecture
 
 
 def curve_style(
@@ -226,6 +228,21 @@ def _draw_spread(
     return few[metric].to_numpy(dtype=float)
 
 
+def _draw_floor(
+    ax: "Axes",
+    data: pd.DataFrame,  # summary lines of the floors
+    x: str,
+) -> None:
+    "A grey band from the lowest to the highest floor at each target."
+    if data.empty:
+        return
+    targets = data.groupby("sparsity")
+    at, low, high = targets[x].mean(), targets["mean"].min(), targets["mean"].max()
+    ax.fill_between(at, low, high, color="#C0C0C0", alpha=0.5, lw=0, zorder=0.8, label="floor")
+    for edge in (low, high):
+        ax.plot(at, edge, color="#909090", lw=0.8, ls=":", marker="_", ms=4, zorder=0.9)
+
+
 def plot_curves(
     ax: "Axes",  # where to draw
     summary: pd.DataFrame,  # summary table of one world
@@ -237,14 +254,18 @@ def plot_curves(
 ) -> pd.DataFrame:
     """Mean over L0, one curve for each method, with intervals or single runs (see `seeds_text`).
 
-    Returns the drawn lines of the table."""
+    Floors are one grey band. Returns the drawn lines of the table."""
     data = summary[summary.metric == metric]
     if methods is None:
         methods = [m for m in dict.fromkeys(data.method) if " - " not in m]
     methods = list(methods)
     data = data[data.method.isin(methods)].sort_values(x)
+    floors = [m for m in methods if get_method(m).is_floor]
+    _draw_floor(ax, data[data.method.isin(floors)], x)
     singles = []
     for m in methods:
+        if m in floors:
+            continue
         curve, style = data[data.method == m], curve_style(m)
         ax.plot(curve[x], curve["mean"], label=method_name(m), **style)
         of_method = runs[runs.method == m]
@@ -276,7 +297,7 @@ def _apart(
 
 def _l0_axis(ax: "Axes", data: pd.DataFrame) -> None:
     "A logarithmic L0 axis with ticks at the targets, or at powers of two."
-    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ax.set_xscale("log", base=2)
     targets = sorted({float(s) for s in data.sparsity if s == s and s > 0})
@@ -285,7 +306,7 @@ def _l0_axis(ax: "Axes", data: pd.DataFrame) -> None:
     ticks = _apart(targets, width) if few else targets
     ax.xaxis.set_major_locator(FixedLocator(ticks) if few else LogLocator(base=2))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
     ax.set_xlabel("L0 (mean active latents)")
 
 
@@ -301,6 +322,32 @@ def legend_above(
             found.setdefault(name, handle)
     place = dict(loc="outside upper center", ncols=columns, columnspacing=1.2, handlelength=2.4)
     fig.legend(found.values(), found.keys(), **place)
+
+
+def share_height(
+    row: Iterable["Axes"],  # panels side by side
+) -> None:
+    "Give all panels the limits that hold each of them; tick labels stay on the first."
+    axes = list(row)
+    bottoms, tops = zip(*(ax.get_ylim() for ax in axes))
+    for ax in axes:
+        ax.set_ylim(min(bottoms), max(tops))
+    for ax in axes[1:]:
+        ax.tick_params(labelleft=False)
+
+
+def split_by_mask(
+    methods: Iterable[str],
+) -> dict[str, list[str]]:
+    "{title of a panel: methods}: those without a mask, then those with one; floors in each."
+    methods = list(methods)
+    floors = [m for m in methods if get_method(m).is_floor]
+    trained = [m for m in methods if m not in floors]
+    panels = {
+        "Without a mask": [m for m in trained if not get_method(m).mask],
+        "With a mask": [m for m in trained if get_method(m).mask],
+    }
+    return {title: [*found, *floors] for title, found in panels.items() if found}
 
 
 # %% ../../nbs/report/figures.ipynb #cell-29
@@ -351,8 +398,9 @@ def plot_intervals(
     summary: pd.DataFrame,  # summary lines, one for each method, of one world and sparsity
     metric: str,  # which metric
     methods: Iterable[str] | None = None,  # from the top; None: the table's order
+    numbers: bool = True,  # write the value on the right
 ) -> pd.DataFrame:
-    """One dot with its interval for each method, the name on the left and the value on the right.
+    """One dot with its interval for each method, the name on the left.
 
     Returns the drawn lines of the table."""
     data = summary[summary.metric == metric]
@@ -362,14 +410,10 @@ def plot_intervals(
         style = curve_style(line.method.split(" - ")[0]) | {"linestyle": "none"}
         ax.plot(line.mean, y, **style)
         _draw_interval(ax, [(line.low, y), (line.high, y)], style["color"])
-        ax.annotate(
-            format_interval(line.mean, line.low, line.high, line.n),
-            (1.02, y),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-            annotation_clip=False,
-        )
+        if numbers:
+            text = format_interval(line.mean, line.low, line.high, line.n)
+            place = dict(xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
+            ax.annotate(text, (1.02, y), fontsize=8, **place)
     ax.set(yticks=range(len(methods)), yticklabels=[method_name(m) for m in methods])
     ax.set(ylim=(len(methods) - 0.5, -0.5), xlim=axis_limits(data["mean"], data.low, data.high))
     ax.grid(axis="y", visible=False)
@@ -529,6 +573,7 @@ def save_figure(
         for what, text in dict(caption=caption, alt=alt).items()
         if not text.strip()
     ]
+    problems += _print_problems(fig)
     if problems:
         raise ValueError(f"save_figure: figure {name!r}: {problems[0]}")
     _settle(stamp(fig, profile))
