@@ -32,6 +32,8 @@ from atm_sae.report.figures import (
     save_figure,
     seeds_text,
     set_style,
+    share_height,
+    split_by_mask,
     spread,
     stamp,
 )
@@ -544,6 +546,68 @@ def test_below_four_seeds_single_runs_are_drawn_and_no_interval(rows):
         "Each curve is a mean over seeds (n = 2 to 5). Bars are 95% t-intervals. "
         "Below 4 seeds, small points are the single runs instead."
     )
+
+
+def test_floors_are_one_grey_band_from_the_lowest_to_the_highest():
+    lines = [
+        (method, target, "absorption", value, 2, target)
+        for method, values in {"random": (0.1, 0.2), "frozen decoder": (0.3, 0.25)}.items()
+        for target, value in zip((4, 8), values)
+    ]
+    columns = ["method", "sparsity", "metric", "mean", "n", "l0"]
+    summary = pd.DataFrame(lines, columns=columns).assign(low=math.nan, high=math.nan)
+    runs = summary.rename(columns={"mean": "absorption"})
+    _, ax = plt.subplots()
+    plot_curves(ax, summary, "absorption", runs, label=False)
+    (band,) = ax.collections
+    corners = {tuple(map(float, point)) for point in band.get_paths()[0].vertices}
+    assert corners == {(4, 0.1), (8, 0.2), (4, 0.3), (8, 0.25)}
+    assert ax.get_legend_handles_labels()[1] == ["floor"]
+
+
+def test_panels_of_a_row_share_limits_that_hold_each():
+    fig, (left, right) = plt.subplots(1, 2)
+    left.set_ylim(0, 1)
+    right.set_ylim(-2, 0.5)
+    share_height([left, right])
+    assert left.get_ylim() == right.get_ylim() == (-2, 1)
+    fig.draw_without_rendering()
+    shown = [any(t.label1.get_visible() for t in ax.yaxis.get_major_ticks()) for ax in fig.axes]
+    assert shown == [True, False]
+
+
+def test_methods_split_by_mask():
+    assert split_by_mask(["atm", "topk", "random", "topk+atm", "dropout"]) == {
+        "Without a mask": ["topk", "random"],
+        "With a mask": ["atm", "topk+atm", "dropout", "random"],
+    }
+    assert split_by_mask(["topk", "random"]) == {"Without a mask": ["topk", "random"]}
+
+
+def test_ticks_of_l0_do_not_touch(rows):
+    "On a panel of one inch only some of six targets have a label; on a wide one all of them."
+    targets = (16, 32, 40, 64, 80, 128)
+    many = pd.concat([rows.assign(sparsity=t, l0=float(t)) for t in targets])
+    summary = summary_table(many, ["absorption"])
+    found = []
+    for width in (1.5, 7):
+        _, ax = plt.subplots(figsize=(width, 2))
+        plot_curves(ax, summary, "absorption", many, label=False)
+        found.append(list(ax.get_xticks()))
+    assert found[1] == list(targets) and len(found[0]) < 5 and found[0][0] == 16
+
+
+@pytest.mark.parametrize(
+    "draw, problem",
+    [
+        (lambda: plt.figure(figsize=(9.2, 3)), "it is 9.2 inches wide"),
+        (lambda: plt.figure().text(0, 0, "small", fontsize=7).figure, "'small' has 7 pt"),
+    ],
+)
+def test_a_figure_that_cannot_be_read_in_print_is_refused(tmp_path, summary, draw, problem):
+    set_style()
+    with pytest.raises(ValueError, match=f"figure 'f': {problem}"):
+        save_figure(draw(), tmp_path, "f", summary, "default", **WORDS)
 
 
 def test_the_words_on_a_range_by_hand():
