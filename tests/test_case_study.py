@@ -7,6 +7,7 @@ import torch
 
 from atm_sae.data.planted import PlantedWorld, WorldConfig
 from atm_sae.evals.case_study import (
+    PARTS,
     group_children,
     middle_pair,
     read_children,
@@ -14,7 +15,8 @@ from atm_sae.evals.case_study import (
     record_training,
 )
 from atm_sae.evals.metrics import planted_metrics
-from atm_sae.train.runs import get_run, recipe
+from atm_sae.evals.stability import same_weights
+from atm_sae.train.runs import get_run, grid, recipe
 
 SMALL = WorldConfig(d_in=6, n_parents=1, children_per_parent=2, n_free=0)
 
@@ -97,3 +99,24 @@ def test_other_latents_and_spared_children_are_no_candidates(readings):
 def test_without_a_candidate_all_children_are(readings):
     readings["child_cosine"] = 0.1
     assert middle_pair(group_children(readings, last=5)) == (3, 3)
+
+
+def test_the_pair_beside_a_twin_of_another_name(readings):
+    named = readings.replace({"method": {"standard": "standard+off"}})
+    assert middle_pair(group_children(named, last=5), "standard+off") == (3, 3)
+
+
+def test_the_parts_give_the_importance():
+    world, snapshots = PlantedWorld(SMALL), record_training(spec("atm"), every=3)
+    mask = read_mask(snapshots, world)
+    assert np.allclose(mask[[*PARTS]].prod(axis=1) ** (1 / 3), mask.importance, rtol=1e-4)
+    assert np.allclose(mask.groupby("step").frequency.mean(), 1)
+    assert not record_training(spec("standard"), every=6)[0].parts
+
+
+def test_the_twin_with_the_mask_off_is_the_base_with_the_settings_of_atm():
+    tuned = {"atm": {"lr_scale": 2.0, "c": 0.8}}
+    size = dict(d_sae=8, steps=6, batch_size=16)
+    (twin,) = grid(["standard+off"], SMALL, [2], [0], tuned=tuned, **size)
+    (base,) = grid(["standard"], SMALL, [2], [0], tuned={"standard": {"lr_scale": 2.0}}, **size)
+    assert same_weights(*(record_training(s, every=6)[-1].sae for s in (twin, base)))

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = [
+    "PARTS",
     "Snapshot",
+    "importance_parts",
     "record_training",
     "matched_latents",
     "read_children",
@@ -17,7 +19,7 @@ __all__ = [
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -27,7 +29,7 @@ from torch import Tensor
 from ..data.batches import data_batches
 from ..data.planted import PlantedWorld
 from .metrics import match_latents, ordinary_rows
-from ..sae.atm import make_masker
+from ..sae.atm import ATMMasker, importance, make_masker
 from ..sae.sae import SAE
 from ..train.loop import History, train
 from ..train.runs import RunSpec
@@ -43,6 +45,18 @@ class Snapshot:
     importance: Tensor | None = None  # (d_sae,); None without a mask
     probability: Tensor | None = None  # (d_sae,) mask probability at this step
     threshold: float = math.nan
+    # (d_sae,) magnitude, frequency and contribution, each divided by its mean over the latents
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+PARTS = ("magnitude", "frequency", "contribution")  # of the importance
+
+
+def importance_parts(masker: ATMMasker) -> dict[str, Tensor]:
+    "The three statistics (d_sae,) behind the importance, each divided by its mean."
+    contribution = masker.contribution / masker.weight.clamp(min=1e-12)
+    statistics = masker.magnitude, masker.frequency, contribution
+    return {part: importance(*statistics, how=part) for part in PARTS}
 
 
 def record_training(
@@ -61,8 +75,8 @@ def record_training(
         if masker is None:
             snapshots.append(Snapshot(step, copied))
             return
-        importance, probability = masker.importance(), masker.current_probability()
-        snapshots.append(Snapshot(step, copied, importance, probability, masker.threshold().item()))
+        now = masker.importance(), masker.current_probability(), masker.threshold().item()
+        snapshots.append(Snapshot(step, copied, *now, importance_parts(masker)))
 
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     train(sae, batches, spec.train, masker, progress=False, watch=keep_copy)
@@ -135,7 +149,7 @@ def read_mask(
     snapshots: Sequence[Snapshot],  # of a run with a mask
     world: PlantedWorld,
 ) -> pd.DataFrame:
-    "One row for each latent and snapshot: kind and rate of its feature, importance, probability."
+    "One row for each latent and snapshot: kind and rate of its feature, importance, its parts."
     feature = np.full(len(snapshots[-1].sae.W_dec), -1)
     feature[matched_latents(snapshots, world)] = np.arange(world.n_features)
     child_or_free = np.where(world.parent >= 0, "children", "free features")
@@ -147,7 +161,12 @@ def read_mask(
         )
     )
     names = ("step", "importance", "probability", "threshold")
-    frames = [latents.assign(**{n: np.asarray(getattr(s, n)) for n in names}) for s in snapshots]
+    frames = [
+        latents.assign(**{name: np.asarray(getattr(snapshot, name)) for name in names}).assign(
+            **{part: np.asarray(values) for part, values in snapshot.parts.items()}
+        )
+        for snapshot in snapshots
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -168,12 +187,13 @@ def group_children(
 
 
 def middle_pair(
-    last: pd.DataFrame,  # `group_children` at the last step, of one seed and the two methods
+    last: pd.DataFrame,  # `group_children` at the last step, of one seed and two methods
+    without: str = "standard",  # the method without the mask; the other one is 'atm'
     least: float = 0.5,  # cosine from which a latent counts as found
 ) -> tuple[int, int]:  # the child, and how many pairs there were to choose from
     "The hidden child with the same latents, found by both, with the median fall of absorption."
     wide = last.pivot(index="child", columns="method")
-    fall = (wide.absorption.standard - wide.absorption.atm).dropna().sort_values(kind="stable")
+    fall = (wide.absorption[without] - wide.absorption.atm).dropna().sort_values(kind="stable")
     fits = (
         (wide[["child_cosine", "parent_cosine"]].min(axis=1) >= least)
         & (wide.group.atm == "hidden")
