@@ -1210,8 +1210,9 @@ def _closing(done: "Mapping[str, Status]", out: Path, say: Callable[[str], objec
     for s in done.values():
         if s.bad:
             say(f"  {s.state} {s.name}: {s.detail.splitlines()[0]}")
-    if (out / "index.md").is_file():
-        say(f"results: {out / 'index.md'}")
+    pages = [folder / "index.html" for folder in (out, out.parent)]
+    if page := next(filter(Path.is_file, pages), None):  # of a profile: in the folder above
+        say(f"results: {page}")
 
 
 # %% ../nbs/cli.ipynb #cell-44

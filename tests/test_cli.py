@@ -971,7 +971,7 @@ def test_list_and_summary(toy):
     code, out, _ = toy.cli("--list")
     assert code == 0 and "count   Counting  [never run]" in out and not toy.out.exists()
     code, out, _ = toy.cli()
-    assert code == 0 and "2 objects: 2 ok" in out and f"results: {toy.out / 'index.md'}" in out
+    assert code == 0 and "2 objects: 2 ok" in out and f"results: {toy.out / 'index.html'}" in out
     assert "count   Counting  [up to date, took 0:0" in toy.cli("--list")[1]
     assert toy.cli("--force", "--only", "count")[1].count(" ok in ") == 1
 
