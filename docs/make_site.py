@@ -33,7 +33,7 @@ PARTS = ["core", "data", "sae", "train", "evals", "report"]
 PAGE_SUFFIXES = (".ipynb", ".md")
 # the page of `atm-sae explore` on two small SAEs of the toy model: what makes it, and what shows it
 SAMPLE, SAMPLE_OF = "explore.html", "report/explore"
-SAMPLE_SAES = ["standard+off", "atm"]
+SAMPLE_SAES = {"mask off": "standard+off", "mask on": "atm"}  # names on the page, methods
 SAMPLE_SIZE = "--data nano-gemma2 --l0 16 --d-sae 512 --steps 600 --set n_tokens=120000"
 
 
@@ -211,8 +211,12 @@ def write_sample(path: Path) -> None:
     from atm_sae.cli import main
 
     with tempfile.TemporaryDirectory() as folder:
-        failed = main(["train", *SAMPLE_SAES, *SAMPLE_SIZE.split(), "-q", "--out", folder])
-        saes = [str(next(Path(folder).glob(f"{name}-*"), folder)) for name in SAMPLE_SAES]
+        methods = SAMPLE_SAES.values()
+        failed = main(["train", *methods, *SAMPLE_SIZE.split(), "-q", "--out", folder])
+        for name, method in SAMPLE_SAES.items():
+            for sae in Path(folder).glob(f"{method}-*"):
+                sae.rename(Path(folder, name))
+        saes = [str(Path(folder, name)) for name in SAMPLE_SAES]
         if failed or main(["explore", *saes, "--out", str(path)]):
             sys.exit("the sample page of the explorer was not made: see the message above")
 

@@ -449,6 +449,19 @@ def test_ablation_and_contexts_from_the_shell(tmp_path, monkeypatch, capsys, pas
     assert len(data_of(page)["tokens"]["ids"]) == 60
 
 
+def test_a_trained_sae_of_a_tree_world_from_the_shell(cache, tmp_path, capsys):
+    "The page has the world of the run: parents, children and their features."
+    world = ["n_features=24", "d_in=20", "n_roots=2", "n_branches=3", "depth=1", "spread_steps=2"]
+    sets = [part for pair in world for part in ("--set", pair)]
+    train = ["--data", "planted:synthsaebench-16k", "--l0", "3", "--d-sae", "24", "--steps", "9"]
+    assert main(["train", "topk", *train, *sets, "-q", "--out", str(tmp_path / "saes")]) == 0
+    (sae,) = (tmp_path / "saes").iterdir()
+    assert main(["explore", str(sae), "--out", str(tmp_path / "page.html")]) == 0
+    found = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert found["targets"] == ["parent 0", "parent 1"] and len(found["items"]) == 6
+    assert "feature 20" in found["directions"] and "child 3" in found["directions"]
+
+
 def test_explore_letters_from_the_shell(tmp_path, monkeypatch, capsys):
     asked = {}
 

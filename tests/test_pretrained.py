@@ -757,6 +757,16 @@ def test_gemma_scope_2_without_settings(tmp_path):
         from_pretrained(tmp_path / "transcoder_all/layer_5_width_16k_l0_small")
 
 
+def test_sparsify_weights_beside_settings_of_saelens(tmp_path):
+    "The number of latents is called d_sae there, and the settings name model and hook."
+    folder = shutil.copytree(SPARSIFY, tmp_path / "sae")
+    settings = json.loads((TOPK / "cfg.json").read_text()) | dict(d_in=6, d_sae=12, k=3)
+    (folder / "cfg.json").write_text(json.dumps(settings))
+    sae = from_pretrained(folder)
+    same(sae, SPARSIFY)
+    assert sae.config.d_sae == 12 and sae.metadata == PLACE
+
+
 @pytest.mark.parametrize(
     "name, model, hook",
     [

@@ -312,12 +312,15 @@ def read_sparsify(folder: Path) -> SAE:
     settings, path = folder / "cfg.json", folder / "sae.safetensors"
     cfg = read_settings(settings)
     _check_sparsify(cfg, settings)
-    latents = cfg.get("num_latents") or (cfg.get("expansion_factor") or 0) * (cfg.get("d_in") or 0)
+    place = cfg.get("metadata")  # the settings can be those of SAELens
+    place = place_metadata(place) if isinstance(place, dict) else _sparsify_place(folder)
+    latents = cfg.get("num_latents") or cfg.get("d_sae")
+    latents = latents or (cfg.get("expansion_factor") or 0) * (cfg.get("d_in") or 0)
     cfg = dict(d_in=cfg.get("d_in"), d_sae=latents, k=cfg.get("k"))
     check_size(cfg, "topk", settings)
     tensors = linear_names(read_tensors(path), {"encoder.bias": "b_enc"})
     weights = check_tensors(tensors, "topk", cfg, path)
-    return fill_sae(sae_config(cfg, "topk", weights), weights, _sparsify_place(folder))
+    return fill_sae(sae_config(cfg, "topk", weights), weights, place)
 
 
 # %% ../../nbs/sae/foreign.ipynb #cell-19

@@ -77,8 +77,10 @@ const change = (i, n) => {
   return a === null || b === null ? null : b - a;
 };
 if (two) {
-  orders.unshift(['largest difference first', i =>
-    [Math.abs(change(i, 0)), Math.abs(change(i, 1)), items[i][2]]]);
+  const apart = (i, ...which) => [...which.map(n => Math.abs(change(i, n))), items[i][2]];
+  const fraction = ['largest difference in fraction first', i => apart(i, 1, 0)];
+  const full = ['fully absorbed by one SAE only first', i => apart(i, 0, 1)];
+  orders.unshift(...(terms.planted ? [['largest difference first', full[1]]] : [fraction, full]));
 }
 at('order').append(...orders.map(([name], n) => element('option', {value: n}, name)));
 at('order').closest('label').hidden = orders.length < 2;
