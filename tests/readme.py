@@ -5,6 +5,8 @@ import posixpath
 import re
 from pathlib import Path
 
+from atm_sae.report.figures import figure_text
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -18,6 +20,17 @@ def relink(text: str, folder: str = "nbs") -> str:
         return match[1] + posixpath.normpath(posixpath.join(folder, target))
 
     return re.sub(r'(\]\(|src=")([^)"\s]+)', move, text)
+
+
+def described(text: str, root: Path = ROOT) -> str:
+    "Pictures of `relink`ed text with the text alternative that their file holds, if it holds one."
+
+    def fill(match: re.Match) -> str:
+        path = root / match[2]
+        alt = figure_text(path).alt if path.is_file() else ""
+        return f"![{alt or match[1]}]({match[2]})"
+
+    return re.sub(r"!\[([^\]]*)\]\(([^)\s]+\.png)\)", fill, text)
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -63,7 +76,7 @@ def cell_markdown(cell: dict, name: str) -> list[str]:
     "The blocks that one cell gives: none if it is hidden."
     source = "".join(cell["source"]).strip()
     if cell["cell_type"] == "markdown":
-        return [relink(source)] if source else []
+        return [described(relink(source))] if source else []
     if cell["cell_type"] != "code" or re.search(directive("hide"), source, re.M):
         return []
     lines = [line for line in source.splitlines() if not re.match(directive(""), line)]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from atm_sae.report.manifest import load_manifest
 from notebooks import differences
-from readme import ROOT, readme_text
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from readme import ROOT, described, readme_text
 
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
@@ -171,6 +173,16 @@ def test_readme_text(tmp_path):
         f"# Title\n{links}\n\n```python\n1 + 1\n```\n\n```\n2\n```\n\n"
         "```python\nprint('a')\n```\n\n```\na\n```\n"
     )
+
+
+def test_readme_takes_the_text_alternative_of_a_figure_from_its_file(tmp_path):
+    "A file without one, and a file that is not there, keep the words of the notebook."
+    words = PngInfo()
+    words.add_text("Title", "ATM is lowest.")
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.png", pnginfo=words)
+    Image.new("RGB", (1, 1)).save(tmp_path / "b.png")
+    text = described("![x](a.png) ![y](b.png) ![z](c.png) [l](a.png)", tmp_path)
+    assert text == "![ATM is lowest.](a.png) ![y](b.png) ![z](c.png) [l](a.png)"
 
 
 def test_readme_refuses_pictures(tmp_path):
