@@ -145,4 +145,8 @@ def test_ticks_lie_near_the_values():
     ax.set_yscale("log")
     plain_log_ticks(ax.yaxis, (0.1, 0.2, 0.4, 0.8), [0.21, 0.3], slack=1.1)
     assert ax.get_yticks().tolist() == [0.2]
+    ax.set_xscale("log")
+    plain_log_ticks(ax.xaxis, (0.001, 0.1, 10, 10_000), (0.001, 10_000))
+    fig.canvas.draw()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.001", "0.1", "10", "10,000"]
     plt.close(fig)

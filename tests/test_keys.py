@@ -141,7 +141,7 @@ CASES = {
     "type hint": ("sae/losses.py", "pre: Tensor, k: int", "pre: object, k: object", [], []),
     "version": ("__init__.py", '__version__ = "0.1.0"', '__version__ = "0.2.0"', [], []),
     "colour": ("methods.py", 'colour="#0072B2"', 'colour="#0072B3"', [], BOTH),
-    "figure": ("report/figures.py", '"font.size": 9', '"font.size": 8', [], BOTH),
+    "figure": ("report/figures.py", '"font.size": 8', '"font.size": 7', [], BOTH),
     "new row": ("methods.py", '    "topk": Architecture(', NEW_ROW, [], BOTH),
     "mask": (
         "sae/atm.py",
