@@ -15,7 +15,9 @@ from atm_sae.report import verdict
 from atm_sae.report.manifest import load_manifest, object_states
 from atm_sae.report.answer import (
     answer_caption,
+    answer_figure,
     answer_lines,
+    answer_sentences,
     answer_table,
     l0_lines,
     rate_sentence,
@@ -29,12 +31,19 @@ from atm_sae.report.verdict import (
     ALIKE,
     BEYOND,
     EFFECT_COLUMNS,
+    FRACTION,
     FRACTION_SCORE,
+    FULL,
     FULL_SCORE,
     LEAD,
+    PUBLISHED_L0,
     PUBLISHED_STANDING,
     RAW,
+    TUNED,
+    TWIN,
+    Evidence,
     compare_pairs,
+    control_table,
     describe_effects,
     effect_lines,
     equal_explained_table,
@@ -42,14 +51,16 @@ from atm_sae.report.verdict import (
     equal_l0_table,
     layer_sentence,
     mask_caption,
-    mask_effects,
-    twin_effects,
     mask_table,
     mean_difference,
     mean_differences,
+    published_rows,
     read_evidence,
     rival_table,
+    shuffled_sentences,
     split_sentences,
+    twin_note,
+    unavailable_order,
     verdict_sentences,
 )
 
@@ -199,7 +210,7 @@ def test_pairs_are_corrected_together():
         ((0.2, 0.1, 0.3), "more on ReLU + L1 by raw absorption and by absorption beyond misses"),
         (
             (0.01, -0.1, 0.12),
-            "no difference shown on ReLU + L1 (95% interval ± "
+            "no difference shown on ReLU + L1 (the data would have shown one of at least "
             "0.11 by raw absorption, 0.11 by absorption beyond misses)",
         ),
     ],
@@ -216,7 +227,7 @@ def test_two_measures_that_agree(bounds, words):
         (
             (0.0, -0.1, 0.1),
             "less by raw absorption, no difference shown by absorption beyond misses "
-            "(95% interval ± 0.10)",
+            "(the data would have shown one of at least 0.10)",
         ),
     ],
 )
@@ -245,7 +256,7 @@ def test_one_seed_shows_nothing():
     assert said == "no difference shown on ReLU + L1 (one seed gives no interval)"
 
 
-NO_MASK = " On Matryoshka, tuning chose no mask."  # ends the first sentence
+NO_MASK = " On Matryoshka, tuning chose no mask."  # ends the first sentence of each world
 
 
 @pytest.mark.parametrize(
@@ -261,9 +272,8 @@ def test_one_world_alone_has_a_verdict(runs, missing, kept, gone):
     (runs / "tables" / f"{missing}-runs.csv").unlink()
     (runs / "tables" / "stability-runs.csv").unlink()
     after = subjects(runs)
-    said = [words[kept].removesuffix(NO_MASK) for words in (before, after)]
-    assert said[0] == said[1] and any(words.endswith(NO_MASK) for words in after.values())
-    assert gone not in after and {"Reconstruction cost", "Dropout control"} <= after.keys()
+    assert before[kept] == after[kept] and after[kept].endswith(NO_MASK)
+    assert gone not in after and {"Reconstruction cost", "Importance"} <= after.keys()
     evidence = read_evidence(runs)
     columns = [*mask_table(evidence), *rival_table(evidence)]
     word = "planted:" if missing == "planted" else "model:"
@@ -280,8 +290,10 @@ def test_the_ablation_rate_stands_beside_the_scores_where_it_was_measured(runs):
     table = pd.read_csv(path)
     rate = 0.2 + 0.1 * (table.method == "topk+atm") + 0.01 * table.seed
     table.assign(**{ABLATION_RATE.metric: rate}).to_csv(path, index=False)
-    cells = mask_table(read_evidence(runs)).set_index("base")[ABLATION_RATE.heading]
-    assert cells["TopK (learning rate × 4.2)"].startswith("**more** 0.10")
+    table = mask_table(read_evidence(runs)).set_index("base")
+    tuned = table.minus.str.startswith("base tuned")
+    cells = table[ABLATION_RATE.heading]
+    assert cells[tuned]["TopK"].startswith("**more** 0.10")
     assert cells["JumpReLU"].startswith("0.00")
 
 
@@ -333,7 +345,7 @@ def changed(before, after):
             0.5,
             "on TopK the two measures disagree: "
             "more by raw absorption, less by absorption beyond misses",
-            "Planted world",
+            "Planted world, base tuned by itself",
         ),
         (
             "planted",
@@ -342,7 +354,7 @@ def changed(before, after):
             0.5,
             "on TopK the two measures disagree: "
             "less by raw absorption, more by absorption beyond misses",
-            "Planted world",
+            "Planted world, base tuned by itself",
         ),
         (
             "absorption",
@@ -350,7 +362,7 @@ def changed(before, after):
             "mean_absorption_fraction_score",
             0.5,
             "on TopK the two measures disagree: less by the full score, more by the fraction score",
-            "Language model",
+            "Language model, base tuned by itself",
         ),
         (
             "stability",
@@ -365,8 +377,7 @@ def changed(before, after):
             "topk+atm",
             "explained_variance",
             0.3,
-            "on TopK the two measures disagree: "
-            "more in the planted world, less on the language model",
+            "less on TopK on the language model",
             "Reconstruction cost",
         ),
         (
@@ -374,15 +385,15 @@ def changed(before, after):
             "dropout",
             "absorption",
             -0.5,
-            "against ReLU + dropout the two measures disagree: more by raw absorption, less",
-            "Dropout control",
+            "on ReLU + L1 the two measures disagree: more by raw absorption, less",
+            "Importance",
         ),
         (
             "absorption",
             "jumprelu+atm anneal=0.5",
             "mean_full_absorption_score",
             0.5,
-            "against JumpReLU the two measures disagree: more by the full score",
+            "the two measures disagree: more by the full score",
             "The best attempt",
         ),
     ],
@@ -402,7 +413,8 @@ def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, runs):
     move(runs, "absorption", "batchtopk+atm", "mean_full_absorption_score", -0.5)
     after = subjects(runs)
     share = "ATM and its base"
-    assert changed(before, after) == {"Language model, against other SAEs", share}
+    others = {"Language model, against other SAEs", "The best attempt"}
+    assert changed(before, after) == others | {share}
     words = (
         "against BatchTopK the two measures disagree: "
         "more by the full score, less by the fraction score"
@@ -425,26 +437,30 @@ def test_atm_and_its_base_meet_a_rival_at_the_same_l0s():
 
 
 def test_settings_that_hide_nothing_are_no_mask(runs):
+    "In each world by itself: a mask that hides latents in one is compared there."
     evidence = read_evidence(runs)
-    line = mask_table(evidence).set_index("base").loc["Matryoshka: tuning chose no mask"]
-    assert {*line} == {"–"} and "On Matryoshka, tuning chose no mask." in " ".join(
-        verdict_sentences(read_evidence(runs))
-    )
+    line = mask_table(evidence).set_index("base").loc["Matryoshka"]
+    assert line.minus == "tuning chose no mask" and {*line.drop("minus")} == {"–"}
+    said = " ".join(verdict_sentences(evidence))
+    assert said.count("On Matryoshka, tuning chose no mask.") == 2
     move(runs, "planted", "matryoshka+atm", "mask_rate", 0.2)
-    table = mask_table(read_evidence(runs))
-    assert not table.base.str.contains("no mask").any() and table.base.str.match("Matryoshka").any()
-    assert "chose no mask" not in " ".join(verdict_sentences(read_evidence(runs)))
+    evidence = read_evidence(runs)
+    cells = mask_table(evidence).set_index("base").loc["Matryoshka"]
+    assert cells[RAW.heading] != "–" and cells[FULL_SCORE.heading] == "–"
+    after = subjects(runs)
+    assert NO_MASK not in after["Planted world"] and NO_MASK in after["Language model"]
 
 
 def test_the_mask_table_says_how_sure_it_is_and_what_else_differs(runs):
     evidence = read_evidence(runs)
     table = mask_table(evidence).set_index("base")
-    cells = table.loc["ReLU + L1 (learning rate × 2.6)"]
+    cells = table[table.minus.str.startswith("base tuned")].loc["ReLU + L1"]
+    assert cells.minus == "base tuned by itself (learning rate × 2.6)"
     assert cells[RAW.heading] == "**less** -0.076 ± 0.025 (5/5)"
     assert cells[BEYOND.heading] == "**less** -0.0535 ± 0.0096 (5/5)"
     assert cells[FULL_SCORE.heading] == "-0.0012 ± 0.0027 (4/5)"
     assert cells[FRACTION_SCORE.heading].startswith("**more** 0.016")
-    assert "of 5 seeds" in mask_caption(evidence) and "JumpReLU" in table.index
+    assert "of 5 seeds" in mask_caption(evidence) and table.loc["JumpReLU"].minus == "twin"
 
 
 def write_layers(folder, **columns):
@@ -462,9 +478,12 @@ def test_another_learning_rate_is_said_for_the_world_that_has_it(runs):
     found["parameters"]["tuned"] = {method: {} for method in found["parameters"]["tuned"]}
     path.write_text(json.dumps(found))
     evidence = read_evidence(runs)
-    assert "TopK (planted: learning rate × 4.2)" in {*mask_table(evidence).base}
-    assert "TopK" in {*mask_table(evidence.of_world(planted=False)).base}
-    assert "TopK (learning rate × 4.2)" in {*mask_table(evidence.of_world(planted=True)).base}
+    tuned = "base tuned by itself"
+    assert f"{tuned} (planted: learning rate × 4.2)" in {*mask_table(evidence).minus}
+    of_model = mask_table(evidence.of_world(planted=False))
+    assert {*of_model.minus} == {"twin", "tuning chose no mask"}
+    of_planted = mask_table(evidence.of_world(planted=True))
+    assert f"{tuned} (learning rate × 4.2)" in {*of_planted.minus}
 
 
 def test_the_layer_sentence_follows_the_swap(tmp_path):
@@ -519,29 +538,41 @@ def worlds(folder):
     }
 
 
-def test_the_answer_in_three_rows(runs):
-    table = answer_table(worlds(runs))
-    planted, model, importance, price = table.itertuples(index=False)
-    assert planted.answer.startswith("ReLU + L1 and TopK: lower;") and planted.seeds == "5"
-    assert "JumpReLU: lower in absorption beyond misses only; Matryoshka: left" in planted.answer
+def as_twins(folder):
+    "The worlds, as if each base had the settings of its masked form."
+    return {world: replace(of, tuned={}) for world, of in worlds(folder).items()}
+
+
+def test_the_answer_has_a_row_for_each_question(runs):
+    table = answer_table(as_twins(runs))
+    planted, model, importance, price, order = table.itertuples(index=False)
+    assert planted.answer.startswith("Minus its twin: ReLU + L1 and TopK: lower;")
+    assert "JumpReLU: lower in absorption beyond misses only. Matryoshka: tun" in planted.answer
     assert planted[2].startswith("raw absorption -0.118 to 0.005 (± 0.040 or less); absorption be")
-    assert planted[3].startswith("raw absorption 0.082 to 0.241; ")
-    assert importance.answer.startswith("Planted world: ReLU + dropout: lower. Language model: ")
+    assert planted[3].startswith("raw absorption 0.082 to 0.241; ") and planted.seeds == "5"
+    assert "ReLU + L1: the two measures disagree (higher in fraction score only)" in model.answer
+    assert importance.answer.startswith(
+        "Planted world: minus dropout of the same share of latents, ReLU + L1: lower. Language"
+    )
     assert price.answer.startswith("Planted world: all 4 bases: lower. Language model: ")
-    assert ": higher in " in model.answer and "Too few seeds" not in model.answer
+    assert price.answer.endswith(
+        "Agreement between seeds: ReLU + L1 and JumpReLU: lower; "
+        "TopK and BatchTopK: no difference shown"
+    )
+    assert "At equal L0: not shown. ATM minus JumpReLU: lower; JumpReLU minus" in order.answer
     assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (3, 5)
 
 
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
-    by_l0 = l0_lines(worlds(runs))[0]
+    by_l0 = l0_lines(as_twins(runs))[0]
     assert by_l0.startswith("Planted world, raw absorption: L0 4: lower on all 4; L0 8: lower on ")
     assert "L0 16: no difference shown on any of 4; L0 32: higher on ReLU + L1 and" in by_l0
 
 
 def test_the_answer_changes_with_the_table(runs):
-    assert "disagree" not in answer_table(worlds(runs)).answer[1]
+    assert "; TopK: lower;" in answer_table(as_twins(runs)).answer[1]
     move(runs, "absorption", "topk+atm", "mean_full_absorption_score", 0.5)
-    assert "TopK: the two measures disagree" in answer_table(worlds(runs)).answer[1]
+    assert "; TopK: the two measures disagree;" in answer_table(as_twins(runs)).answer[1]
 
 
 def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
@@ -552,9 +583,10 @@ def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
     for score in scores:
         table[score] += wide * table.method.str.contains("atm") + 0.001
     table.to_csv(path, index=False)
-    answer = answer_table(worlds(runs)).answer[1]
+    answer = answer_table(as_twins(runs)).answer[1]
     assert answer == (
-        "all 4 bases: no difference shown. Too few seeds: the widest intervals exceed the scores"
+        "Minus its twin: all 4 bases: no difference shown. Too few seeds: the widest intervals "
+        "exceed the scores. Matryoshka: tuning chose no mask"
     )
 
 
@@ -574,7 +606,8 @@ def test_the_figure_draws_the_numbers_of_the_table(runs, tmp_path):
     table = answer_table(worlds(runs))
     raw = drawn[drawn.panel == "Planted: raw absorption"]
     assert list(raw.base) == ["standard", "topk", "batchtopk", "jumprelu"] and len(drawn) == 24
-    assert table.iloc[0, 2].startswith(f"raw absorption {raw['mean'].min():.3f} to ")
+    twin = raw[raw.minus.str.contains("twin")]["mean"].item()
+    assert table.iloc[0, 2].startswith(f"raw absorption {twin:.3f} (± ")
     bytes_of = path.read_bytes(), path.with_suffix(".svg").read_bytes()
     write_answer(found, tmp_path)
     assert bytes_of == (path.read_bytes(), path.with_suffix(".svg").read_bytes())
@@ -586,6 +619,7 @@ def test_the_rates_of_base_and_mask_are_said_where_they_differ(runs):
     said = rate_sentence(evidence, "planted")
     assert "times 2.6 on ReLU + L1, 4.2 on TopK" in said and "JumpReLU" not in said
     assert rate_sentence(replace(evidence, tuned={}), "planted") == ""
+    assert f"Planted world. {said}" in answer_sentences({"Planted world": evidence})
 
 
 def test_the_readme_holds_the_committed_sentences_and_tables():
@@ -594,7 +628,7 @@ def test_the_readme_holds_the_committed_sentences_and_tables():
     committed = {world: of.evidence for world, of in found.items()}
     table = answer_table(committed)
     assert answer_caption(found) in readme
-    for cell in [PUBLISHED_STANDING, *table.to_numpy().ravel(), *l0_lines(committed)]:
+    for cell in [PUBLISHED_STANDING, *table.to_numpy().ravel(), *answer_sentences(committed)]:
         assert cell in readme, cell
     assert len(readme.splitlines()) < 200
     assert readme.index(PUBLISHED_STANDING) < readme.index(table.answer[0])
@@ -610,8 +644,8 @@ def test_published_values_of_atm_are_called_secondary():
 def test_agreement_has_the_intervals_of_the_jackknife():
     """Pairs share their seeds. The summary has the intervals of the jackknife. The
     correction widens them: two of four bases are significant, the others stand at 1 - 0.05/2."""
-    table = mask_effects(read_evidence(RUNS))
-    line = table[(table.metric == ALIKE.metric) & (table.b == "topk")].iloc[0]
+    table = read_evidence(RUNS).mask_effects
+    line = table[(table.metric == ALIKE.metric) & (table.b == "topk+off")].iloc[0]
     summary = read_summary(RUNS / "tables/stability-summary.csv")
     difference = summary.method.str.startswith("topk+atm - topk+")  # minus its twin
     off = summary[difference & (summary.metric == ALIKE.metric)]
@@ -620,32 +654,217 @@ def test_agreement_has_the_intervals_of_the_jackknife():
     assert (line.high - line.low) / 2 == pytest.approx(half, rel=1e-3)
 
 
-def test_masked_methods_are_compared_with_their_bases_and_with_their_twins():
-    "Twins 0.1 above their masked form in all four seeds: 0.1 less, whatever the base does."
-    evidence = read_evidence(RUNS)
-    assert evidence.mask_pairs[:2] == [("atm", "standard"), ("topk+atm", "topk")]
-    assert evidence.twin_pairs == [] and twin_effects(evidence).empty
-    masked = evidence.planted[evidence.planted.method.isin(["atm", "topk+atm"])]
-    names = {"atm": "standard+off", "topk+atm": "topk+off"}
-    off = masked.assign(method=masked.method.map(names), absorption=masked.absorption + 0.1)
-    evidence = replace(evidence, planted=pd.concat([evidence.planted, off], ignore_index=True))
-    assert evidence.twin_pairs == [*names.items()]
-    lines = effect_lines(twin_effects(evidence), RAW)
-    assert {pair: round(line.mean, 6) for pair, line in lines.items()} == {
-        ("atm", "standard+off"): -0.1,
-        ("topk+atm", "topk+off"): -0.1,
+# small tables, made for one question
+
+
+def read_rows(world, methods, l0s=(4, 8)):
+    """What `equal_l0_rows` returns, of {method: (first measure, second measure)}.
+
+    Five seeds. The difference of two methods varies by 0.004 between seeds."""
+    first, second = (FULL, FRACTION) if world != "planted" else ("absorption", "excess_absorption")
+    return pd.DataFrame(
+        [
+            {
+                "world": world,
+                "method": method,
+                "seed": seed,
+                "l0": l0,
+                "sparsity": l0,
+                first: one + 0.001 * number * (seed - 2),
+                second: other + 0.001 * number * (seed - 2),
+                "fvu": 0.1,
+            }
+            for number, (method, (one, other)) in enumerate(methods.items())
+            for seed in range(5)
+            for l0 in l0s
+        ],
+        columns=["world", "method", "seed", "l0", "sparsity", first, second, "fvu"],
+    )
+
+
+def small(planted=None, letters=None, tuned=None, **more):
+    "The evidence of small tables; every base is the twin of its masked form without `tuned`."
+    return Evidence(
+        planted=read_rows("planted", planted or {}),
+        letters=read_rows("nano-gemma2", letters or {}),
+        agreement=pd.DataFrame(),
+        unmasked={},
+        tuned={world: tuned or {} for world in ("planted", "model")},
+        **more,
+    )
+
+
+FASTER = {
+    "atm": {"lr_scale": 2.0, "c": 0.5},
+    "jumprelu+atm": {"c": 0.5},
+}  # settings of masked forms
+TWINS = {
+    "atm": (0.1, 0.1),
+    "standard+off": (0.2, 0.2),
+    "standard": (0.05, 0.05),
+    "jumprelu": (0.3, 0.3),
+    "jumprelu+atm": (0.1, 0.1),
+    "jumprelu+off": (0.4, 0.4),
+}
+
+
+def test_the_twin_comes_first_and_the_tuned_base_stands_beside_it():
+    "Minus the twin ATM is lower, minus the tuned base it is higher. JumpReLU is its own twin."
+    evidence = small(planted=TWINS, tuned=FASTER)
+    assert evidence.mask_pairs("planted") == {
+        ("atm", "standard+off"): TWIN,
+        ("atm", "standard"): TUNED,
+        ("jumprelu+atm", "jumprelu"): TWIN,
     }
-    (said,) = [s for s in verdict_sentences(evidence) if s.startswith("**Same settings**")]
-    assert "in the planted world" in said and "TopK (mask off)" in said
-    assert effect_lines(mask_effects(evidence), RAW).keys() == set(evidence.mask_pairs)
+    answer = answer_table({"Planted world": evidence}).answer[0]
+    assert answer == (
+        "Minus its twin: both bases: lower. Minus the base tuned by itself: ReLU + L1: higher"
+    )
+    first, second, *_ = verdict_sentences(evidence)
+    assert first.startswith("**Planted world**, absorption of base with the mask minus its twin")
+    assert "less on ReLU + L1 and JumpReLU by raw" in first
+    assert "JumpReLU has the settings of its masked form, so it is the twin itself" in first
+    assert second.startswith("**Planted world, base tuned by itself**") and "more on ReLU" in second
+    table = mask_table(evidence).set_index(["base", "minus"])[RAW.heading]
+    assert table["ReLU + L1", "twin"].startswith("**less** -0.1000 ± ")
+    assert table["ReLU + L1", "base tuned by itself (learning rate × 2)"].startswith(
+        "**more** 0.0500 ± "
+    )
+    assert table["JumpReLU", "twin"].startswith("**less** -0.2000 ± ")
+
+
+def test_a_twin_that_was_not_run_is_named():
+    evidence = small(planted={m: TWINS[m] for m in ("atm", "standard")}, tuned=FASTER)
+    assert answer_table({"Planted world": evidence}).answer[0].startswith("Minus the base tuned")
+    assert twin_note(evidence, "planted") == "No twin was run for ReLU + L1."
+
+
+def test_twins_and_tuned_bases_are_corrected_together():
+    "The interval of one comparison is wider beside others of the same question."
+    twins = small(planted=TWINS, tuned=FASTER).mask_effects
+    alone = small(planted=TWINS).compare([("atm", "standard+off")], ["planted"])
+    line, other = (effect_lines(of, RAW)["atm", "standard+off"] for of in (twins, alone))
+    assert line.high - line.low > 1.2 * (other.high - other.low)
+    assert line.mean == other.mean
+
+
+def test_the_effects_of_the_mask_are_computed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(verdict, "compare_pairs", lambda *a: calls.append(a) or compare_pairs(*a))
+    evidence = {"Planted world": small(planted=TWINS, tuned=FASTER)}
+    answer_table(evidence), answer_sentences(evidence), answer_lines(evidence)
+    assert len(calls) == 2  # the mask, the controls
+
+
+CONTROLLED = {
+    "atm": (0.10, 0.10),
+    "standard": (0.20, 0.20),
+    "dropout": (0.30, 0.30),
+    "standard+activity": (0.05, 0.20),
+    "standard+shuffled": (0.12, 0.09),
+}
 
 
 def test_atm_is_compared_with_each_control():
-    evidence = read_evidence(RUNS)
-    control = evidence.planted[evidence.planted.method == "atm"].assign(method="standard+shuffled")
-    evidence = replace(evidence, planted=pd.concat([evidence.planted, control], ignore_index=True))
-    (said,) = [s for s in verdict_sentences(evidence) if s.startswith("**Dropout control**")]
-    assert "ATM minus ReLU + dropout and ReLU + L1 + shuffled ATM:" in said
+    evidence = small(planted=CONTROLLED, letters=CONTROLLED)
+    row = answer_table({"Planted world": evidence.of_world(planted=True)}).iloc[1]
+    assert row.answer == (
+        "Planted world: minus dropout of the same share of latents, ReLU + L1: lower; minus "
+        "dropout of the same share of activity, ReLU + L1: the two measures disagree; minus "
+        "ATM's probabilities shuffled among the latents, ReLU + L1: the two measures disagree"
+    )
+    said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
+    assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
+    assert "in the planted world, on ReLU + L1 the two measures disagree: more by raw" in said
+    table = control_table(evidence)
+    assert table.shape == (3, 6) and table[RAW.heading][0].startswith("**less** -0.2000 ± ")
+    assert control_table(small(planted=TWINS)).empty
+
+
+def test_the_share_of_the_shuffled_control_by_hand():
+    "0.12 - 0.20 is 80% of 0.10 - 0.20. No share where the mask lowers nothing."
+    (said,) = shuffled_sentences(small(planted=CONTROLLED))
+    assert "by raw absorption, ReLU + L1 80% (-0.0800 of -0.100)" in said
+    assert "by absorption beyond misses, ReLU + L1 110% (-0.110 of -0.100)" in said
+    assert shuffled_sentences(small(planted=CONTROLLED | {"standard": (0.05, 0.05)})) == []
+    assert shuffled_sentences(small(planted=TWINS)) == []
+
+
+@pytest.mark.parametrize(
+    "jumprelu, word, words",
+    [
+        ((0.2, 0.2), "reproduced", "ATM minus JumpReLU: lower; JumpReLU minus TopK: lower"),
+        ((0.2, 0.1), "not shown", "the two measures disagree (lower in full score only)"),
+        ((0.05, 0.05), "contradicted", "ATM minus JumpReLU: higher; JumpReLU minus TopK: lower"),
+    ],
+)
+def test_the_published_order_at_equal_l0(jumprelu, word, words):
+    methods = {"atm": (0.1, 0.1), "jumprelu": jumprelu, "topk": (0.3, 0.3)}
+    evidence = small(letters=methods, largest_l0=41)
+    answer = answer_table({"Language model": evidence}).answer.iloc[-1]
+    assert f"At equal L0: {word}. " in answer and words in answer
+    assert "JumpReLU is 2666, the largest L0 here is 41" in answer
+    said = verdict_sentences(evidence)[-1]
+    assert said.startswith("**The published order** (ATM < JumpReLU < TopK): At the published L0s:")
+    assert f"At equal L0: {word}." in said
+
+
+def test_the_published_l0s_are_compared_where_saes_were_trained_there():
+    "JumpReLU at 2,600 and TopK at 40, which lie within a factor of 1.25 of the published L0s."
+    rows = pd.concat(
+        [
+            read_rows("gemma", {"atm": (0.1, 0.1)}, (35, 45)),
+            read_rows("gemma", {"standard": (0, 0), "jumprelu": (0.2, 0.2)}, (2600, 2700)),
+            read_rows("gemma", {"topk": (0.3, 0.3)}, (35, 45)),
+        ]
+    )
+    rows = rows.assign(l0=rows.l0.astype(float))
+    there = published_rows(rows)
+    assert {*there.method} == {"jumprelu", "topk"} and {*there.sparsity} == {0}
+    evidence = small(letters={"atm": (0, 0), "jumprelu": (0, 0), "topk": (0, 0)})
+    evidence = replace(evidence, at_published=there, largest_l0=2700.0)
+    assert unavailable_order(evidence) == "the L0 of ATM was not published"
+    said = verdict_sentences(evidence)[-1]
+    assert "At the published L0s: JumpReLU: less than TopK by the full score and by" in said
+
+
+def test_the_published_l0s_are_those_of_the_manifest():
+    values = load_manifest().pick("absorption").published
+    lowest = {v["method"]: v.get("l0") for v in reversed(values)}
+    assert {method: lowest[method] for method in PUBLISHED_L0} == PUBLISHED_L0
+    scores = {v["method"]: v["value"] for v in reversed(values)}
+    assert sorted(PUBLISHED_L0, key=lambda method: scores[method]) == [*PUBLISHED_L0]
+
+
+def test_the_best_attempt_and_ortsae_are_compared_with_atm_in_one_family():
+    methods = {"atm": (0.1, 0.1), "standard": (0.2, 0.2), "ortsae": (0.09, 0.09)}
+    best = "jumprelu+atm anneal=0.5"
+    alone = small(planted=methods)
+    both = small(planted=methods | {best: (0.05, 0.05)}, best=best)
+    halves = []
+    for evidence in (alone, both):
+        line = effect_lines(evidence.rival_effects["atm"], RAW)["atm", "ortsae"]
+        halves.append((line.high - line.low) / 2)
+    assert halves[1] >= halves[0] > 0
+    (said,) = [s for s in verdict_sentences(both) if s.startswith("**The best attempt**")]
+    assert "minus other SAEs: in the planted world, less than OrtSAE by raw absorption" in said
+    assert "OrtSAE" in {*rival_table(alone).minus}
+
+
+def test_few_seeds_are_drawn_as_single_runs():
+    "Three seeds: their differences, and no interval."
+    evidence = small(planted=TWINS, tuned=FASTER)
+    lines = answer_lines({"Planted world": evidence})
+    assert {*lines.runs} == {""}
+    few = replace(evidence, planted=evidence.planted.query("seed < 3"))
+    lines = answer_lines({"Planted world": few})
+    first = lines[lines.base == "standard"].iloc[0]
+    assert [float(run) for run in first.runs.split()] == pytest.approx([-0.098, -0.099, -0.1])
+    (ax, *_) = answer_figure(lines).axes
+    drawn = [len(line.get_xdata()) for line in ax.lines]
+    assert drawn.count(3) == 3 and [text.get_text() for text in ax.texts][0] == "3/3"
+    wide = answer_figure(answer_lines({"Planted world": evidence})).axes[0]
+    assert not any(len(line.get_xdata()) == 5 for line in wide.lines)
 
 
 def test_nothing_is_said_of_a_layer_without_a_swap(tmp_path):

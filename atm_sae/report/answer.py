@@ -7,11 +7,16 @@ __all__ = [
     "QUESTIONS",
     "IMPORTANCE_QUESTION",
     "PRICE_QUESTION",
+    "ORDER_QUESTION",
+    "OTHERS",
+    "LABELS",
+    "MARKERS",
     "WorldEvidence",
     "read_answer",
     "answer_table",
     "l0_lines",
     "rate_sentence",
+    "answer_sentences",
     "answer_lines",
     "answer_figure",
     "answer_caption",
@@ -21,34 +26,44 @@ __all__ = [
 
 # %% ../../nbs/report/answer.ipynb #cell-3
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..methods import method_name
+from ..methods import get_method, method_name
 from ..stats import claim_verdict, format_number, t_interval
-from .figures import plot_effects, save_figure, set_style
+from .figures import FEW, plot_effects, save_figure, set_style
 from atm_sae.report.verdict import (
+    ALIKE,
+    BEYOND,
+    CONTROLS,
     FRACTION_SCORE,
     FULL_SCORE,
     MASKED,
     MODEL_FVU,
     PLANTED_FVU,
     RAW,
-    BEYOND,
     SIDES,
+    TUNED,
+    TWIN,
+    WORLD_KEYS,
     WORLDS,
     Evidence,
     Measure,
+    against,
     effect_lines,
     effect_side,
-    mask_effects,
     name_methods,
+    order_verdict,
+    published_order,
     rate_ratio,
     read_evidence,
     seed_differences,
+    shuffled_sentences,
+    twin_note,
+    unavailable_order,
 )
 
 if TYPE_CHECKING:
@@ -85,8 +100,10 @@ QUESTIONS = {
     "Planted world": "Does the mask lower absorption in the planted world?",
     "Language model": "Does it lower absorption on a real language model?",
 }
-IMPORTANCE_QUESTION = "Is it the importance? ATM minus dropout of the same share of latents"
+IMPORTANCE_QUESTION = "Is it the importance? Base with ATM minus each control"
 PRICE_QUESTION = "What does it cost in explained variance?"
+ORDER_QUESTION = f"Is the published order reproduced? {published_order()}"
+OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
 _LOWER = {"less": "lower", "more": "higher"}
 
 
@@ -101,7 +118,10 @@ def _finding(
     if len(words) > 1:
         return "the two measures disagree"
     word = words.pop()
-    return word if len(shown) == len(sides) else f"{word} in {' and '.join(shown)} only"
+    if len(shown) == len(sides):
+        return word
+    only = f"{word} in {' and '.join(shown)} only"
+    return f"the two measures disagree ({only})" if FULL_SCORE.short in sides else only
 
 
 @dataclass(frozen=True)
@@ -109,7 +129,7 @@ class _Part:
     "What one measure shows of all bases; with `sign` -1, of one minus the metric."
 
     name: str
-    lines: Mapping[tuple[str, str], Any]  # {(masked, base): line of a table of effects}
+    lines: Mapping[tuple[str, str], Any]  # {(a, b): line of a table of effects}
     read: pd.DataFrame  # `equal_l0_rows` of its world
     metric: str
     sign: int = 1
@@ -121,7 +141,7 @@ class _Part:
 
     @property
     def levels(self) -> list[float]:
-        "The bases' own values, in ascending order, where the differences were read."
+        "The values that are subtracted, in ascending order, where the differences were read."
         found = []
         for (_, base), line in self.lines.items():
             inside = self.read.sparsity.between(line.l0_low, line.l0_high)
@@ -136,7 +156,7 @@ class _Part:
         return f"{self.name} {' to '.join(ends)} ({about})".strip()
 
     def scale(self) -> str:
-        "The smallest and the largest value of the bases."
+        "The smallest and the largest value that is subtracted."
         ends = dict.fromkeys(f"{value:.3f}" for value in (self.levels[0], self.levels[-1]))
         return f"{self.name} {' to '.join(ends)}".strip()
 
@@ -147,7 +167,8 @@ class _Part:
             differences = self.sign * seed_differences(self.read, a, b, self.metric)
             for l0, values in differences.iterrows():
                 side = SIDES[claim_verdict(t_interval(values)[:3])]
-                found.setdefault(float(str(l0)), {}).setdefault(side, []).append(b)
+                base = get_method(a).architecture
+                found.setdefault(float(str(l0)), {}).setdefault(side, []).append(base)
         return "; ".join(f"L0 {l0:g}: {_on(sides)}" for l0, sides in sorted(found.items()))
 
 
@@ -174,20 +195,20 @@ def _findings(parts: Sequence[_Part]) -> str:
     groups: dict[str, list[str]] = {}
     for pair in parts[0].lines:
         finding = _finding({part.name: effect_side(part.lines[pair]) for part in parts})
-        groups.setdefault(finding, []).append(pair[1])
+        groups.setdefault(finding, []).append(get_method(pair[0]).architecture)
     if len(groups) == 1 and len(parts[0].lines) > 1:
-        return f"all {len(parts[0].lines)} bases: {next(iter(groups))}"
+        number = "both" if len(parts[0].lines) == 2 else f"all {len(parts[0].lines)}"
+        return f"{number} bases: {next(iter(groups))}"
     return "; ".join(f"{name_methods(bases)}: {finding}" for finding, bases in groups.items())
 
 
 def _parts(
+    effects: pd.DataFrame,  # a table of effects
     evidence: Evidence,
     measures: Mapping[str, Measure],  # {name: measure}
     sign: int = 1,
-    pairs: Sequence[tuple[str, str]] = (),  # differences a - b; none: mask minus no mask
 ) -> list[_Part]:
     "A part for each measure; empty if one of them was not measured."
-    effects = evidence.compare(pairs) if pairs else mask_effects(evidence)
     if sign < 0:
         effects = effects.assign(mean=-effects["mean"], low=-effects.high, high=-effects.low)
     parts = []
@@ -197,81 +218,142 @@ def _parts(
     return parts if all(part.lines for part in parts) else []
 
 
-def _absorption_parts(
-    world: str, evidence: Evidence, pairs: Sequence[tuple[str, str]] = ()
-) -> list[_Part]:
-    "The two measures of absorption in one world; `pairs` as for `_parts`."
-    return _parts(evidence, {measure.short: measure for measure in WORLDS[world]}, pairs=pairs)
+def _absorption_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
+    "The two measures of absorption in one world."
+    return _parts(effects, evidence, {measure.short: measure for measure in WORLDS[world]})
 
 
-def _price_parts(world: str, evidence: Evidence) -> list[_Part]:
+def _by_kind(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
+    "Absorption of base with the mask minus its twin, and minus the tuned base: those measured."
+    effects = evidence.mask_effects
+    found = {
+        kind: _absorption_parts(world, evidence, against(effects, kind)) for kind in (TWIN, TUNED)
+    }
+    return {kind: parts for kind, parts in found.items() if parts}
+
+
+def _price_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
     "Explained variance in one world."
     measure = PLANTED_FVU if world == "Planted world" else MODEL_FVU
-    return _parts(evidence, {"": measure}, sign=-1)
+    return _parts(against(evidence.mask_effects, kind), evidence, {"": measure}, sign=-1)
 
 
-def _cells(parts: Sequence[_Part]) -> dict[str, str]:
+def _cells(parts: Sequence[_Part], answer: str) -> dict[str, str]:
     "The cells of one world."
     seeds = min(line.n for part in parts for line in part.lines.values())
     return {
-        "answer": _findings(parts),
-        "difference (lowest to highest base)": "; ".join(part.span() for part in parts),
-        "value without the mask (or with dropout)": "; ".join(part.scale() for part in parts),
+        "answer": answer,
+        "difference (lowest to highest)": "; ".join(part.span() for part in parts),
+        "value subtracted": "; ".join(part.scale() for part in parts),
         "seeds": f"{seeds:g}",
     }
 
 
+def _too_few(parts: Sequence[_Part]) -> str:
+    "Says that the intervals are wider than the scores, if they are and show nothing."
+    sides = {effect_side(line) for part in parts for line in part.lines.values()}
+    wide = all(part.half > part.levels[-1] for part in parts)
+    return ". Too few seeds: the widest intervals exceed the scores" * (sides == {"none"} and wide)
+
+
 def _absorbed(world: str, evidence: Evidence) -> dict[str, str]:
     "The row on absorption in one world; empty if it was not measured."
-    parts = _absorption_parts(world, evidence)
-    if not parts:
+    found = _by_kind(world, evidence)
+    if not found:
         return {}
-    cells = _cells(parts)
-    sides = {effect_side(line) for part in parts for line in part.lines.values()}
-    if sides == {"none"} and all(part.half > part.levels[-1] for part in parts):
-        cells["answer"] += ". Too few seeds: the widest intervals exceed the scores"
-    bases = [base for base, masked in MASKED.items() if masked in evidence.unmasked]
-    if bases and world == "Planted world":
-        cells["answer"] += (
-            f"; {name_methods(bases)}: left out, since tuning chose a mask that hides nothing"
-        )
-    return {"question": QUESTIONS[world]} | cells
+    said = {kind: _findings(parts) + _too_few(parts) for kind, parts in found.items()}
+    answer = ". ".join(f"Minus {OTHERS[kind]}: {words}" for kind, words in said.items())
+    bases = evidence.no_mask(WORLD_KEYS[world])
+    answer += f". {name_methods(bases)}: tuning chose no mask" if bases else ""
+    parts = next(iter(found.values()))
+    return {"question": QUESTIONS[world]} | _cells(parts, answer)
 
 
-def _joined(question: str, parts: Mapping[str, Sequence[_Part]]) -> dict[str, str]:
-    "One row for all worlds, {world: parts}; empty if none has parts."
-    cells = {world.lower(): _cells(found) for world, found in parts.items() if found}
+def _joined(question: str, found: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    "One row for all worlds, {world: cells}; empty if none has cells."
+    cells = {world.lower(): of for world, of in found.items() if of}
     if not cells:
         return {}
     joined = {
         column: ". ".join(f"{world.capitalize()}: {of[column]}" for world, of in cells.items())
         for column in next(iter(cells.values()))
     }
-    missing = [world.lower() for world in parts if world.lower() not in cells]
+    missing = [world.lower() for world in found if world.lower() not in cells]
     if missing:
         joined["answer"] += f". {' and '.join(missing).capitalize()}: not measured"
     return {"question": question} | joined
 
 
 def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on explained variance in all worlds."
-    parts = {world: _price_parts(world, of) for world, of in evidence.items()}
-    return _joined(PRICE_QUESTION, parts)
+    "The row on explained variance in all worlds, and on agreement between seeds."
+    cells: dict[str, dict[str, str]] = {}
+    for world, of in evidence.items():
+        found = {kind: _price_parts(world, of, kind) for kind in (TWIN, TUNED)}
+        shown = {kind: parts for kind, parts in found.items() if parts}
+        parts = next(iter(shown.values()), [])
+        minus = "" if TWIN in shown else f"minus {OTHERS[TUNED]}: "
+        cells[world] = _cells(parts, minus + _findings(parts)) if parts else {}
+    row = _joined(PRICE_QUESTION, cells)
+    if row:
+        row["answer"] += f". Agreement between seeds: {_agreement(evidence)}"
+    return row
 
 
-def _importance(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on ATM against its dropout control in all worlds."
-    pairs = [("atm", "dropout")]
-    parts = {world: _absorption_parts(world, of, pairs) for world, of in evidence.items()}
-    return _joined(IMPORTANCE_QUESTION, parts)
+def _agreement(evidence: Mapping[str, Evidence]) -> str:
+    "What is shown of agreement between seeds with the mask minus its twin."
+    for of in evidence.values():
+        lines = effect_lines(of.mask_effects, ALIKE)
+        if lines:
+            return _findings([_Part("", lines, of.agreement, ALIKE.metric)])
+    return "not measured"
+
+
+def _importance_cells(world: str, evidence: Evidence) -> dict[str, str]:
+    "Each masked form against each control that was run in one world; empty if none was."
+    parts = _absorption_parts(world, evidence, evidence.control_effects)
+    words = []
+    for mask, label in CONTROLS.items():
+        of = [replace(part, lines=_of_mask(part.lines, mask)) for part in parts]
+        words += [f"minus {label}, {_findings(of)}"] if of and of[0].lines else []
+    return _cells(parts, "; ".join(words)) if words else {}
+
+
+def _of_mask(lines: Mapping[tuple[str, str], Any], mask: str) -> dict[tuple[str, str], Any]:
+    "The lines whose second method has a mask."
+    return {pair: line for pair, line in lines.items() if get_method(pair[1]).mask == mask}
+
+
+def _order(evidence: Mapping[str, Evidence]) -> dict[str, str]:
+    "The row on the published order; empty if it was not measured."
+    if "Language model" not in evidence:
+        return {}
+    of = evidence["Language model"]
+    parts = _absorption_parts("Language model", of, of.order_effects)
+    if not parts:
+        return {}
+    pairs = []
+    for a, b in parts[0].lines:
+        finding = _finding({part.name: effect_side(part.lines[a, b]) for part in parts})
+        pairs.append(f"{method_name(a)} minus {method_name(b)}: {finding}")
+    missing = unavailable_order(of)
+    first = f"At the published L0s: not available ({missing}). " if missing else ""
+    answer = f"{first}At equal L0: {order_verdict(of.order_effects)}. {'; '.join(pairs)}"
+    return {"question": ORDER_QUESTION} | _cells(parts, answer)
 
 
 def answer_table(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> pd.DataFrame:
-    "A row for each question: each world, the importance, the price; those that were measured."
-    rows = [_absorbed(world, of) for world, of in evidence.items()]
-    rows += [_importance(evidence), _price(evidence)]
+    """A row for each question, those that were measured.
+
+    They are: the mask in each world, the importance, the price, the published order."""
+    importance = {world: _importance_cells(world, of) for world, of in evidence.items()}
+    rows = [
+        *(_absorbed(world, of) for world, of in evidence.items()),
+        _joined(IMPORTANCE_QUESTION, importance),
+        _price(evidence),
+        _order(evidence),
+    ]
     return pd.DataFrame([row for row in rows if row])
 
 
@@ -282,8 +364,9 @@ def l0_lines(
     "On which bases each measure of absorption is lower or higher, at each L0."
     lines = []
     for world, of in evidence.items():
-        parts = _absorption_parts(world, of)
-        lines += [f"{world}, {part.name}: {part.by_l0()}." for part in parts]
+        kind, parts = next(iter(_by_kind(world, of).items()), (TWIN, []))
+        other = "" if kind == TWIN else f", minus {OTHERS[TUNED]}"
+        lines += [f"{world}, {part.name}{other}: {part.by_l0()}." for part in parts]
     return lines
 
 
@@ -291,16 +374,29 @@ def rate_sentence(
     evidence: Evidence,
     world: str,  # planted or model
 ) -> str:
-    "Says on which bases the mask has another learning rate than the base; empty if on none."
-    ratios = {base: rate_ratio(evidence, world, m, base) for m, base in evidence.mask_pairs}
+    "Says which tuned bases have another learning rate than their masked form; empty if none has."
+    kinds = evidence.mask_pairs(world)
+    ratios = {b: rate_ratio(evidence, world, a, b) for (a, b), k in kinds.items() if k == TUNED}
     parts = [f"{r:.2g} on {method_name(b)}" for b, r in ratios.items() if r != 1]
     if not parts:
         return ""
     return (
-        "The base and its masked form each have their own tuned learning rate. The rate of the "
-        f"masked form is that of its base times {', '.join(parts)}; on other bases the rates are "
-        "equal. So a difference there is that of the mask and of the rate together."
+        "The base tuned by itself has a learning rate of its own. The rate of the masked form is "
+        f"that of its base times {', '.join(parts)}. So a difference to that base is that of the "
+        "mask and of the rate together."
     )
+
+
+def answer_sentences(
+    evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
+) -> list[str]:
+    "The sentences under the table: each L0, the twins, the learning rates, the shuffled control."
+    said = l0_lines(evidence)
+    for world, of in evidence.items():
+        notes = [twin_note(of, WORLD_KEYS[world]), rate_sentence(of, WORLD_KEYS[world])]
+        said += [f"{world}. {note}" for note in notes if note]
+        said += [sentence.replace("**", "") for sentence in shuffled_sentences(of)]
+    return said
 
 
 # %% ../../nbs/report/answer.ipynb #cell-13
@@ -318,18 +414,36 @@ _PANELS = {
 }
 
 
+LABELS = {TWIN: "minus its twin: same settings, mask off", TUNED: "minus the base tuned by itself"}
+MARKERS = dict(zip(LABELS.values(), "oD"))
+
+
+def _runs(part: _Part, pair: tuple[str, str]) -> str:
+    "The difference of each seed where there are fewer than `FEW`, separated by spaces."
+    if part.lines[pair].n >= FEW:
+        return ""
+    values = part.sign * seed_differences(part.read, *pair, part.metric).mean()
+    return " ".join(f"{value:.6g}" for value in values)
+
+
 def answer_lines(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> pd.DataFrame:
-    "What the figure draws: panel, base, mean, low, high, n, agree."
+    "What the figure draws: panel, base, minus, mean, low, high, n, agree, runs (of few seeds)."
     lines = []
     for world, of in evidence.items():
         for title, (measure, sign) in _PANELS[world].items():
-            for part in _parts(of, {title: measure}, sign):
-                for (_, base), line in part.lines.items():
-                    numbers = (line.mean, line.low, line.high, line.n, line.agree)
-                    lines.append((title, base, *numbers))
-    return pd.DataFrame(lines, columns=["panel", "base", "mean", "low", "high", "n", "agree"])
+            for kind, label in LABELS.items():
+                effects = against(of.mask_effects, kind)
+                for part in _parts(effects, of, {title: measure}, sign):
+                    for pair, line in part.lines.items():
+                        numbers = (line.mean, line.low, line.high, line.n, line.agree)
+                        base = get_method(pair[0]).architecture
+                        lines.append((title, base, label, *numbers, _runs(part, pair)))
+    columns = ["panel", "base", "minus", "mean", "low", "high", "n", "agree", "runs"]
+    panels, bases = list(dict.fromkeys(line[0] for line in lines)), list(MASKED)
+    lines.sort(key=lambda line: (panels.index(line[0]), bases.index(line[1])))
+    return pd.DataFrame(lines, columns=columns)
 
 
 def answer_figure(
@@ -340,15 +454,17 @@ def answer_figure(
 
     set_style()
     titles = list(dict.fromkeys(lines.panel))
-    rows = -(-len(titles) // 3)
-    fig, axes = plt.subplots(rows, 3, figsize=(7, 2.1 * rows), squeeze=False)
+    used = {label: marker for label, marker in MARKERS.items() if label in {*lines.minus}}
+    rows, height = -(-len(titles) // 3), 2.1 + 0.4 * (len(used) > 1)
+    fig, axes = plt.subplots(rows, 3, figsize=(7, height * rows + 0.3), squeeze=False)
     for ax, title in zip(axes.flat, titles):
-        plot_effects(ax, lines[lines.panel == title])
+        plot_effects(ax, lines[lines.panel == title], MARKERS)
         ax.set_title(title.replace(": ", "\n"))
     for ax in axes[:, 1:].flat:
         ax.set_yticklabels([])
-    for ax in axes[-1]:
-        ax.set_xlabel("with the mask minus without")
+    marks = [axes[0, 0].plot([], [], marker, color="#606060")[0] for marker in used.values()]
+    labels = [f"with the mask {label}" for label in used]
+    fig.legend(marks, labels, loc="outside upper center", ncols=2)
     return fig
 
 
@@ -357,12 +473,16 @@ def answer_caption(
 ) -> str:
     "What the figure shows: differences, intervals, seeds and profiles."
     profiles = ", ".join(f"{world.lower()} `{of.profile}`" for world, of in found.items())
+    lines = answer_lines({world: of.evidence for world, of in found.items()})
+    few = f"With fewer than {FEW} seeds, small dots show single runs. " if lines.runs.any() else ""
     return (
-        "Each point is the value with the mask minus the value without, for one base at equal L0, "
-        "as a mean over L0. Bars: 95% interval over seeds, corrected (Holm) over the bases. Filled "
-        "points: the interval excludes 0. On the right: how many of the seeds have the sign of the "
-        "mean. Lower absorption is better. Lower explained variance is worse. "
-        f"Profiles: {profiles}."
+        "Each mark is the value with the mask minus another value, for one base at equal L0, as a "
+        f"mean over L0. The other value is that of {OTHERS[TWIN]} (same settings, mask off), or of "
+        f"{OTHERS[TUNED]}. Bars: 95% interval over seeds, corrected (Holm) over all comparisons of "
+        "the question. "
+        f"Filled marks: the interval excludes 0. {few}"
+        "On the right: how many of the seeds have the sign of the mean. Lower absorption is "
+        f"better. Lower explained variance is worse. Profiles: {profiles}."
     )
 
 
@@ -371,11 +491,12 @@ def answer_alt(
 ) -> str:
     "What is to be seen: in each panel, the bases whose interval excludes 0."
     parts = []
-    for panel, of in lines.groupby("panel", sort=False):
-        lower, higher = of.base[of.high < 0], of.base[of.low > 0]
+    for (panel, label), of in lines.groupby(["panel", "minus"], sort=False):
+        shown = of[of.n >= FEW]
+        lower, higher = shown.base[shown.high < 0], shown.base[shown.low > 0]
         found = {"lower": list(lower), "higher": list(higher)}
         words = [f"{side} on {name_methods(bases)}" for side, bases in found.items() if bases]
-        parts.append(f"{panel}: {', '.join(words) or 'no difference shown'}.")
+        parts.append(f"{panel}, {label}: {', '.join(words) or 'no difference shown'}.")
     return f"With the mask. {' '.join(parts)}"
 
 

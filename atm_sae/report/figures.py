@@ -31,7 +31,7 @@ __all__ = [
 import contextlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -424,16 +424,32 @@ def plot_intervals(
 # %% ../../nbs/report/figures.ipynb #cell-35
 def plot_effects(
     ax: "Axes",  # where to draw
-    lines: pd.DataFrame,  # base, mean, low, high, n, agree: one line for each base
+    lines: pd.DataFrame,  # base, mean, low, high, n, agree; perhaps minus and runs
+    markers: Mapping[str, str]
+    | None = None,  # {value of `minus`: its marker}; None: no such column
 ) -> None:
-    "A difference with its interval for each base, the first on top; agreeing seeds on the right."
-    for y, line in enumerate(lines.itertuples()):
-        colour = method_style(line.base)["color"]
-        excludes = line.low > 0 or line.high < 0
-        ax.plot([line.low, line.high], [y, y], color=colour, lw=1.4, solid_capstyle="butt")
-        ax.plot(line.mean, y, "o", color=colour, markerfacecolor=colour if excludes else "white")
+    """Differences with their intervals, the first base on top; agreeing seeds on the right.
+
+    `runs` holds the single differences as text, to be drawn in place of the interval; or ''."""
+    bases, markers = list(dict.fromkeys(lines.base)), markers or {"": "o"}
+    kinds = list(markers)
+    for line in lines.to_dict("records"):
+        kind = line.get("minus", "")
+        beside = (lines.base == line["base"]).sum() > 1
+        y = bases.index(line["base"]) + beside * (kinds.index(kind) - (len(kinds) - 1) / 2) * 0.36
+        colour = method_style(line["base"])["color"]
+        runs = [float(value) for value in line.get("runs", "").split()]
+        excludes = not runs and (line["low"] > 0 or line["high"] < 0)
+        if runs:
+            ax.plot(runs, [y] * len(runs), ".", color=colour, ms=3)
+        else:
+            ends = [line["low"], line["high"]]
+            ax.plot(ends, [y, y], color=colour, lw=1.4, solid_capstyle="butt")
+        face = colour if excludes else "white"
+        size = None if kinds.index(kind) == 0 else 4
+        ax.plot(line["mean"], y, markers[kind], color=colour, markerfacecolor=face, ms=size)
         ax.annotate(
-            f"{line.agree:g}/{line.n:g}",
+            f"{line['agree']:g}/{line['n']:g}",
             (1.02, y),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -441,8 +457,8 @@ def plot_effects(
             annotation_clip=False,
         )
     ax.axvline(0, color="#303030", lw=0.8, zorder=0.5)
-    ax.set(yticks=range(len(lines)), yticklabels=[method_name(base) for base in lines.base])
-    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.set(yticks=range(len(bases)), yticklabels=[method_name(base) for base in bases])
+    ax.set_ylim(len(bases) - 0.5, -0.5)
     ax.margins(x=0.08)
     ax.locator_params(axis="x", nbins=5)
     ax.grid(axis="y", visible=False)

@@ -55,9 +55,8 @@ from ..artefacts import atomic_write
 from ..methods import method_name
 from atm_sae.report.answer import (
     answer_caption,
+    answer_sentences,
     answer_table,
-    l0_lines,
-    rate_sentence,
     read_answer,
     write_answer,
 )
@@ -758,15 +757,12 @@ def page_answer(
     if path is None:
         return None
     evidence = {world: of.evidence for world, of in found.items()}
-    rates = rate_sentence(evidence["Planted world"], "planted") if "Planted world" in found else ""
-    lines = [*l0_lines(evidence), f"Planted world. {rates}" if rates else ""]
-    shown = tuple(line for line in lines if line)
     return Answer(
         answer_table(evidence),
         data_uri(path.with_suffix("")),
         figure_text(path).alt,
         answer_caption(found),
-        shown,
+        tuple(answer_sentences(evidence)),
     )
 
 

@@ -15,6 +15,10 @@ __all__ = [
     "LETTER_METRICS",
     "MASKED",
     "CONTROLS",
+    "RIVALS",
+    "PUBLISHED_L0",
+    "TWIN",
+    "TUNED",
     "AGREEMENT",
     "RAW",
     "BEYOND",
@@ -28,8 +32,8 @@ __all__ = [
     "ABSORBED",
     "MEASURES",
     "SIDES",
-    "RIVALS",
     "WORLDS",
+    "WORLD_KEYS",
     "PUBLISHED_STANDING",
     "LEAD",
     "equal_l0_rows",
@@ -43,28 +47,37 @@ __all__ = [
     "letter_rows",
     "letter_metrics",
     "Evidence",
+    "published_rows",
     "read_evidence",
-    "mask_effects",
-    "twin_effects",
     "Measure",
     "effect_side",
     "effect_lines",
     "effect_cell",
     "rate_ratio",
+    "against",
     "mask_table",
     "mask_caption",
+    "control_table",
     "name_methods",
+    "seeds_range",
     "describe_effects",
     "split_sentences",
     "layer_sentence",
+    "twin_note",
     "rival_table",
+    "shuffled_sentences",
+    "unavailable_order",
+    "order_verdict",
+    "published_order",
     "verdict_sentences",
 ]
 
 # %% ../../nbs/report/verdict.ipynb #cell-3
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,10 +286,12 @@ def _effect_lines(
     return pd.DataFrame(lines, columns=EFFECT_COLUMNS)
 
 
-def _joined(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+def _joined(
+    tables: Iterable[pd.DataFrame], columns: Sequence[str] = EFFECT_COLUMNS
+) -> pd.DataFrame:
     "Tables of effects in one; an empty one for none."
     found = [table for table in tables if len(table)]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=EFFECT_COLUMNS)
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
 
 def compare_pairs(
@@ -304,7 +319,14 @@ ABLATION = "mean_ablation_absorption_rate"
 PLANTED_METRICS = ("absorption", "excess_absorption", "fvu")
 LETTER_METRICS = (FULL, FRACTION, ABLATION, "fvu")
 MASKED = {base: with_mask(base, "atm") for base in ARCHITECTURES}
-CONTROLS = tuple(with_mask("atm", mask) for mask in ("dropout", "activity", "shuffled"))
+CONTROLS = {  # {mask: what the control hides}
+    "dropout": "dropout of the same share of latents",
+    "activity": "dropout of the same share of activity",
+    "shuffled": "ATM's probabilities shuffled among the latents",
+}
+RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka", "ortsae", "gated")
+PUBLISHED_L0 = {"atm": None, "jumprelu": 2665.9, "topk": 40.0}  # lowest published score first
+TWIN, TUNED = "twin", "base tuned by itself"  # what a masked method is compared with
 
 
 def _parameters(folder: Path, name: str) -> dict[str, Any]:
@@ -320,6 +342,14 @@ def _runs(folder: str | Path, name: str, columns: Iterable[str] = _KEYS) -> pd.D
     "tables/NAME-runs.csv; an empty table if it was not made."
     path = Path(folder) / "tables" / f"{name}-runs.csv"
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[*columns])
+
+
+def _without_mask(settings: Mapping[str, Any]) -> dict[str, Any]:
+    "The settings of a method that are not those of its mask."
+    from atm_sae.sae.atm import ATMConfig
+
+    of_mask = {field.name for field in fields(ATMConfig)}
+    return {"lr_scale": 1} | {k: v for k, v in settings.items() if k not in of_mask}
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
@@ -354,17 +384,23 @@ def letter_metrics(
     return [metric for metric in LETTER_METRICS if metric in rows and rows[metric].notna().any()]
 
 
+def _no_rows() -> pd.DataFrame:
+    return pd.DataFrame(columns=[*_KEYS])
+
+
 @dataclass(frozen=True)
 class Evidence:
-    "The data of a verdict. A table that was not made is empty."
+    "The data of a verdict. A table that was not made is empty. A world is 'planted' or 'model'."
 
     planted: pd.DataFrame  # `equal_l0_rows` of the planted world
     letters: pd.DataFrame  # `equal_l0_rows` of the language model
     agreement: pd.DataFrame  # tables/stability-runs.csv; empty if it was not made
-    unmasked: set[str]  # methods whose tuned settings hide no latent
+    unmasked: Mapping[str, set[str]]  # {world: methods whose tuned settings hide no latent}
     tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]  # {world: {method: settings}}
     layer: str = ""  # the layer sentence of the reports folder
     best: str = ""  # the attempt with the lowest cost; empty if there is none
+    at_published: pd.DataFrame = field(default_factory=_no_rows)  # `published_rows`
+    largest_l0: float = math.nan  # of the SAEs on the language model
 
     def of_world(self, planted: bool) -> "Evidence":
         "The same for the planted world alone, or for the language model alone."
@@ -372,36 +408,120 @@ class Evidence:
             return replace(self, letters=self.letters[:0], agreement=self.agreement[:0], layer="")
         return replace(self, planted=self.planted[:0])
 
+    def read(self, world: str) -> pd.DataFrame:
+        "The rows of a world."
+        return self.planted if world == "planted" else self.letters
+
+    @property
+    def worlds(self) -> list[str]:
+        "Those that have rows."
+        return [world for world in ("planted", "model") if len(self.read(world))]
+
     @property
     def model(self) -> str:
         "The language model; empty if there is none."
         return str(self.letters.world.iloc[0]) if len(self.letters) else ""
 
-    def pairs(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        "The pairs whose methods were both run and whose first method hides latents."
-        run = {*self.planted.method} | {*self.letters.method}
-        return [(a, b) for a, b in pairs if {a, b} <= run and a not in self.unmasked]
+    def no_mask(self, world: str) -> list[str]:
+        "The bases on which tuning chose a mask that hides nothing."
+        run, unmasked = {*self.read(world).method}, self.unmasked.get(world, set())
+        return [base for base, masked in MASKED.items() if masked in run & unmasked]
 
-    @property
-    def mask_pairs(self) -> list[tuple[str, str]]:
-        "Each masked method and its base, where both were run."
-        return self.pairs((masked, base) for base, masked in MASKED.items())
+    def base_is_twin(self, world: str, base: str) -> bool:
+        "True if the settings of a base and of its masked form differ in the mask alone."
+        settings = self.tuned.get(world, {})
+        ours, other = (_without_mask(settings.get(m, {})) for m in (MASKED[base], base))
+        return ours == other
 
-    @property
-    def twin_pairs(self) -> list[tuple[str, str]]:
-        "Each masked method and its twin with the mask off, where both were run."
-        return self.pairs((masked, with_mask(masked, "off")) for masked in MASKED.values())
+    def mask_pairs(self, world: str) -> dict[tuple[str, str], str]:
+        """{(masked, other): `TWIN` or `TUNED`}: each masked method, its twin and its base.
 
-    def compare(self, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-        "`compare_pairs` in both worlds."
-        pairs = self.pairs(pairs)
-        planted = compare_pairs(self.planted, PLANTED_METRICS, pairs)
-        letters = compare_pairs(self.letters, letter_metrics(self.letters), pairs)
-        return _joined([planted, letters])
+        The base is the twin if their settings differ in the mask alone."""
+        found: dict[tuple[str, str], str] = {}
+        for base, masked in MASKED.items():
+            if self.base_is_twin(world, base):
+                found[masked, base] = TWIN
+            else:
+                found |= {(masked, with_mask(base, "off")): TWIN, (masked, base): TUNED}
+        return {pair: found[pair] for pair in self.pairs(world, found)}
+
+    def pairs(self, world: str, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        "The pairs that were both run in a world and whose first method hides latents there."
+        run, unmasked = {*self.read(world).method}, self.unmasked.get(world, set())
+        return [(a, b) for a, b in pairs if {a, b} <= run and a not in unmasked]
+
+    def compare(
+        self, pairs: Iterable[tuple[str, str]], worlds: Iterable[str] = ("planted", "model")
+    ) -> pd.DataFrame:
+        "`compare_pairs` in these worlds, corrected by Holm over all pairs of a world and metric."
+        pairs, found = list(pairs), []
+        for world in (world for world in worlds if world in self.worlds):
+            read = self.read(world)
+            metrics = PLANTED_METRICS if world == "planted" else letter_metrics(read)
+            found.append(compare_pairs(read, metrics, self.pairs(world, pairs)))
+        return _joined(found)
+
+    def where_all(self, methods: Iterable[str]) -> "Evidence":
+        "The evidence at the L0s that these methods reach with every seed, each world by itself."
+        methods = list(methods)
+
+        def common(read: pd.DataFrame) -> pd.DataFrame:
+            of = read[read.method.isin(methods)]
+            by_l0 = of.groupby("sparsity").size()
+            every = of.method.nunique() * of.seed.nunique()
+            return read[read.sparsity.isin(by_l0.index[by_l0 == every])]
+
+        return replace(self, planted=common(self.planted), letters=common(self.letters))
+
+    @cached_property
+    def mask_effects(self) -> pd.DataFrame:
+        "Does the mask help? `EFFECT_COLUMNS` of `mask_pairs`, and `against`: `TWIN` or `TUNED`."
+        tables = []
+        for world in self.worlds:
+            kinds = self.mask_pairs(world)
+            table = self.compare(kinds, [world])
+            tables.append(table.assign(against=[kinds[a, b] for a, b in zip(table.a, table.b)]))
+        masked = [m for m in MASKED.values() if m not in self.unmasked.get("model", set())]
+        tables.append(_agreement_effects(self, masked).assign(against=TWIN))
+        return _joined(tables, [*EFFECT_COLUMNS, "against"])
+
+    @cached_property
+    def control_effects(self) -> pd.DataFrame:
+        "Is it the importance? `EFFECT_COLUMNS` of each masked method minus each of its controls."
+        controls = [(m, with_mask(b, mask)) for mask in CONTROLS for b, m in MASKED.items()]
+        return self.compare(controls)
+
+    @cached_property
+    def rival_effects(self) -> dict[str, pd.DataFrame]:
+        """Against the alternatives: {method: `EFFECT_COLUMNS` of it minus each other SAE}.
+
+        ATM and the best attempt are corrected together. ATM's base without the mask stands beside
+        them. All are read at the L0s that they share."""
+        masked = [m for m in ("atm", self.best) if m]
+        there = self.where_all([*masked, "standard"])
+        effects = there.compare((m, rival) for m in masked for rival in RIVALS)
+        found = {m: effects[effects.a == m] for m in masked}
+        return found | {"standard": there.compare(("standard", rival) for rival in RIVALS)}
+
+    @cached_property
+    def order_effects(self) -> pd.DataFrame:
+        "The published order at equal L0: `EFFECT_COLUMNS` of neighbours in `PUBLISHED_L0`."
+        return self.compare(itertools.pairwise(PUBLISHED_L0), ["model"])
 
 
-# of twins, in tables of runs made before twins were methods
-_EARLIER_NAMES = {f"{masked} off": with_mask(masked, "off") for masked in MASKED.values()}
+def published_rows(
+    rows: pd.DataFrame,  # of `letter_rows`
+) -> pd.DataFrame:
+    """Each method of `PUBLISHED_L0`, read at its own published L0; only those trained near it.
+
+    `sparsity` is 0 for all, so that they can be paired by seed."""
+    metrics = letter_metrics(rows)
+    read = [
+        equal_l0_rows(rows[rows.method == method], metrics, [l0])
+        for method, l0 in PUBLISHED_L0.items()
+        if l0
+    ]
+    return pd.concat(read, ignore_index=True).assign(sparsity=0.0)
 
 
 def read_evidence(
@@ -413,17 +533,18 @@ def read_evidence(
     parameters = _parameters(Path(folder), "verdict")
     l0s = list(l0s or parameters.get("l0s", EQUAL_L0))
     planted, letters = planted_rows(folder), letter_rows(folder)
-    found = [rows for rows in (planted, letters) if len(rows)]
-    if not found:
+    if planted.empty and letters.empty:
         return None
     return Evidence(
         planted=equal_l0_rows(planted, PLANTED_METRICS, l0s),
         letters=equal_l0_rows(letters, letter_metrics(letters), l0s),
-        agreement=_runs(folder, "stability").replace({"method": _EARLIER_NAMES}),
-        unmasked=set.intersection(*map(chose_no_mask, found)),
+        agreement=_runs(folder, "stability"),
+        unmasked={"planted": chose_no_mask(planted), "model": chose_no_mask(letters)},
         tuned=_tuned(Path(folder)),
         layer=layer_sentence(folder),
         best=parameters.get("best", "") if best is None else best,
+        at_published=published_rows(letters),
+        largest_l0=float(letters.l0.max()),
     )
 
 
@@ -441,14 +562,14 @@ def _jackknifed(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{m: groups[m].transform(pseudo_values) for m in AGREEMENT})
 
 
-def _agreement_effects(evidence: Evidence, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+def _agreement_effects(evidence: Evidence, masked: Iterable[str]) -> pd.DataFrame:
     "Agreement between seeds: each masked method minus itself with the mask off."
     rows = evidence.agreement
     if rows.empty:
         return pd.DataFrame(columns=EFFECT_COLUMNS)
     rows = _jackknifed(rows[rows.world == evidence.model])
     found: dict[str, dict[tuple[str, str], pd.DataFrame]] = {metric: {} for metric in AGREEMENT}
-    for a, b in pairs:
+    for a in masked:
         off = with_mask(a, "off")
         if not {a, off} <= {*rows.method}:
             continue
@@ -457,23 +578,8 @@ def _agreement_effects(evidence: Evidence, pairs: Iterable[tuple[str, str]]) -> 
         read = [read_pair(c, a, off, target, AGREEMENT) for _, c in both.groupby("seed")]
         for metric in AGREEMENT:
             wide = pd.concat(read).pivot(index="seed", columns="method", values=metric)
-            found[metric][a, b] = (wide[a] - wide[off]).dropna().to_frame(target).T
+            found[metric][a, off] = (wide[a] - wide[off]).dropna().to_frame(target).T
     return _joined(_effect_lines(evidence.model, metric, found[metric]) for metric in AGREEMENT)
-
-
-def mask_effects(
-    evidence: Evidence,
-) -> pd.DataFrame:
-    "`EFFECT_COLUMNS` of each base with the mask minus the base; b is the base."
-    pairs = evidence.mask_pairs
-    return _joined([evidence.compare(pairs), _agreement_effects(evidence, pairs)])
-
-
-def twin_effects(
-    evidence: Evidence,
-) -> pd.DataFrame:
-    "`EFFECT_COLUMNS` of each masked method minus its twin, the same settings with the mask off."
-    return evidence.compare(evidence.twin_pairs)
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-28
@@ -547,9 +653,8 @@ def rate_ratio(
 
 def _rate_note(evidence: Evidence, a: str, b: str) -> str:
     "Says in which world a has another learning rate than b, if it has."
-    rows = {"planted": evidence.planted, "model": evidence.letters}
     notes = {}
-    for world in (world for world in rows if len(rows[world])):
+    for world in evidence.worlds:
         ratio = rate_ratio(evidence, world, a, b)
         notes[world] = "" if ratio == 1 else f"learning rate × {ratio:.2g}"
     if len({*notes.values()}) == 1:
@@ -558,24 +663,45 @@ def _rate_note(evidence: Evidence, a: str, b: str) -> str:
     return "".join(f" ({world}: {note})" for world, note in notes.items() if note)
 
 
+def against(
+    effects: pd.DataFrame,  # of `Evidence.mask_effects`
+    kind: str,  # TWIN or TUNED
+) -> pd.DataFrame:
+    "The lines of one kind."
+    return effects[effects.against == kind]
+
+
+def _mask_cell(evidence: Evidence, base: str, lines: Mapping[str, Any], kind: str) -> str:
+    "A cell of `mask_table`; `lines` has the line of each kind that was measured."
+    if kind in lines:
+        return effect_cell(lines[kind])
+    if kind == TUNED and TWIN in lines and lines[TWIN].b == base:
+        return "the same"
+    return "–"
+
+
 def mask_table(
     evidence: Evidence,
     measures: Sequence[Measure] = MEASURES,  # its columns
 ) -> pd.DataFrame:
-    "One line for each base: what the mask adds to it."
-    effects = mask_effects(evidence)
-    found = {measure: effect_lines(effects, measure) for measure in measures}
-    found = {measure: lines for measure, lines in found.items() if lines}
-    table = []
+    "Two lines for each base: with the mask minus its twin, and minus the base tuned by itself."
+    effects = evidence.mask_effects
+    found: dict[str, dict[str, dict[str, Any]]] = {}  # {measure: {base: {kind: line}}}
+    for measure in measures:
+        for (masked, _), line in effect_lines(effects, measure).items():
+            base = get_method(masked).architecture
+            found.setdefault(measure.heading, {}).setdefault(base, {})[line.against] = line
+    table: list[dict[str, str]] = []
     for base, masked in MASKED.items():
-        cells = {m.heading: lines.get((masked, base)) for m, lines in found.items()}
-        name = method_name(base)
-        if masked in evidence.unmasked:
-            table.append({"base": f"{name}: tuning chose no mask"} | dict.fromkeys(cells, "–"))
-        elif any(cells.values()):
-            name += _rate_note(evidence, masked, base)
-            texts = {h: effect_cell(line) if line else "–" for h, line in cells.items()}
-            table.append({"base": name} | texts)
+        of_base = {heading: bases.get(base, {}) for heading, bases in found.items()}
+        kinds = {kind for lines in of_base.values() for kind in lines}
+        names = {TWIN: TWIN, TUNED: TUNED + _rate_note(evidence, masked, base)}
+        for kind in (kind for kind in names if kind in kinds):
+            cells = {h: _mask_cell(evidence, base, of, kind) for h, of in of_base.items()}
+            table.append({"base": method_name(base), "minus": names[kind]} | cells)
+        if not kinds and any(base in evidence.no_mask(world) for world in evidence.worlds):
+            line = {"base": method_name(base), "minus": "tuning chose no mask"}
+            table.append(line | dict.fromkeys(of_base, "–"))
     return pd.DataFrame(table)
 
 
@@ -583,7 +709,7 @@ def mask_caption(
     evidence: Evidence,
 ) -> str:
     "How to read `mask_table`: signs, intervals, seeds and L0s."
-    effects = mask_effects(evidence)
+    effects = evidence.mask_effects
     if effects.empty:
         return ""
     worlds = {"planted world": True, "language model": False}
@@ -591,11 +717,13 @@ def mask_caption(
     ranges = [f"{_l0_range(found)} ({name})" for name, found in lines.items() if len(found)]
     seeds = "–".join(f"{n:g}" for n in sorted({effects.n.min(), effects.n.max()}))
     return (
-        "Base with the mask minus base, at equal L0, with the settings in the manifest. A cell is "
-        "mean ± half of the 95% interval (paired t over seeds, corrected by Holm over the bases); "
-        f"in brackets, how many of {seeds} seeds have the sign of the mean. **less** and **more**: "
-        "the interval excludes 0. No word: no difference shown. A measured difference above the "
-        "number after ± would have excluded 0. FVU: fraction of variance unexplained. Mean over L0 "
+        "Base with the mask minus its twin (the same settings with the mask off), and minus the "
+        "base tuned by itself, at equal L0. Where base and masked form differ in the mask alone, "
+        "the base is the twin. A cell is mean ± half of the 95% interval (paired t over seeds, "
+        "corrected by Holm over all comparisons of its column); in brackets, how many of "
+        f"{seeds} seeds have the sign of the mean. **less** and **more**: the interval excludes 0. "
+        "No word: no difference shown. A measured difference above the number after ± would have "
+        "excluded 0. FVU: fraction of variance unexplained. Mean over L0 "
         f"{' and '.join(ranges)}, where both reach it.{_agreement_note(effects)}"
     )
 
@@ -604,10 +732,26 @@ def _agreement_note(effects: pd.DataFrame) -> str:
     "Defines agreement between seeds; empty if it was not measured."
     if not effects.metric.isin(AGREEMENT).any():
         return ""
-    return (
-        " Agreement: mean best cosine of two dictionaries from different seeds, with the mask "
-        "minus the same settings with the mask off."
-    )
+    return " Agreement: mean best cosine of two dictionaries from different seeds."
+
+
+def control_table(
+    evidence: Evidence,
+    measures: Sequence[Measure] = ABSORBED,  # its columns
+) -> pd.DataFrame:
+    """A line for each base and control: the masked form minus that control.
+
+    The cells are those of `mask_table`; Holm's correction is over all controls of a column."""
+    found = {m.heading: effect_lines(evidence.control_effects, m) for m in measures}
+    found = {heading: lines for heading, lines in found.items() if lines}
+    table = []
+    for base, masked in MASKED.items():
+        for mask, label in CONTROLS.items():
+            pair = (masked, with_mask(base, mask))
+            cells = {h: effect_cell(of[pair]) if pair in of else "–" for h, of in found.items()}
+            if {*cells.values()} - {"–"}:
+                table.append({"base": method_name(base), "minus": label} | cells)
+    return pd.DataFrame(table)
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-30
@@ -625,16 +769,24 @@ def _l0_range(lines: pd.DataFrame) -> str:
     return f"{lines.l0_low.min():g} to {lines.l0_high.max():g}"
 
 
+def seeds_range(
+    lines: pd.DataFrame,  # of a table of effects
+) -> str:
+    "`n = 5 seeds`, or `n = 5 to 20 seeds` where the lines differ."
+    ends = dict.fromkeys(f"{n:g}" for n in (lines.n.min(), lines.n.max()))
+    return f"n = {' to '.join(ends)} seeds"
+
+
 def _resolution(
     lines: Sequence[Sequence[Any]],  # of each measure
     words: Sequence[str],  # for each measure
 ) -> str:
-    "Half of the widest interval of each of these lines."
+    "The least difference that each of these lines would have shown: half of its interval."
     halves = [max((line.high - line.low) / 2 for line in found) for found in lines]
     if any(math.isnan(half) for half in halves):
         return "one seed gives no interval"
     least = [f"{format_number(h, 2)} {w}".strip() for h, w in zip(halves, words)]
-    return f"95% interval ± {', '.join(least)}"
+    return f"the data would have shown one of at least {', '.join(least)}"
 
 
 def _one_measure(side: str, lines: Sequence[Any], measure: Measure) -> str:
@@ -676,13 +828,14 @@ def describe_effects(
     parts = []
     for sides, pairs in groups.items():
         lines = [[of[pair] for pair in pairs] for of in found]
-        parts.append(_group(sides, lines, measures, name_methods(b for _, b in pairs), than))
+        bases = (b if than else get_method(a).architecture for a, b in pairs)
+        parts.append(_group(sides, lines, measures, name_methods(bases), than))
     return "; ".join(parts)
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-34
-RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka", "ortsae", "gated")
 WORLDS = {"Planted world": (RAW, BEYOND), "Language model": (FULL_SCORE, FRACTION_SCORE)}
+WORLD_KEYS = {"Planted world": "planted", "Language model": "model"}  # of `Evidence`
 PUBLISHED_STANDING = (
     "We could not read the paper's full text, so the published values are second-hand. ATM's "
     "values come from public summaries. Those of the other methods come from result files of the "
@@ -724,22 +877,51 @@ def layer_sentence(
     )
 
 
-def _mask_sentences(evidence: Evidence, effects: pd.DataFrame) -> list[str]:
-    "What the mask adds to each base, in each world."
-    sentences = []
+def twin_note(
+    evidence: Evidence,
+    world: str,  # planted or model
+) -> str:
+    "Says which bases are twins themselves, and of which no twin was run; empty if all were run."
+    kinds = evidence.mask_pairs(world)
+    twins = {get_method(a).architecture: b for (a, b), kind in kinds.items() if kind == TWIN}
+    same = [base for base, twin in twins.items() if base == twin]
+    bases = {get_method(a).architecture: None for a, _ in kinds}
+    missing = [base for base in bases if base not in twins]
+    notes = []
+    if same:
+        names = "each base" if len(same) == len(bases) > 1 else name_methods(same)
+        notes.append(f"{names} has the settings of its masked form, so it is the twin itself")
+    if missing:
+        notes.append(f"no twin was run for {name_methods(missing)}")
+    said = "; ".join(notes)
+    return f"{said[0].upper()}{said[1:]}." if said else ""
+
+
+def _mask_sentences(evidence: Evidence) -> list[str]:
+    "What the mask adds to each base, in each world: minus the twin, minus the tuned base."
+    heads = {
+        TWIN: ("", "its twin (the same settings with the mask off)"),
+        TUNED: (", base tuned by itself", "the base tuned by itself"),
+    }
+    sentences: list[str] = []
     for world, measures in WORLDS.items():
-        said = describe_effects(effects, measures)
-        lines = effects[(effects.world == "planted") == measures[0].planted]
-        if not said:
-            continue
         model = f" ({evidence.model}{_toy(evidence)})" if world == "Language model" else ""
-        sentences.append(
-            f"**{world}**{model}, absorption of base with the mask minus base: {said} "
-            f"(n = {lines.n.min():g} seeds; L0 {_l0_range(lines)}, where both reach it)."
-        )
-    bases = [base for base, masked in MASKED.items() if masked in evidence.unmasked]
-    if sentences and bases:
-        sentences[0] += f" On {name_methods(bases)}, tuning chose no mask."
+        key, first = WORLD_KEYS[world], len(sentences)
+        for kind, (subject, other) in heads.items():
+            effects = against(evidence.mask_effects, kind)
+            said = describe_effects(effects, measures)
+            lines = effects[(effects.world == "planted") == measures[0].planted]
+            if not said:
+                continue
+            sentence = (
+                f"**{world}{subject}**{model}, absorption of base with the mask minus {other}: "
+                f"{said} ({seeds_range(lines)}; L0 {_l0_range(lines)}, where both reach it)."
+            )
+            note = twin_note(evidence, key) if kind == TWIN else ""
+            sentences.append(f"{sentence} {note}".rstrip())
+        bases = evidence.no_mask(key)
+        if len(sentences) > first and bases:
+            sentences[first] += f" On {name_methods(bases)}, tuning chose no mask."
     return sentences
 
 
@@ -749,48 +931,39 @@ def _toy(evidence: Evidence) -> str:
 
 
 def _price_sentences(effects: pd.DataFrame) -> list[str]:
-    "FVU and agreement between seeds."
-    heads = {
-        "**Reconstruction cost**, FVU with the mask minus without:": (PLANTED_FVU, MODEL_FVU),
-        "**Stability**, agreement between seeds (mean best cosine) with the mask minus the same "
-        "settings without:": (ALIKE, ALIKE_FREQUENT),
-    }
-    said = {
-        head: describe_effects(effects, [m for m in measures if effect_lines(effects, m)])
-        for head, measures in heads.items()
-    }
-    return [f"{head} {words}." for head, words in said.items() if words]
+    "FVU with the mask minus the twin and minus the tuned base, and agreement between seeds."
+    parts = []
+    for kind, other in ((TWIN, "its twin"), (TUNED, "the base tuned by itself")):
+        of = against(effects, kind)
+        said = [describe_effects(of, [measure]) for measure in (PLANTED_FVU, MODEL_FVU)]
+        found = "; ".join(words for words in said if words)
+        parts += [f"with the mask minus {other}: {found}"] if found else []
+    sentences = [f"**Reconstruction cost**, FVU {'. FVU '.join(parts)}."] if parts else []
+    alike = [measure for measure in (ALIKE, ALIKE_FREQUENT) if effect_lines(effects, measure)]
+    words = describe_effects(effects, alike)
+    if words:
+        sentences.append(
+            "**Stability**, agreement between seeds (mean best cosine) with the mask minus the "
+            f"same settings without: {words}."
+        )
+    return sentences
 
 
-def _rival_sentences(
-    effects: Mapping[str, pd.DataFrame],  # what `_rival_effects` returned
-) -> list[str]:
-    "ATM against other SAEs, and the same for its base without the mask."
+def _rival_sentences(evidence: Evidence) -> list[str]:
+    "ATM and the best attempt against other SAEs, and the same for ATM's base without the mask."
     names = {"atm": "ATM (ReLU + L1 with the mask)", "standard": "ReLU + L1 without the mask"}
-    sentences = []
+    effects = evidence.rival_effects
+    sentences: list[str] = []
     for world, measures in WORLDS.items():
         said = {m: describe_effects(effects[m], measures, than=True) for m in names}
         parts = [f"Absorption of {names[m]}: {words}" for m, words in said.items() if words]
         if parts:
             sentences.append(f"**{world}, against other SAEs**: {'. '.join(parts)}.")
+    best = evidence.best
+    if best in effects:
+        head = f"**The best attempt** (lowest cost, exploratory): {method_name(best)}"
+        sentences.append(_effects_sentence(effects[best], f"{head} minus other SAEs"))
     return sentences
-
-
-def _where_both(evidence: Evidence, a: str, b: str) -> Evidence:
-    "The evidence at the L0s that both methods reach with every seed."
-
-    def common(read: pd.DataFrame) -> pd.DataFrame:
-        by_l0 = read[read.method.isin([a, b])].groupby("sparsity").size()
-        seeds = read.seed.nunique()
-        return read[read.sparsity.isin(by_l0.index[by_l0 == 2 * seeds])]
-
-    return replace(evidence, planted=common(evidence.planted), letters=common(evidence.letters))
-
-
-def _rival_effects(evidence: Evidence) -> dict[str, pd.DataFrame]:
-    "ATM and its base against each other SAE, at the L0s that ATM and its base reach."
-    evidence = _where_both(evidence, "atm", "standard")
-    return {m: evidence.compare([(m, rival) for rival in RIVALS]) for m in ("atm", "standard")}
 
 
 def rival_table(
@@ -799,7 +972,7 @@ def rival_table(
     """One line for each other SAE: ATM minus it, and ATM's base without the mask minus it.
 
     Bold where the interval, corrected by Holm over the other SAEs, excludes zero."""
-    effects = _rival_effects(evidence)
+    effects = {m: evidence.rival_effects[m] for m in ("atm", "standard")}
     measured = {*pd.concat(effects.values()).metric}
     measures = [measure for measure in ABSORBED if measure.metric in measured]
     table = []
@@ -822,7 +995,7 @@ def _short_cell(line: Any | None) -> str:
 
 
 def _share_sentence(
-    effects: Mapping[str, pd.DataFrame],  # what `_rival_effects` returned
+    effects: Mapping[str, pd.DataFrame],  # of `Evidence.rival_effects`
 ) -> str:
     "The difference of ATM to each other SAE, and that of its base without the mask."
     parts = []
@@ -846,13 +1019,126 @@ def _effects_sentence(effects: pd.DataFrame, head: str) -> str:
     return f"{head}: {'; '.join(parts)}." if parts else ""
 
 
-def _pairs_sentence(evidence: Evidence, a: str, others: Iterable[str], head: str) -> str:
-    "One method minus each of the others, in both worlds; empty if none was run."
-    pairs = evidence.pairs((a, b) for b in others)
-    if not pairs:
+def _importance_sentences(evidence: Evidence) -> list[str]:
+    "The masked forms minus each control, in both worlds, and the share of the shuffled control."
+    effects, parts = evidence.control_effects, []
+    masks = effects.b.map(lambda name: get_method(name).mask)
+    for mask, label in CONTROLS.items():
+        of = effects[masks == mask]
+        said = {w: describe_effects(of, measures) for w, measures in WORLDS.items()}
+        places = {
+            "Planted world": "in the planted world",
+            "Language model": "on the language model",
+        }
+        found = [f"{places[world]}, {words}" for world, words in said.items() if words]
+        if found:
+            parts.append(f"Base with the mask minus {label}: {'; '.join(found)}")
+    sentences = [f"**Importance** ({seeds_range(effects)}): {'. '.join(parts)}."] if parts else []
+    return [*sentences, *shuffled_sentences(evidence)]
+
+
+def shuffled_sentences(
+    evidence: Evidence,
+) -> list[str]:
+    """How much of the mask's effect the shuffled control has, a sentence for each world.
+
+    Each is the difference to the twin. Only bases on which the mask is shown to lower a measure."""
+    sentences = []
+    for world, measures in WORLDS.items():
+        parts = []
+        for measure in measures:
+            lines = effect_lines(against(evidence.mask_effects, TWIN), measure)
+            found = [
+                _shuffled_share(evidence, world, measure, *pair)
+                for pair, line in lines.items()
+                if effect_side(line) == "less"
+            ]
+            found = [share for share in found if share]
+            parts += [f"{measure.words}, {', '.join(found)}"] if found else []
+        if parts:
+            sentences.append(
+                f"**{world}, shuffled control**: with ATM's probabilities shuffled among the "
+                f"latents, absorption minus that of the twin is this share of what the mask "
+                f"reaches: {'; '.join(parts)}."
+            )
+    return sentences
+
+
+def _shuffled_share(
+    evidence: Evidence, world: str, measure: Measure, masked: str, twin: str
+) -> str:
+    "`TopK 80% (-0.08 of -0.10)` at the L0s that all three reach; empty without a control."
+    control = with_mask(masked, "shuffled")
+    there = evidence.where_all([masked, twin, control]).read(WORLD_KEYS[world])
+    if control not in {*there.method}:
         return ""
-    names = name_methods(b for _, b in pairs)
-    return _effects_sentence(evidence.compare(pairs), f"{head} minus {names}")
+    wide = _by_method(there, measure.metric)
+    gain, share = (_seed_differences(wide, m, twin).to_numpy().mean() for m in (masked, control))
+    name = method_name(get_method(masked).architecture)
+    return f"{name} {share / gain:.0%} ({format_number(share)} of {format_number(gain)})"
+
+
+def unavailable_order(
+    evidence: Evidence,
+) -> str:
+    "Why the order cannot be checked at the published L0s; empty if each method was trained there."
+    trained = {*evidence.at_published.method}
+    reasons = []
+    for method, l0 in PUBLISHED_L0.items():
+        name = method_name(method)
+        if l0 is None:
+            reasons.append(f"the L0 of {name} was not published")
+        elif method not in trained:
+            reasons.append(
+                f"that of {name} is {l0:.0f}, the largest L0 here is {evidence.largest_l0:.0f}"
+                if l0 > evidence.largest_l0
+                else f"no {name} was trained near its published L0 of {l0:.0f}"
+            )
+    return "; ".join(reasons)
+
+
+def order_verdict(
+    effects: pd.DataFrame,  # of neighbours in the published order
+) -> str:
+    "'reproduced', 'contradicted', 'not shown' or 'not measured', by full and fraction score."
+    lines = [effect_lines(effects, measure) for measure in WORLDS["Language model"]]
+    pairs = list(itertools.pairwise(PUBLISHED_L0))
+    if not all(pair in of for of in lines for pair in pairs):
+        return "not measured"
+    sides = [{effect_side(of[pair]) for of in lines} for pair in pairs]
+    if all(side == {"less"} for side in sides):
+        return "reproduced"
+    return "contradicted" if {"more"} in sides else "not shown"
+
+
+def _order_words(effects: pd.DataFrame) -> str:
+    "What is shown of each pair of neighbours in the published order; empty if none was compared."
+    parts = []
+    for a, b in itertools.pairwise(PUBLISHED_L0):
+        pair = effects[(effects.a == a) & (effects.b == b)]
+        said = describe_effects(pair, WORLDS["Language model"], than=True)
+        parts += [f"{method_name(a)}: {said}"] if said else []
+    return "; ".join(parts)
+
+
+def published_order() -> str:
+    "`ATM < JumpReLU < TopK`"
+    return " < ".join(map(method_name, PUBLISHED_L0))
+
+
+def _order_sentences(evidence: Evidence) -> list[str]:
+    "Is the published order reproduced at the published L0s, and at equal L0?"
+    words = _order_words(evidence.order_effects)
+    if not words:
+        return []
+    missing = unavailable_order(evidence)
+    metrics = letter_metrics(evidence.letters)
+    pairs = itertools.pairwise(PUBLISHED_L0)
+    there = _order_words(compare_pairs(evidence.at_published, metrics, pairs))
+    parts = [f"At the published L0s: not available ({missing})"] if missing else []
+    parts += [f"At the published L0s: {there}"] if there else []
+    parts.append(f"At equal L0: {order_verdict(evidence.order_effects)}. {words}")
+    return [f"**The published order** ({published_order()}): {'. '.join(parts)}."]
 
 
 def verdict_sentences(
@@ -861,21 +1147,13 @@ def verdict_sentences(
     "The verdict in words, each sentence with its subject in bold; none without evidence."
     if evidence is None:
         return []
-    best = evidence.best
-    effects, against = mask_effects(evidence), _rival_effects(evidence)
     sentences = [
-        *_mask_sentences(evidence, effects),
+        *_mask_sentences(evidence),
         evidence.layer,
-        _share_sentence(against),
-        *_price_sentences(effects),
-        *_rival_sentences(against),
-        _effects_sentence(
-            twin_effects(evidence), "**Same settings**, with the mask on minus with the mask off"
-        ),
-        _pairs_sentence(evidence, "atm", CONTROLS, "**Dropout control**: ATM"),
+        *_importance_sentences(evidence),
+        *_rival_sentences(evidence),
+        _share_sentence(evidence.rival_effects),
+        *_price_sentences(evidence.mask_effects),
+        *_order_sentences(evidence),
     ]
-    if best:
-        base = get_method(best).architecture
-        head = f"**The best attempt** (lowest cost, exploratory): {method_name(best)}"
-        sentences.append(_pairs_sentence(evidence, best, [base], head))
     return [sentence for sentence in sentences if sentence]
