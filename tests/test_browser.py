@@ -139,6 +139,8 @@ def test_a_line_unfolds_its_reason_and_puts_itself_into_the_address(visit):
     line.locator("summary").focus()
     page.keyboard.press("Enter")
     assert reason.is_visible() and len(reason.inner_text()) > 10
+    assert reason.bounding_box()["width"] > 400  # it lies below the other cells too
+    line.locator("a").click(trial=True)  # and can be clicked there
     assert page.url.endswith("#" + line.get_attribute("id"))
 
 

@@ -91,19 +91,19 @@ def cards(toy, profile):
 
 
 def test_a_claim_is_one_row_with_a_part_for_each_l0(toy):
-    second = '    "w,atm - topk,16,total,1,0.5,2,5,16.5,16,17",\n]'
+    second = '    "w,atm - topk,4,total,1,0.5,2,5,4.5,4,5",\n]'
     notebook(toy.path.parent / "10_count.ipynb", COUNT.replace("]\nPath", second + "\nPath", 1))
     toy.run(profile="default")
     (card,) = (c for c in cards(toy, "default") if c.claims)
     (row,) = card.claims
     assert row.counts() == [("holds", 1), ("fails", 1)] and row.id == "default-count-less"
-    assert row.cells["L0"] == Cell("8.00 to 16.5", "8.0")
+    assert row.cells["L0"] == Cell("4.50 to 8.00", "4.5")
     assert row.cells["difference"] == Cell("-2 to 1", "-2.0") and row.cells["n"].text == "3 to 5"
     assert [[c.text for c in line] for line in row.parts.rows] == [
+        ["4.50 [4.00, 5.00]", "1.00 [0.50, 2.00]", "5", "fails"],
         ["8.00 [8.00, 8.00]", "-2.0 [-3.0, -1.0]", "3", "holds"],
-        ["16.50 [16.00, 17.00]", "1.00 [0.50, 2.00]", "5", "fails"],
     ]
-    assert "1 holds, 1 fails" in (toy.out / "index.md").read_text()
+    assert "1 fails, 1 holds" in (toy.out / "index.md").read_text()
 
 
 def test_pages_survive_a_broken_summary(toy):

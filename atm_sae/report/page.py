@@ -265,7 +265,7 @@ def _published_facts(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     "What is known of one line of `compare_published` besides its cells."
     return (
         ("why", line["reason"]),
-        ("difference, ours minus published", format_number(line["difference"])),
+        ("ours minus published", format_number(line["difference"])),
         ("tolerance", format_number(line["tolerance"])),
         ("source", line["source"] or "–"),
         ("confidence", line["confidence"] or "unknown"),
@@ -515,6 +515,7 @@ def _claim_rows(card: Card) -> tuple[Row, ...]:
         claims.setdefault((line["claim"], line["world"], line["by"]), []).append(line)
     found = []
     for lines in claims.values():
+        lines.sort(key=lambda line: line["l0"] or 0.0)  # None: not measured
         verdicts = tuple(claim_word(line["verdict"]) for line in lines)
         cells = _claim_cells(lines)
         parts = _claim_parts(lines) if len(lines) > 1 else None
