@@ -149,10 +149,10 @@ def cached_task(cache):
     return load_task(file.parent)
 
 
-def word_sae(task, d_sae, seed=0):
+def word_sae(task, d_sae, seed=0, l0=L0):
     """An untrained TopK SAE whose latents carry words: rows of a word plus half of another one,
     and the 26 letters' directions."""
-    sae, mean = SAE(SAEConfig(task.d_in, d_sae, "topk", k=L0, seed=seed)), task.x.mean(0)
+    sae, mean = SAE(SAEConfig(task.d_in, d_sae, "topk", k=l0, seed=seed)), task.x.mean(0)
     one, other = torch.randint(len(task.x), (2, d_sae), generator=generator(seed, "benchmark"))
     rows = F.normalize(task.x[one] - mean + (task.x[other] - mean) / 2, dim=1)
     rows[:26] = task.directions

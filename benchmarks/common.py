@@ -1,11 +1,15 @@
-"What the benchmarks share: the command line, the versions they name, and the tables in README.md."
+"""What the benchmarks share: the command line, the data of the training steps, the versions they
+name, and the tables in README.md."""
 
 import argparse
 import datetime
 import statistics
 from pathlib import Path
 
+import torch
+
 from atm_sae.artefacts import atomic_write, provenance
+from atm_sae.core import generator
 
 README = Path(__file__).parent / "README.md"
 
@@ -44,6 +48,28 @@ def spread(values, digits=3):
     numbers = statistics.median(values), min(values), max(values)
     middle, least, most = (f"{number:.{digits}f}" for number in numbers)
     return f"{middle} [{least}, {most}]"
+
+
+def sparse_data(task, features=8192, active=24, seed=0):
+    "(steps + 1, batch, d_in): sparse sums of unit vectors, the rarer the later, with E|x|^2 = 1."
+    g = generator(seed, "training benchmark")
+    directions = torch.nn.functional.normalize(
+        torch.randn(features, task["d_in"], generator=g), dim=1
+    )
+    often = torch.arange(1, features + 1) ** -0.8
+    often = (active * often / often.sum()).clamp(max=0.9)
+    shape = task["batch_size"], features
+
+    def size():
+        return (1 + 0.3 * torch.randn(shape, generator=g)).clamp(min=0.1)
+
+    x = torch.stack(
+        [
+            ((torch.rand(shape, generator=g) < often) * size()) @ directions
+            for _ in range(task["steps"] + 1)
+        ]
+    )
+    return x / x.square().sum(-1).mean().sqrt()
 
 
 def heading(*facts):

@@ -5,15 +5,19 @@ evaluation use?
     PYTHONPATH=. python benchmarks/gpu.py --small    # tiny sizes, on any device: does it run?
 
 Needs PyTorch, transformers, safetensors, pandas, scipy and pytest, and no network. Writes gpu.json
-and gpu.md into the folder `--out`."""
+and gpu.md into the folder `--out`, anew after each part. A part that fails, or that is too slow,
+leaves its error there, and the next one starts."""
 
 import argparse
+import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -22,25 +26,13 @@ from pathlib import Path
 
 import torch
 
-from atm_sae.data.lm import LM, read_site, tiny_lm
-from atm_sae.data.planted import WorldConfig
-from atm_sae.evals.absorption import (
-    PROTOCOLS,
-    AbsorptionConfig,
-    evaluate_absorption,
-)
-from atm_sae.evals.first_letter import build_task
-from atm_sae.evals.metrics import reconstruction_metrics, spliced_metrics
-from atm_sae.sae.architectures import SAEConfig
-from atm_sae.sae.sae import calibrate_l0, random_sae
-from atm_sae.train.runs import make_trainer, recipe
-
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("topk", "jumprelu", "standard", "atm")
 LARGE = dict(d_in=2304, widths=(16384, 65536), batches=(2048, 8192), square=8192, copied=2**30)
-LARGE |= dict(seconds=3.0, rows=16, context=1024, layer=12, words=1500, tests=150, limit=420)
+LARGE |= dict(seconds=2.0, rows=16, context=1024, layer=12, words=1500, limit=420, part=60)
 SMALL = dict(d_in=32, widths=(64,), batches=(16,), square=64, copied=2**16)
-SMALL |= dict(seconds=0.0, rows=2, context=16, layer=1, words=150, tests=0, limit=600)
+SMALL |= dict(seconds=0.0, rows=2, context=16, layer=1, words=150, limit=3600, part=600)
+TESTS = 150  # most seconds of the tests; `part` is that of any other part, `limit` that of all
 
 
 def synchronise(device):
@@ -81,8 +73,8 @@ def shares(seconds, operations, n_bytes, chip):
     "Shares of the two ceilings that a call reaches."
     return dict(
         seconds=seconds,
-        of_operations=operations / seconds / chip["operations"],
-        of_bytes=n_bytes / seconds / chip["bytes"],
+        of_operations=operations / seconds / chip["operations"] if chip else None,
+        of_bytes=n_bytes / seconds / chip["bytes"] if chip else None,
     )
 
 
@@ -108,23 +100,43 @@ class ResidentBatches:
         self.next = state["next"]
 
 
+def hide_latents(masker):
+    """Give ATM's masker averages under which it hides its usual share, and which keep their values.
+
+    In the first steps of a training all importances are 0, and the mask hides nothing."""
+    draws = torch.Generator().manual_seed(0)
+    drawn = torch.randn(masker.d_sae, generator=draws).exp().to(masker.magnitude)
+    for average in (masker.magnitude, masker.frequency, masker.contribution):
+        average.copy_(drawn)
+    masker.weight.fill_(1)
+    masker.config = replace(masker.config, decay=1 - 1e-12)
+    masker.step = 10**15  # the averages need no correction of their bias any more
+    masker.warmup = masker.anneal = 0
+
+
 def training_step(method, d_in, d_sae, batch, device, sizes, chip):
     """A row of the table of training steps.
 
     Five matrix products of 2 * batch * d_in * d_sae operations: two forwards, three backwards. At
     least 28 bytes of traffic for each weight (Adam reads four numbers and writes three), and 6 for
     each latent of each sample (written forwards, read backwards, its gradient; bf16)."""
-    masked = dict(warmup=0.0) if method == "atm" else {}
+    from atm_sae.data.planted import WorldConfig
+    from atm_sae.train.runs import make_trainer, recipe
+
     l0 = min(64, d_sae // 8)
-    usual = dict(batch_size=batch, log_every=100, **masked)
+    usual = dict(batch_size=batch, log_every=100)
     spec = recipe(method, WorldConfig(d_in=d_in), d_in, d_sae, l0, 10**5, 0, **usual)
     trainer = make_trainer(spec, ResidentBatches(d_in, batch, device), None, device)
+    if trainer.masker is not None:
+        hide_latents(trainer.masker)
     seconds = seconds_of(
         lambda: trainer.step(trainer.read_batch(trainer.steps + 1)), device, sizes["seconds"], 5
     )
     operations = 10 * batch * d_in * d_sae
     n_bytes = 28 * 2 * d_in * d_sae + 6 * batch * d_sae
     row = dict(method=method, d_sae=d_sae, batch=batch, samples_a_second=batch / seconds)
+    if trainer.masker is not None:
+        row["of_latents_hidden"] = trainer.masker.current_probability().mean().item()
     return row | shares(seconds, operations, n_bytes, chip)
 
 
@@ -133,6 +145,8 @@ def training_step(method, d_in, d_sae, batch, device, sizes, chip):
 
 def gemma(device, sizes, small):
     "A model with random weights: Gemma-2-2b's shape in bf16, or a tiny one."
+    from atm_sae.data.lm import LM, tiny_lm
+
     tiny = tiny_lm()
     if small:
         return replace(tiny, model=tiny.model.to(device))
@@ -150,49 +164,84 @@ def gemma(device, sizes, small):
     return LM(model, tiny.tokenizer, "gemma-2-2b-shape", "", "")
 
 
+def random_tokens(device, sizes):
+    draws = torch.Generator().manual_seed(0)
+    shape = sizes["rows"], sizes["context"]
+    return torch.randint(5, 900, shape, generator=draws).to(device)
+
+
 def extraction(lm, device, sizes, chip):
     "Activations of a layer: operations are twice the weights of its blocks for each token."
-    draws = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 900, (sizes["rows"], sizes["context"]), generator=draws).to(device)
+    from atm_sae.data.lm import read_site
+
+    tokens = random_tokens(device, sizes)
     seconds = seconds_of(lambda: read_site(lm, tokens, sizes["layer"], batch_size=8), device, 1)
     blocks = lm.model.model.layers[: sizes["layer"] + 1]
     weights = sum(p.numel() for p in blocks.parameters())
     calls, size = -(-len(tokens) // 8), next(blocks.parameters()).element_size()
     row = dict(what=f"activations of layer {sizes['layer']}", tokens_a_second=tokens.numel())
     row["tokens_a_second"] /= seconds
-    return row | shares(seconds, 2 * weights * tokens.numel(), calls * weights * size, chip), tokens
+    return row | shares(seconds, 2 * weights * tokens.numel(), calls * weights * size, chip)
 
 
-def evaluation(lm, tokens, device, sizes, chip):
-    "Seconds of each evaluation of one SAE; the absorption scores solve sparse problems on the CPU."
-    x = read_site(lm, tokens, sizes["layer"], batch_size=8)[:, 1:].flatten(0, 1).float()
-    d_in, d_sae = x.shape[1], sizes["widths"][0]
-    config = SAEConfig(d_in, d_sae, architecture="jumprelu", target_l0=min(64, d_sae // 8))
-    sae = calibrate_l0(random_sae(config).to(device), x[:512], config.target_l0, centre=True)
-    seconds = seconds_of(lambda: reconstruction_metrics(sae, x), device, 1)
-    row = dict(what="reconstruction", tokens_a_second=len(x) / seconds)
-    rows = [row | shares(seconds, 4 * x.numel() * d_sae, 8 * d_in * d_sae, chip)]
-    held_out = tokens[:, :128]
+class Evaluation:
+    "One untrained SAE on activations of the model, and how long each evaluation of it takes."
 
-    def timed(what, run):
+    def __init__(self, lm, device, sizes):
+        from atm_sae.data.lm import read_site
+        from atm_sae.sae.architectures import SAEConfig
+        from atm_sae.sae.sae import calibrate_l0, random_sae
+
+        self.lm, self.device, self.sizes, self.task = lm, device, sizes, None
+        self.tokens = random_tokens(device, sizes)
+        read = read_site(lm, self.tokens, sizes["layer"], batch_size=8)
+        self.x = read[:, 1:].flatten(0, 1).float()
+        d_in, d_sae = self.x.shape[1], sizes["widths"][0]
+        config = SAEConfig(d_in, d_sae, architecture="jumprelu", target_l0=min(64, d_sae // 8))
+        sae = random_sae(config).to(device)
+        self.sae = calibrate_l0(sae, self.x[:512], config.target_l0, centre=True)
+
+    def timed(self, what, run):
+        "A row with the seconds of one call, and what the call returns."
         start = time.perf_counter()
         result = run()
-        synchronise(device)
-        rows.append(dict(what=what, seconds=time.perf_counter() - start))
-        return result
+        synchronise(self.device)
+        return dict(what=what, seconds=time.perf_counter() - start), result
 
-    timed("loss recovered", lambda: spliced_metrics(sae, lm, sizes["layer"], held_out))
-    task = timed(
-        "task of first letters",
-        lambda: build_task(lm, sizes["layer"], max_words=sizes["words"]),
-    )
-    task = replace(task, f1=torch.ones(26), b=task.b + 100)  # so that every letter counts
-    least = AbsorptionConfig(min_letters=1, min_f1=-1.0)
-    warnings.simplefilter("ignore")  # a random model does not read the word
-    for name in PROTOCOLS:
-        score = partial(evaluate_absorption, sae, task, least, protocol=name)
-        timed(f"absorption, {name}", score)
-    return rows
+    def reconstruction(self, chip):
+        from atm_sae.evals.metrics import reconstruction_metrics
+
+        seconds = seconds_of(lambda: reconstruction_metrics(self.sae, self.x), self.device, 1)
+        row = dict(what="reconstruction", tokens_a_second=len(self.x) / seconds)
+        d_sae = self.sizes["widths"][0]
+        operations, n_bytes = 4 * self.x.numel() * d_sae, 8 * self.x.shape[1] * d_sae
+        return row | shares(seconds, operations, n_bytes, chip)
+
+    def loss_recovered(self):
+        from atm_sae.evals.metrics import spliced_metrics
+
+        layer, held_out = self.sizes["layer"], self.tokens[:, :128]
+        run = partial(spliced_metrics, self.sae, self.lm, layer, held_out)
+        return self.timed("loss recovered", run)[0]
+
+    def first_letters(self):
+        from atm_sae.evals.first_letter import build_task
+
+        words = self.sizes["words"]
+        run = partial(build_task, self.lm, self.sizes["layer"], max_words=words)
+        row, task = self.timed("task of first letters", run)
+        self.task = replace(task, f1=torch.ones(26), b=task.b + 100)  # so that every letter counts
+        return row
+
+    def absorption(self, protocol):
+        "The scores solve sparse problems on the CPU."
+        from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption
+
+        least = AbsorptionConfig(min_letters=1, min_f1=-1.0)
+        run = partial(evaluate_absorption, self.sae, self.task, least, protocol=protocol)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a random model does not read the word
+            return self.timed(f"absorption, {protocol}", run)[0]
 
 
 # --- the report
@@ -200,41 +249,99 @@ def evaluation(lm, tokens, device, sizes, chip):
 
 def run_tests(limit):
     "What pytest says about the tests marked `gpu`."
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "tests/test_gpu.py"]
     shared = dict(cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     try:
         done = subprocess.run(command, **shared, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return dict(passed=False, said=f"not finished after {limit} s")
-    return dict(passed=done.returncode == 0, said=done.stdout[-2000:])
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace")
+        return dict(passed=False, said=f"{said[-3000:]}\nnot finished after {limit} s")
+    return dict(passed=done.returncode == 0, said=(done.stdout + done.stderr)[-6000:])
 
 
-def measure(device, sizes, small):
-    "All measurements, as plain data; those that do not fit into the time or memory say so."
-    begin = time.perf_counter()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    about = dict(device=name, torch=torch.__version__, small=small)
-    found = about | dict(training=[], left_out=[])
-    if sizes["tests"]:
-        found["tests"] = run_tests(sizes["tests"])
-    chip = found["ceilings"] = ceilings(device, sizes)
-    lm = gemma(device, sizes, small)
-    row, tokens = extraction(lm, device, sizes, chip)
-    found["model"] = [row, *evaluation(lm, tokens, device, sizes, chip)]
-    del lm
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    for method, d_sae, batch in product(METHODS, sizes["widths"], sizes["batches"]):
-        case = f"{method}, {d_sae:,} latents, batches of {batch:,}"
-        if time.perf_counter() - begin > sizes["limit"]:
-            found["left_out"].append(f"{case}: no time left")
-            continue
+class Parts:
+    "Runs the parts one after the other; `found` is written after each, as plain data."
+
+    def __init__(self, out, device, small, sizes):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        self.found = dict(device=name, torch=torch.__version__, small=small, ceilings=None)
+        self.found |= dict(training=[], model=[], left_out=[], errors={}, seconds={})
+        self.out, self.device, self.sizes = out, device, sizes
+        self.begin = time.perf_counter()
+
+    def run(self, name, function, seconds=None):
+        "What a part returns; None if it fails, is too slow, or starts after the limit."
+        start, seconds = time.perf_counter(), seconds or self.sizes["part"]
+        if start - self.begin > self.sizes["limit"]:
+            self.found["left_out"].append(f"{name}: no time left")
+            return None
+        signal.signal(signal.SIGALRM, partial(self.stop, seconds))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        result = None
         try:
-            step = training_step(method, sizes["d_in"], d_sae, batch, device, sizes, chip)
-            found["training"].append(step)
+            result = function()
         except torch.OutOfMemoryError:
-            found["left_out"].append(f"{case}: the device has too little memory")
-    return found | dict(seconds=time.perf_counter() - begin)
+            self.found["left_out"].append(f"{name}: the device has too little memory")
+        except Exception:
+            self.found["errors"][name] = traceback.format_exc()[-3000:]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.found["seconds"][name] = time.perf_counter() - start
+        return result
+
+    def stop(self, seconds, *_):
+        raise TimeoutError(f"not finished after {seconds} s")
+
+    def write(self):
+        "Write gpu.json and gpu.md, and free what the last part left."
+        (self.out / "gpu.json").write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+        (self.out / "gpu.md").write_text(report(self.found), encoding="utf-8")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(parts, device, sizes, small, tests):
+    "All measurements, into `parts`: the most wanted ones first."
+    if tests:
+        parts.found["tests"] = parts.run("tests", lambda: run_tests(TESTS), TESTS + 30)
+        parts.write()
+    chip = parts.found["ceilings"] = parts.run("ceilings", lambda: ceilings(device, sizes))
+    parts.write()
+    cases = [*product(sizes["widths"], sizes["batches"], METHODS)]
+    for d_sae, batch, method in cases[: len(METHODS)]:  # the smallest size of each method
+        measure_training(parts, method, d_sae, batch, device, sizes, chip)
+    measure_model(parts, device, sizes, small, chip)
+    for d_sae, batch, method in cases[len(METHODS) :]:
+        measure_training(parts, method, d_sae, batch, device, sizes, chip)
+
+
+def measure_training(parts, method, d_sae, batch, device, sizes, chip):
+    "One row of the table of training steps."
+    case = f"{method}, {d_sae:,} latents, batches of {batch:,}"
+    step = partial(training_step, method, sizes["d_in"], d_sae, batch, device, sizes, chip)
+    row = parts.run(case, step)
+    parts.found["training"] += [row] if row else []
+    parts.write()
+
+
+def measure_model(parts, device, sizes, small, chip):
+    "The rows of extraction and evaluation."
+    lm = parts.run("model", lambda: gemma(device, sizes, small))
+    if lm is None:
+        return
+    rows = {"extraction": lambda: extraction(lm, device, sizes, chip)}
+    made = parts.run("SAE", lambda: Evaluation(lm, device, sizes))
+    if made is not None:
+        rows["reconstruction"] = lambda: made.reconstruction(chip)
+        rows["first letters"] = made.first_letters
+        for protocol in ("exact", "saebench"):
+            rows[f"absorption, {protocol}"] = partial(made.absorption, protocol)
+        rows["loss recovered"] = made.loss_recovered
+    for name, function in rows.items():
+        row = parts.run(name, function)
+        parts.found["model"] += [row] if row else []
+        parts.write()
 
 
 def table(rows, columns):
@@ -259,35 +366,44 @@ def table(rows, columns):
 
 
 def report(found):
-    "The Markdown text."
+    "The Markdown text of what has been measured so far."
     chip, ends = found["ceilings"], ("seconds", "of_operations", "of_bytes")
-    parts = [
-        f"**{found['device']}**, PyTorch {found['torch']}: {chip['operations'] / 1e12:.3g} TFLOP/s "
-        f"in a bf16 matrix product, {chip['bytes'] / 1e9:.3g} GB/s in a copy. *of operations* and "
-        "*of bytes* are shares of these.",
-        table(found["training"], ("method", "d_sae", "batch", "samples_a_second", *ends)),
-        table(found["model"], ("what", "tokens_a_second", *ends)),
-    ]
-    if "tests" in found:
+    parts = [f"**{found['device']}**, PyTorch {found['torch']}."]
+    if chip:
+        parts[0] += (
+            f" {chip['operations'] / 1e12:.3g} TFLOP/s in a bf16 matrix product, "
+            f"{chip['bytes'] / 1e9:.3g} GB/s in a copy. *of operations* and *of bytes* are shares "
+            "of these."
+        )
+    training = ("method", "d_sae", "batch", "samples_a_second", *ends, "of_latents_hidden")
+    if found["training"]:
+        parts.append(table(found["training"], training))
+    if found["model"]:
+        parts.append(table(found["model"], ("what", "tokens_a_second", *ends)))
+    if found.get("tests"):
         verdict = "passed" if found["tests"]["passed"] else "FAILED"
         parts.append(f"Tests marked `gpu`: {verdict}.\n\n```\n{found['tests']['said']}\n```")
     parts += [f"Left out: {case}." for case in found["left_out"]]
+    parts += [f"FAILED: {part}\n\n```\n{said}\n```" for part, said in found["errors"].items()]
     return "\n\n".join(parts) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description="Results and speed on a GPU")
     parser.add_argument("--small", action="store_true", help="tiny sizes, on any device")
+    parser.add_argument("--no-tests", action="store_true", help="leave out `pytest -m gpu`")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of gpu.json and gpu.md")
     args = parser.parse_args()
     if not args.small and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here: use --small to see whether the script runs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = measure(device, SMALL if args.small else LARGE, args.small)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    (args.out / "gpu.md").write_text(report(found), encoding="utf-8")
-    print(report(found))
+    sizes = SMALL if args.small else LARGE
+    parts = Parts(args.out, device, args.small, sizes)
+    measure(parts, device, sizes, args.small, not (args.small or args.no_tests))
+    print(report(parts.found))
+    if parts.found["errors"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What ATM's mask adds to the time of a training step, where it hides its usual share of latents.
-README.md beside this file explains the numbers."""
+"""What ATM's mask adds to the time of a training step, where it hides its usual share of latents:
+a part of `training.py`. README.md beside this file explains the numbers."""
 
 import statistics
 import tempfile
@@ -10,23 +10,17 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from common import heading, parsed, parser, spread, threads_used, write_readme
-from training import sparse_data
+from common import sparse_data, spread
 from training_worker import Batches
 
-from atm_sae.report.tables import to_markdown
 from atm_sae.sae.atm import ATMConfig, ATMMasker
 from atm_sae.sae.sae import SAE, SAEConfig
 from atm_sae.train.loop import TrainConfig, Trainer, load_checkpoint, save_checkpoint
 
-BEGIN, END = "<!-- masking: begin -->", "<!-- masking: end -->"
 COST = 1.05  # time of a step with mask over one without; fixed before the first run
 USUAL = 0.3, 0.5  # share of latents that ATM hides at a step of the reports' runs
 WARM = 0.42  # share at which the warm-up ends; it falls while training goes on
 WARM_STEPS, BLOCK = 3000, 10  # most steps of the warm-up, and steps between two looks
-
-TASK = dict(d_in=768, d_sae=12288, batch_size=1024, steps=24, lr=1e-3, l1=0.05)
-QUICK = dict(d_in=32, d_sae=256, batch_size=64, steps=6)
 
 
 class RecordedMasker(ATMMasker):
@@ -147,27 +141,10 @@ def alone(function, threads, *args):
         return pool.submit(function, *args).result()
 
 
-def main():
-    args = parsed(parser(__doc__, repeat=5, threads=2))
-    task = TASK | (QUICK if args.quick else {})
+def measure(task, threads, repeat):
+    "(steps of the warm-up, rounds): each round a process of its own."
     x = sparse_data(task)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "warm.safetensors"
-        steps = alone(warm_up, args.threads, task, x, path)
-        rounds = [alone(one_round, args.threads, task, x, path) for _ in range(args.repeat)]
-    head = heading(
-        threads_used(args.threads),
-        f"{args.repeat} rounds of {task['steps']} steps",
-        f"median [least, most]; d_in {task['d_in']}",
-        f"d_sae {task['d_sae']}",
-        f"batch {task['batch_size']}",
-        f"fp32; after {steps:,} steps of warm-up.",
-    )
-    text = f"{head}\n\n{to_markdown(table(rounds))}\n"
-    print(text)
-    if args.write:
-        write_readme(text, BEGIN, END)
-
-
-if __name__ == "__main__":
-    main()
+        steps = alone(warm_up, threads, task, x, path)
+        return steps, [alone(one_round, threads, task, x, path) for _ in range(repeat)]

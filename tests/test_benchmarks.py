@@ -3,12 +3,18 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from atm_sae.methods import ARCHITECTURES
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -73,7 +79,7 @@ def test_wide_sae_fires_as_often_and_carries_words(bench):
 def test_readme_keeps_what_stands_around_the_tables(script, tmp_path, monkeypatch):
     common = script("common")
     written = (FOLDER / "README.md").read_text(encoding="utf-8")
-    for name in ("training", "masking", "probes", "absorption", "extraction"):
+    for name in ("training", "probes", "absorption", "extraction"):
         begin, end = script(name).BEGIN, script(name).END
         assert written.count(begin) == written.count(end) == 1, name
     monkeypatch.setattr(common, "README", tmp_path / "README.md")
@@ -83,7 +89,7 @@ def test_readme_keeps_what_stands_around_the_tables(script, tmp_path, monkeypatc
     assert common.README.read_text() == "before BEGIN\n\nnew\nEND after"
 
 
-@pytest.mark.parametrize("name", ["training", "masking", "probes", "absorption", "extraction"])
+@pytest.mark.parametrize("name", ["training", "probes", "absorption", "extraction"])
 @pytest.mark.parametrize("numbers", [["--quick"], ["--repeat", "1"]])
 def test_numbers_without_meaning_are_not_written(script, name, numbers, monkeypatch, capsys):
     module = script(name)
@@ -154,9 +160,13 @@ def runs(seconds, loss=1.0):
 
 
 def test_training_verdicts_by_hand(training):
+    several = training.TOGETHER
     seconds = {who: (1.0, 2.0) for who in training.contestants()} | {
         ("atm-sae", "topk", "sae-lens"): (0.25, 0.5),
         ("dictionary-learning", "topk", "dictionary-learning"): (0.5, 1.0),
+        ("atm-sae", several, "streamed", training.ONE_PASS): (0.25, 0.5),
+        ("sae-lens", several, "streamed", training.IN_TURN): (8.0, 16.0),
+        ("sae-lens", several, "streamed", training.ONE_PASS): (0.5, 1.0),
     }
     records = {who: runs(s) for who, s in seconds.items()}
     records["sae-lens", "standard", "sae-lens"] = runs((1.0, 2.0), loss=1.1)
@@ -170,24 +180,55 @@ def test_training_verdicts_by_hand(training):
     assert found.loc["standard: loss over that of sae-lens"].to_dict() == dict(
         measured="0.91 [0.91, 0.91]", goal="within 2%", verdict="NOT met"
     )
-    assert found.loc["jumprelu: loss over that of sae-lens"].verdict == "met" and len(found) == 9
+    assert found.loc["jumprelu: loss over that of sae-lens"].verdict == "met"
+    line = found.loc["several TopK, streamed: times as fast as sae-lens, one pass"]
+    assert (line.measured, line.verdict) == ("2.00 [2.00, 2.00]", "met")
+    line = found.loc["several TopK, streamed: one pass of sae-lens, times as fast as in turn"]
+    assert line.measured == "16.00 [16.00, 16.00]"
     assert training.phases([9.0, 1, 2, 3, 4, 5, 6, 7, 9]) == (1.5, 7)
     assert len(training.table(records)) == len(records)
 
 
+def test_every_method_is_measured_with_the_libraries_that_have_it(training, script):
+    tables = script("training_worker")
+    assert {*training.METHODS} == {*tables.DICTIONARY_LEARNING}
+    measured = {who[1] for who in training.contestants() if who[0] == "atm-sae"}
+    assert {*ARCHITECTURES} == measured - {training.TOGETHER}
+    several = [who[0] for who in training.contestants() if who[1] == training.TOGETHER]
+    assert {*several} == {"atm-sae", *training.RIVALS}
+
+
 def test_training_worker_trains_what_it_was_given(training, tmp_path):
     task = training.TASK | training.QUICK
-    unseen = training.write_task(tmp_path, task)
-    who = ("atm-sae", "topk", "sae-lens")
-    run = training.race(who, tmp_path, 1, sys.executable)
-    assert len(run["seconds"]) == task["steps"] and min(run["seconds"]) > 0
+    unseen = {"one SAE": training.write_task(tmp_path, task)}
+    methods = ("topk", "matryoshka", "gated")
+    who = [("atm-sae", method, "sae-lens") for method in methods]
+    found = training.race(who, tmp_path, 1, sys.executable)
     start = training.load_file(tmp_path / "start.safetensors")
-    (before, _), (after, l0) = (
-        training.final_loss(start, who, task, unseen),
-        training.final_loss(run["weights"], who, task, unseen),
-    )
-    assert after < before and l0 <= task["k"]
-    assert not training.torch.equal(run["weights"]["W_enc"], start["W_enc"])
+    nothing = training.torch.zeros(task["d_sae"])
+    start |= dict(r_mag=nothing, b_mag=nothing)
+    for one, run in found.items():
+        assert len(run["seconds"]) == task["steps"] and min(run["seconds"]) > 0
+        before, _ = training.final_loss(start, one, task, unseen)
+        after, l0 = training.final_loss(run["weights"], one, task, unseen)
+        assert after < before and (one[1] == "gated" or l0 <= task["k"]), one
+        assert not training.torch.equal(run["weights"]["W_enc"], start["W_enc"]), one
+
+
+def test_several_saes_are_the_same_on_one_pass_and_in_turn(training, tmp_path):
+    task = training.TASK | training.SEVERAL_TASK | training.SEVERAL_QUICK
+    unseen = training.write_tasks(tmp_path, task, task)
+    who = [who for who in training.contestants() if who[:2] == ("atm-sae", training.TOGETHER)]
+    runs = training.race(who, tmp_path / "several", 1, sys.executable)
+    found = {
+        one[2:]: training.final_loss(run["weights"], one, task, unseen) for one, run in runs.items()
+    }
+    for kind in training.KINDS:
+        assert found[kind, training.ONE_PASS] == found[kind, training.IN_TURN]
+        loss, l0 = found[kind, training.ONE_PASS]
+        assert 0 < loss < 1 and l0 == pytest.approx(3)  # of 2 and 4
+    assert found["cached", training.ONE_PASS] != found["streamed", training.ONE_PASS]
+    assert all(len(run["seconds"]) == task["steps"] for run in runs.values())
 
 
 # ---- environments of other libraries
@@ -260,8 +301,8 @@ def test_what_pip_says_is_shown(script):
 
 
 def test_the_cost_of_masks_is_measured_where_they_hide_latents(script, tmp_path, monkeypatch):
-    masking = script("masking")
-    task = masking.TASK | masking.QUICK
+    masking, training = script("masking"), script("training")
+    task = training.TASK | training.QUICK
     x = masking.sparse_data(task, features=512)
     fresh = masking.make_trainer(task, x, masked=True)
     fresh.step(fresh.read_batch(1))
@@ -311,29 +352,95 @@ def test_many_saes_are_compared_on_cached_and_streamed_activations(script, cache
     assert passes == [1, 1, 1, 3] * 2
 
 
+# Of all installed packages only those that the benchmark says it needs, and what these need.
 BARE = """
-import runpy, sys
-sys.modules.update(dict.fromkeys({missing}))  # importing one is a ModuleNotFoundError
+import importlib.machinery, runpy, sys
+class Few(importlib.machinery.PathFinder):
+    def find_spec(name, path=None, target=None):
+        hidden = name.partition(".")[0] in {hidden}
+        return None if hidden else importlib.machinery.PathFinder.find_spec(name, path, target)
+sys.meta_path = [Few if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 sys.argv = ["gpu.py", "--small", "--out", {out!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """
-# of the packages that this project names, those that neither PyTorch, transformers, safetensors,
-# pandas, scipy nor pytest needs
-EXTRA = {"joblib", "matplotlib", "PIL", "jsonschema", "sklearn", "datasets", "nbformat", "IPython"}
+NEEDED = ("torch", "transformers", "safetensors", "pandas", "scipy", "pytest")
+
+
+def plain_name(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def with_needs(names):
+    "Installed packages, and all that they need without extras."
+    found, waiting = set(), [*names]
+    while waiting:
+        name = plain_name(waiting.pop())
+        with suppress(metadata.PackageNotFoundError):
+            needs = metadata.requires(name) or []
+            if name not in found:
+                waiting += [re.match(r"[\w.-]+", n)[0] for n in needs if "extra ==" not in n]
+            found.add(name)
+    return found
+
+
+def other_modules(kept):
+    "Modules of the installed packages that are not among `kept`."
+    homes = metadata.packages_distributions()
+    of = {module: {plain_name(name) for name in names} for module, names in homes.items()}
+    return sorted(module for module, names in of.items() if not names & kept)
 
 
 def test_gpu_benchmark_in_its_small_form_needs_few_packages(tmp_path):
+    hidden = [name for name in other_modules(with_needs(NEEDED)) if name != "atm_sae"]
+    assert {"joblib", "matplotlib", "sklearn", "nbformat", "papermill"} <= {*hidden}
     script = str(FOLDER / "gpu.py")
-    code = BARE.format(missing=sorted(EXTRA), out=str(tmp_path), script=script)
+    code = BARE.format(hidden=hidden, out=str(tmp_path), script=script)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["method"] for row in found["training"]] == ["topk", "jumprelu", "standard", "atm"]
-    assert {"activations of layer 1", "reconstruction", "absorption, saebench"} <= {
-        row["what"] for row in found["model"]
-    }
+    assert 0.2 < found["training"][-1]["of_latents_hidden"] < 0.6
+    names = ["activations of layer 1", "reconstruction", "task of first letters"]
+    names += ["absorption, exact", "absorption, saebench", "loss recovered"]
+    assert [row["what"] for row in found["model"]] == names
     assert not found["left_out"] and all(0 < v for v in found["ceilings"].values())
     assert done.stdout == (tmp_path / "gpu.md").read_text() + "\n"
+
+
+def test_a_part_that_fails_or_is_slow_does_not_stop_the_others(script, tmp_path):
+    gpu = script("gpu")
+    device = gpu.torch.device("cpu")
+    parts = gpu.Parts(tmp_path, device, True, dict(limit=3600, part=3600))
+
+    def wait():
+        while True:
+            time.sleep(0.01)
+
+    def memory():
+        raise gpu.torch.OutOfMemoryError("no memory")
+
+    assert parts.run("broken", lambda: 1 / 0) is None
+    assert parts.run("slow", wait, 0.05) is None
+    assert parts.run("large", memory) is None
+    assert parts.run("good", lambda: 3) == 3
+    parts.write()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert "ZeroDivisionError" in found["errors"]["broken"]
+    assert "not finished after 0.05 s" in found["errors"]["slow"]
+    assert found["left_out"] == ["large: the device has too little memory"]
+    assert [*found["seconds"]] == ["broken", "slow", "large", "good"]
+    assert "FAILED: broken" in (tmp_path / "gpu.md").read_text()
+    parts.sizes["limit"] = -1
+    assert parts.run("late", lambda: 3) is None and "late: no time left" in parts.found["left_out"]
+
+
+def test_memory_benchmark_on_a_task_made_by_hand(script):
+    memory = script("memory")
+    task = memory.handmade_task(3000, 32)
+    right = (task.x @ task.W.T + task.b).argmax(1) == task.letter
+    assert right.float().mean() > 0.95 and 500 < int(task.test.sum()) < 700
+    before, peak, seconds, letters = memory.measure("exact", memory.QUICK)
+    assert letters == 26 and peak >= before > 0
 
 
 def test_shares_of_a_chip_by_hand(script):
