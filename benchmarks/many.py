@@ -15,8 +15,10 @@ from atm_sae.data.lm import model_width
 from atm_sae.train.loop import train_together
 from atm_sae.train.runs import make_trainer, recipe
 
-FULL = dict(model="smollm2", layer=14, d_sae=1024, batch_size=512, steps=2, targets=8)
-QUICK = dict(model="nano-gemma2", layer=2, d_sae=64, batch_size=32, steps=2, targets=3)
+FULL = dict(model="smollm2", layer=14, n_tokens=20_000, d_sae=1024, batch_size=512, steps=2)
+FULL |= dict(targets=8)
+QUICK = dict(model="nano-gemma2", layer=2, n_tokens=2_000, d_sae=64, batch_size=32, steps=2)
+QUICK |= dict(targets=3)
 
 
 def specs_of(task, data):
@@ -44,7 +46,7 @@ def seconds_of(groups):
 
 def measure(task):
     "[(kind of data, seconds one after the other, seconds together)]"
-    settings = dict(model=task["model"], layer=task["layer"], n_tokens=20_000)
+    settings = {name: task[name] for name in ("model", "layer", "n_tokens")}
     kinds = dict(cached=0, streamed=2 * task["batch_size"])
     rows = []
     for kind, buffer in kinds.items():
