@@ -388,7 +388,8 @@ def broken_links(site: Path) -> list[str]:
             target, _, place = link.partition("#")
             target = unquote(target.partition("?")[0])
             found = Path(os.path.normpath(path.parent / target)) if target else path
-            lost = found in pages and unquote(place) not in pages[found].places
+            is_state = "=" in place  # such as #word=short: what a page shows, no place on it
+            lost = not is_state and found in pages and unquote(place) not in pages[found].places
             if lost or not found.is_file():
                 broken.append(f"{path.relative_to(site)}: {link}")
     return sorted(broken)
