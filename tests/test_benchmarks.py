@@ -325,6 +325,17 @@ def test_the_cost_of_masks_by_hand(script):
     assert line["share hidden"] == "0.400 [0.300, 0.500]" and line["L0 with"] == "10.0 [10.0, 10.0]"
 
 
+def test_masks_that_hide_another_share_leave_their_reason_in_the_report(script, monkeypatch):
+    training, masking = script("training"), script("masking")
+    rounds = [dict(without=[1, 2, 9], masked=[3, 1, 4], shares=[0.4, 0.5], l0=[9.0, 10.0])]
+    monkeypatch.setattr(masking, "measure", lambda *_: (1200, rounds))
+    said = training.mask_report(training.measured_masks({}, 1, 1))
+    assert "1,200 steps of warm-up" in said and "1.500 [1.500, 1.500]" in said
+    monkeypatch.setattr(masking, "measure", lambda *_: masking.check_shares([0.0]))
+    said = training.mask_report(training.measured_masks({}, 1, 1))
+    assert "not measured" in said and "hide 0% to 0% of the latents" in said
+
+
 # ---- extraction
 
 
