@@ -258,7 +258,13 @@ def test_the_real_manifest_is_well_formed_and_holds_the_published_values():
     assert order.index("verdict") > max(map(order.index, ("absorption", "planted", "probing")))
 
 
-CHOOSING = ("tuning", "attempts", "ablations", "why")  # objects that choose settings, or could
+CHOOSING = (
+    "tuning",
+    "learning_rates",
+    "attempts",
+    "ablations",
+    "why",
+)  # objects that choose settings, or could
 
 
 @pytest.mark.parametrize("profile", ["smoke", "default", "full", "gemma", "gemma-long"])

@@ -311,6 +311,13 @@ def runs(tmp_path):
     return shutil.copytree(RUNS, tmp_path / "runs")
 
 
+def test_each_world_is_read_at_its_own_l0s(runs):
+    evidence = read_evidence(runs, [4], [8])
+    assert {*evidence.planted.sparsity} == {4}
+    assert {*evidence.letters.sparsity} == {8}
+    assert {*read_evidence(runs, [4]).letters.sparsity} <= {4}
+
+
 def move(folder, name, method, column, by):
     "Moves a column of a method's runs by a number."
     path = folder / "tables" / f"{name}-runs.csv"

@@ -527,17 +527,20 @@ def published_rows(
 def read_evidence(
     folder: str | Path,  # a reports folder
     l0s: Iterable[float] | None = None,  # where to read; None: as its verdict was run
+    model_l0s: Iterable[float] | None = None,  # the same on the language model; empty: as `l0s`
     best: str | None = None,  # the attempt with the lowest cost; None: as its verdict was run
 ) -> Evidence | None:
     "The evidence in a reports folder; None if it has the rows of neither world."
     parameters = _parameters(Path(folder), "verdict")
-    l0s = list(l0s or parameters.get("l0s", EQUAL_L0))
+    if l0s is None:
+        l0s, model_l0s = parameters.get("l0s", EQUAL_L0), parameters.get("model_l0s")
+    l0s, model_l0s = list(l0s), list(model_l0s or l0s)
     planted, letters = planted_rows(folder), letter_rows(folder)
     if planted.empty and letters.empty:
         return None
     return Evidence(
         planted=equal_l0_rows(planted, PLANTED_METRICS, l0s),
-        letters=equal_l0_rows(letters, letter_metrics(letters), l0s),
+        letters=equal_l0_rows(letters, letter_metrics(letters), model_l0s),
         agreement=_runs(folder, "stability"),
         unmasked={"planted": chose_no_mask(planted), "model": chose_no_mask(letters)},
         tuned=_tuned(Path(folder)),
