@@ -271,6 +271,10 @@ def write_tasks(folder, task, several):
         (folder / name).mkdir()
         unseen[name] = write_task(folder / name, one)
     streamed = StreamedBatches(several["model"], several["batch_size"], several["steps"] + 1)
+    sae = SAE(SAEConfig(several["d_in"], several["d_sae"]))
+    sae.init_b_dec(streamed.batch(0))
+    path = folder / "several" / "start.safetensors"
+    save_file(load_file(path) | {"b_dec of streamed": sae.b_dec.detach()}, path)
     return {
         "one SAE": unseen["one"],
         "cached": unseen["several"],

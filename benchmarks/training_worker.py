@@ -333,6 +333,7 @@ def train_several(library, kind, way, task, folder):
         batches = Batches(load_file(folder / "batches.safetensors")["x"])
     else:
         batches = StreamedBatches(task["model"], task["batch_size"], steps)
+        start["b_dec"] = start["b_dec of streamed"]
     seconds, weights = SEVERAL[library, way](tasks, start, batches)
     if way == IN_TURN:
         seconds = [sum(seconds[i::steps]) for i in range(steps)]
