@@ -17,6 +17,7 @@ from atm_sae.report.answer import (
     answer_caption,
     answer_figure,
     answer_lines,
+    answer_lead,
     answer_sentences,
     answer_table,
     l0_lines,
@@ -548,6 +549,21 @@ def worlds(folder):
 def as_twins(folder):
     "The worlds, as if each base had the settings of its masked form."
     return {world: replace(of, tuned={}) for world, of in worlds(folder).items()}
+
+
+def test_the_answer_in_short_counts_the_bases(runs):
+    planted = {"Planted world": as_twins(runs)["Planted world"]}
+    assert answer_lead(planted) == (
+        "In the planted world, the mask lowers absorption by both measures on 2, lowers it by one "
+        "measure on 2 of 4 bases; it lowers explained variance on 4 of 4."
+    )
+    move(runs, "planted", "topk+atm", "absorption", 0.5)
+    move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
+    planted = {"Planted world": as_twins(runs)["Planted world"]}
+    assert "both measures on 1, lowers it by one measure on 2, raises it by a " in answer_lead(
+        planted
+    )
+    assert answer_lead({}) == ""
 
 
 def test_the_answer_has_a_row_for_each_question(runs):

@@ -17,6 +17,7 @@ __all__ = [
     "l0_lines",
     "rate_sentence",
     "answer_sentences",
+    "answer_lead",
     "answer_lines",
     "answer_figure",
     "answer_caption",
@@ -397,6 +398,44 @@ def answer_sentences(
         said += [f"{world}. {note}" for note in notes if note]
         said += [sentence.replace("**", "") for sentence in shuffled_sentences(of)]
     return said
+
+
+_PLACES = {"Planted world": "In the planted world", "Language model": "On the language model"}
+
+
+def _counts(found: Sequence[set[str]]) -> str:
+    "On how many bases the mask lowers or raises absorption; one set of sides for each base."
+    both = sum(sides == {"less"} for sides in found)
+    one = sum("less" in sides and "more" not in sides for sides in found) - both
+    higher = sum("more" in sides for sides in found)
+    words = {
+        f"lowers it by both measures on {both}": both,
+        f"lowers it by one measure on {one}": one,
+        f"raises it by a measure on {higher}": higher,
+    }
+    said = [text for text, count in words.items() if count]
+    if not said:
+        return f"is not shown to change absorption on any of {len(found)} bases"
+    said[0] = said[0].replace("it", "absorption", 1)
+    return f"{', '.join(said)} of {len(found)} bases"
+
+
+def answer_lead(
+    evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
+) -> str:
+    "The answer in a sentence for each world: absorption and explained variance, minus the twin."
+    sentences = []
+    for world, of in evidence.items():
+        kind, parts = next(iter(_by_kind(world, of).items()), (TWIN, []))
+        if not parts:
+            continue
+        found = [{effect_side(part.lines[pair]) for part in parts} for pair in parts[0].lines]
+        sentence = f"{_PLACES[world]}, the mask {_counts(found)}"
+        for price in _price_parts(world, of, kind):
+            lower = sum(effect_side(line) == "less" for line in price.lines.values())
+            sentence += f"; it lowers explained variance on {lower} of {len(price.lines)}"
+        sentences.append(f"{sentence}.")
+    return " ".join(sentences)
 
 
 # %% ../../nbs/report/answer.ipynb #cell-13

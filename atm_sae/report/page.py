@@ -55,6 +55,7 @@ from ..artefacts import atomic_write
 from ..methods import method_name
 from atm_sae.report.answer import (
     answer_caption,
+    answer_lead,
     answer_sentences,
     answer_table,
     read_answer,
@@ -739,8 +740,9 @@ def markdown_page(
 
 @dataclass(frozen=True)
 class Answer:
-    "What the page shows first: a table, its figure, and sentences on both."
+    "What the page shows first: the answer in short, a table, its figure, and sentences on both."
 
+    lead: str
     table: pd.DataFrame
     picture: str  # data URI of the figure
     alt: str
@@ -759,6 +761,7 @@ def page_answer(
         return None
     evidence = {world: of.evidence for world, of in found.items()}
     return Answer(
+        answer_lead(evidence),
         answer_table(evidence),
         data_uri(path.with_suffix("")),
         figure_text(path).alt,
