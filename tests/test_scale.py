@@ -43,10 +43,11 @@ def test_objects_share_their_runs():
     m = load_manifest()
     need = needed_runs([e.resolved("gemma") for e in m.of("gemma")])
     ((size, runs),) = need
-    p = m.pick("absorption").resolved("gemma")
-    assert [*size.values()] == ["google/gemma-2-2b", 12, 16384, 2048, 2441, 5_700_000] and len(
-        runs
-    ) == len(p["methods"]) * len(p["targets"]) * len(p["seeds"])
+    assert [*size.values()] == ["google/gemma-2-2b", 12, 16384, 2048, 2441, 5_700_000]
+    p, dense = (m.pick(name).resolved("gemma") for name in ("absorption", "density"))
+    further = set(dense["targets"]) - set(p["targets"])
+    shared = len(p["methods"]) * len(p["targets"]) * len(p["seeds"])
+    assert len(runs) == shared + len(dense["methods"]) * len(further) * len(dense["seeds"])
 
 
 def test_estimate_by_hand(costs):
