@@ -513,7 +513,11 @@ def answer_caption(
     "What the figure shows: differences, intervals, seeds and profiles."
     profiles = ", ".join(f"{world.lower()} `{of.profile}`" for world, of in found.items())
     lines = answer_lines({world: of.evidence for world, of in found.items()})
-    few = f"With fewer than {FEW} seeds, small dots show single runs. " if lines.runs.any() else ""
+    few = (
+        f"With fewer than {FEW} seeds, small dots show single runs and no mark is filled. "
+        if lines.runs.any()
+        else ""
+    )
     return (
         "Each mark is the value with the mask minus another value, for one base at equal L0, as a "
         f"mean over L0. The other value is that of {OTHERS[TWIN]} (same settings, mask off), or of "
@@ -535,7 +539,8 @@ def answer_alt(
         lower, higher = shown.base[shown.high < 0], shown.base[shown.low > 0]
         found = {"lower": list(lower), "higher": list(higher)}
         words = [f"{side} on {name_methods(bases)}" for side, bases in found.items() if bases]
-        parts.append(f"{panel}, {label}: {', '.join(words) or 'no difference shown'}.")
+        nothing = "no difference shown" if len(shown) else "single runs, no interval"
+        parts.append(f"{panel}, {label}: {', '.join(words) or nothing}.")
     return f"With the mask. {' '.join(parts)}"
 
 
