@@ -78,8 +78,17 @@ def test_it_loads_with_all_its_pictures(visit, landing):
     )
     assert len(widths) >= 10 and min(widths) > 0 and landing.stat().st_size < 3_000_000
     assert page.locator("h1").count() == 1 and page.locator(".object").count() >= 10
-    assert page.locator("details[open]").count() == 0  # folded, it is some eight screens long
-    assert page.evaluate("document.documentElement.scrollHeight") < 9 * 900
+    assert page.locator("details[open]").count() == 0  # folded, it is some ten screens long
+    assert page.evaluate("document.documentElement.scrollHeight") < 11 * 900
+
+
+def test_a_claim_of_a_smaller_profile_that_was_shown_is_folded(visit):
+    page = visit()
+    again = page.locator("#claims-again td.what > details")
+    ids = again.evaluate_all("rows => rows.map(row => row.id)")
+    assert ids and all(name.startswith("default-") for name in ids)
+    assert not again.first.is_visible()
+    assert page.locator("details[id^=full-planted-]").first.is_visible()
 
 
 def test_the_answer_comes_first_then_figures_of_the_largest_profile(visit):

@@ -770,6 +770,17 @@ def page_answer(
     )
 
 
+def _once(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    "Claims of the first profile that tested them, and the same claims in the other profiles."
+    first: list[Row] = []
+    again: list[Row] = []
+    seen: dict[str, str] = {}
+    for row in rows:
+        profile = seen.setdefault(row.cells["claim"].text, row.profile)
+        (first if profile == row.profile else again).append(row)
+    return first, again
+
+
 def html_page(
     results: Sequence[ProfileResults],  # of each profile
     answer: Answer | None = None,  # None: without evidence
@@ -778,6 +789,7 @@ def html_page(
     ordered = _by_size(results)
     cards = [card for r in ordered for card in r.cards]
     claims = [row for card in cards for row in card.claims]
+    tested, again = _once([row for row in claims if {*row.verdicts} != {NOT_MEASURED}])
     text = (
         templates()
         .get_template("page.html.j2")
@@ -791,7 +803,8 @@ def html_page(
             columns=COLUMNS,
             rows={
                 "published": [row for card in cards for row in card.published],
-                "claims": [row for row in claims if {*row.verdicts} != {NOT_MEASURED}],
+                "claims": tested,
+                "again": again,
                 "unmeasured": [row for row in claims if {*row.verdicts} == {NOT_MEASURED}],
             },
             verdicts=sorted({verdict for card in cards for verdict in card.verdicts}),
