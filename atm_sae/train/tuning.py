@@ -18,7 +18,7 @@ __all__ = [
 
 # %% ../../nbs/train/tuning.ipynb #cell-3
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from scipy.stats import qmc
@@ -95,16 +95,17 @@ def trial_settings(
 
 # %% ../../nbs/train/tuning.ipynb #cell-14
 def choose(
-    rows: pd.DataFrame,  # one for each run: method ('METHOD trial N'), l0, absorption, fvu
+    rows: pd.DataFrame,  # one for each run: method ('METHOD trial N'), l0 and the costs
     target: float,  # the wanted L0
     slack: float = 0.1,  # largest difference of a trial's mean L0 from it, as a share
+    costs: Sequence[str] = ("absorption", "fvu"),  # columns whose sum is the cost
 ) -> pd.DataFrame:
     "A row for each trial: its means, `cost`, `in_reach`, and `chosen` for the best of each method."
-    means = rows.groupby("method", sort=False)[["l0", "absorption", "fvu"]].mean()
+    means = rows.groupby("method", sort=False)[["l0", *costs]].mean()
     table = means.reset_index().rename(columns=dict(method="trial"))
     table.insert(0, "method", table.trial.map(without_variant))
     distance = (table.l0 / target - 1).abs()
-    table["cost"] = table.absorption + table.fvu
+    table["cost"] = table[[*costs]].sum(axis=1)
     table["in_reach"] = [not misses_l0(l0, target, slack) for l0 in table.l0]
     # trials out of reach come after all others, the nearest first
     rank = table.cost.where(table.in_reach, 1e3 + distance)
