@@ -334,6 +334,7 @@ GETTERS = (
     "evals.first_letter.get_task",
     "evals.first_letter.get_tasks",
     "evals.probing.get_probing",
+    "evals.scores.get_absorption",
 )
 _COMPUTING = {
     "torch": "torch",

@@ -17,7 +17,7 @@ from atm_sae.report.manifest import (
     read_parameters,
     run_order,
 )
-from atm_sae.methods import method_name
+from atm_sae.methods import method_name, with_mask
 from toy import COUNT, DECLARED, DOUBLE, notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,10 +282,7 @@ def test_no_seed_serves_both_tuning_and_verdict(profile):
 def test_every_object_of_the_verdict_uses_the_frozen_settings():
     manifest = load_manifest()
     tuned = manifest.pick("tuning").resolved("full")["tuned"]
-    without_rate = {
-        method: {name: value for name, value in settings.items() if name != "lr_scale"}
-        for method, settings in tuned.items()
-    }
+    on_smollm2 = manifest.pick("learning_rates").resolved("full")["tuned"]
     for name in (
         "absorption",
         "reconstruction",
@@ -301,8 +298,28 @@ def test_every_object_of_the_verdict_uses_the_frozen_settings():
             e = manifest.pick(name)
             if not e.profiles or profile in e.profiles:
                 given = e.resolved(profile)
-                expected = without_rate if given.get("model") == "smollm2" else tuned
+                expected = on_smollm2 if given.get("model") == "smollm2" else tuned
                 assert given["tuned"] == expected, (name, profile)
+
+
+def test_on_smollm2_the_rates_are_those_that_the_committed_search_chose():
+    given = load_manifest().pick("learning_rates").resolved("full")
+    table = pd.read_csv(ROOT / "reports/full/tables/learning_rates.csv", keep_default_na=False)
+    assert set(table.groupby("base").size()) == {4}  # the same budget for every base
+    chosen = table[table.chosen == "yes"].set_index("base").rate
+    assert len(chosen) == len(given["scales"]) == 5
+    for base, scales in given["scales"].items():
+        rate = chosen[method_name(base)]
+        assert min(scales) < rate < max(scales)
+        assert given["tuned"][base].get("lr_scale", 1) == rate
+
+
+def test_on_smollm2_a_base_and_its_masked_form_differ_in_the_mask_alone():
+    manifest = load_manifest()
+    tuned = manifest.pick("learning_rates").resolved("full")["tuned"]
+    strength = {k: manifest.pick("tuning").resolved("full")["tuned"]["atm"][k] for k in "cr"}
+    for base in ("standard", "topk", "batchtopk", "jumprelu", "matryoshka"):
+        assert tuned[with_mask(base, "atm")] == tuned[base] | strength
 
 
 def test_the_frozen_settings_are_what_the_committed_search_chose():

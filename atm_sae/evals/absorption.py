@@ -29,6 +29,7 @@ __all__ = [
     "AbsorptionResult",
     "describe_sae",
     "WordNotRead",
+    "warn_not_read",
     "evaluate_absorption",
     "best_single_latent_f1",
 ]
@@ -724,7 +725,7 @@ class WordNotRead(UserWarning):
     "The model does not read the word at the layer of the task."
 
 
-def _warn_not_read(task: FirstLetterTask) -> None:
+def warn_not_read(task: FirstLetterTask) -> None:
     "Warn with `WordNotRead` if exchanging the word's activation does not change the answers."
     if task.swap is not None and task.swap.problem:
         warnings.warn(task.swap.problem, WordNotRead, stacklevel=4)
@@ -771,7 +772,7 @@ def evaluate_absorption(
     _check_tasks(whole)
     for task in whole:
         _check_fits(sae, task)
-    _warn_not_read(whole[0])
+    warn_not_read(whole[0])
     chosen = find_protocol(protocol)
     latents = [word_latents(sae, each, batch_size) for each in given]
     parts = [_score_task(each, config, lm, chosen) for each in latents]
