@@ -28,6 +28,14 @@ def test_links_out_of_the_tutorial_lead_somewhere(path):
     assert [link for link in outside if not (FOLDER / link).exists()] == []
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("[1-9]_*.ipynb")), ids=lambda path: path.stem)
+def test_the_marker_of_a_method_names_its_architecture(path):
+    "`method_style` gives all bases one marker; `curve_style` gives each its own."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    assert "method_style" not in code
+
+
 def test_the_glossary_has_one_sentence_for_each_term():
     rows = re.findall(r"^\| \*\*(.+)\*\* \| (.+) \|$", prose(GLOSSARY), re.M)
     terms = [term for term, _ in rows]
