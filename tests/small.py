@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from functools import partial
+from pathlib import Path
 from pydoc_data.topics import topics
 
 from atm_sae.data.planted import WorldConfig
@@ -67,9 +69,33 @@ def make_and_die(specs: RunSpec | list[RunSpec], last: int) -> None:
     train_many(specs)
 
 
+def make_when(spec: RunSpec, go: Path) -> None:
+    """Make a run that waits after its first step for the file `go`, at most a minute, and then long
+    enough for the process that wrote the file to ask for the run.
+
+    To be called in a process of its own."""
+
+    def watch(step, *_):
+        for _ in range(6000 if step == 1 else 0):
+            if go.exists():
+                time.sleep(0.2)
+                break
+            time.sleep(0.01)
+
+    runs.train_together = partial(runs.train_together, watch=watch)
+    get_run(spec)
+
+
 def steps_taken(spec: RunSpec) -> int:
     "Make a run; the number of steps that this process took. To be called in one of its own."
     taken = []
     runs.train_together = partial(runs.train_together, watch=lambda step, *_: taken.append(step))
     get_run(spec)
     return len(taken)
+
+
+def steps_beside(spec: RunSpec, go: Path) -> int:
+    "`steps_taken` in a rank; rank 0 writes the file `go` first."
+    if os.environ["RANK"] == "0":
+        go.touch()
+    return steps_taken(spec)

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 from forks import Fork, forked_ranks
-from small import make, make_and_die, small, steps_taken
+from small import make, make_and_die, make_when, small, steps_beside
 
 from atm_sae.data.activations import ActivationSpec
 from atm_sae.data.planted import PlantedWorld, WorldBatches
@@ -229,12 +229,12 @@ def test_killed_ranks_resume_to_the_bit(monkeypatch, tmp_path):
 
 def test_ranks_wait_for_a_run_that_another_process_makes(cache):
     "Rank 0 waits for the lock, and the other rank for rank 0. Then both load the run."
-    spec = small("topk", steps=4000)
-    alone = Fork(make, [spec])
+    spec, go = small("topk"), cache / "go"
+    alone = Fork(make_when, spec, go)
     while not (cache / "locks" / f"runs-{spec.key}.lock").exists():
         assert alone.process.exitcode is None, alone.said()
         time.sleep(0.01)
-    assert together(steps_taken, spec) == [0, 0]
+    assert together(steps_beside, spec, go) == [0, 0]
     assert alone.ended().status == 0, alone.said()
 
 
