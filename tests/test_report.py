@@ -26,6 +26,8 @@ from atm_sae.report.figures import (
     figure_text,
     label_ends,
     legend_above,
+    draw_band,
+    draw_interval,
     plot_curves,
     plot_intervals,
     range_text,
@@ -527,6 +529,16 @@ def test_intervals_of_two_seeds_do_not_flatten_the_axis(summary):
     wide = summary[summary.metric == "absorption"].assign(low=-50.0, high=50.0)
     plot_intervals(ax, wide, "absorption")
     assert -0.2 < ax.get_xlim()[0] and ax.get_xlim()[1] < 0.5
+
+
+def test_bands_and_bars_do_not_move_the_limits():
+    _, ax = plt.subplots()
+    ax.plot([0, 1], [0, 1])
+    draw_band(ax, [0, 1], [-50, -50], [50, 50], "black")
+    draw_interval(ax, [(0, -50), (0, 50)], "black")
+    draw_interval(ax, [(0, math.nan), (0, math.nan)], "black")
+    ax.autoscale_view()
+    assert ax.get_ylim() == pytest.approx((-0.05, 1.05)) and len(ax.collections) == 2
 
 
 def test_below_four_seeds_single_runs_are_drawn_and_no_interval(rows):

@@ -38,8 +38,11 @@ from atm_sae.report.verdict import (
     FULL_SCORE,
     LEAD,
     PUBLISHED_L0,
+    MISSES,
     PUBLISHED_STANDING,
     RAW,
+    SAEBENCH,
+    SIDE_EFFECTS,
     TUNED,
     TWIN,
     Evidence,
@@ -50,11 +53,16 @@ from atm_sae.report.verdict import (
     equal_explained_table,
     equal_l0_rows,
     equal_l0_table,
+    floor_sentence,
     layer_sentence,
+    left_out_sentences,
     mask_caption,
     mask_table,
     mean_difference,
     mean_differences,
+    misses_sentence,
+    protocol_sentence,
+    protocols_differ,
     published_rows,
     read_evidence,
     rival_table,
@@ -554,15 +562,18 @@ def as_twins(folder):
 def test_the_answer_in_short_counts_the_bases(runs):
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert answer_lead(planted) == (
-        "In the planted world, the mask lowers absorption by both measures on 2, lowers it by one "
-        "measure on 2 of 4 bases; it lowers explained variance on 4 of 4."
+        "In the planted world (5 seeds), the mask lowers both measures of absorption on 2 and only "
+        "absorption beyond misses on 2 of 4 bases; it lowers explained variance on 4 of 4; on "
+        "Matryoshka, tuning chose no mask. Without L0 4 in the mean, raw absorption is shown to be "
+        "lower on 0 of these 2."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
     planted = {"Planted world": as_twins(runs)["Planted world"]}
-    assert "both measures on 1, lowers it by one measure on 2, raises it by a " in answer_lead(
-        planted
-    )
+    assert (
+        "lowers both measures of absorption on 1 and only absorption beyond misses on 2 of 4 "
+        "bases; it raises raw absorption on 1 and absorption beyond misses on 1 of 4 bases;"
+    ) in answer_lead(planted)
     assert answer_lead({}) == ""
 
 
@@ -776,7 +787,7 @@ def test_the_effects_of_the_mask_are_computed_once(monkeypatch):
     monkeypatch.setattr(verdict, "compare_pairs", lambda *a: calls.append(a) or compare_pairs(*a))
     evidence = {"Planted world": small(planted=TWINS, tuned=FASTER)}
     answer_table(evidence), answer_sentences(evidence), answer_lines(evidence)
-    assert len(calls) == 2  # the mask, the controls
+    assert len(calls) == 2  # the mask, the controls; one L0 is left out of three at least
 
 
 CONTROLLED = {
@@ -798,17 +809,23 @@ def test_atm_is_compared_with_each_control():
     )
     said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
     assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
-    assert "in the planted world, on ReLU + L1 the two measures disagree: more by raw" in said
+    assert (
+        "in the planted world (L0 4 to 8), on ReLU + L1 the two measures disagree: more by raw"
+    ) in said
     table = control_table(evidence)
-    assert table.shape == (3, 6) and table[RAW.heading][0].startswith("**less** -0.2000 ± ")
+    assert (
+        table.shape == (3, 7)
+        and {*table.L0} == {"4–8"}
+        and table[RAW.heading][0].startswith("**less** -0.2000 ± ")
+    )
     assert control_table(small(planted=TWINS)).empty
 
 
 def test_the_share_of_the_shuffled_control_by_hand():
     "0.12 - 0.20 is 80% of 0.10 - 0.20. No share where the mask lowers nothing."
     (said,) = shuffled_sentences(small(planted=CONTROLLED))
-    assert "by raw absorption, ReLU + L1 80% (-0.0800 of -0.100)" in said
-    assert "by absorption beyond misses, ReLU + L1 110% (-0.110 of -0.100)" in said
+    assert "by raw absorption, ReLU + L1 80% (-0.0800 of -0.100 at L0 4 to 8; single seeds" in said
+    assert "by absorption beyond misses, ReLU + L1 110% (-0.110 of -0.100 at L0 4 to 8; " in said
     assert shuffled_sentences(small(planted=CONTROLLED | {"standard": (0.05, 0.05)})) == []
     assert shuffled_sentences(small(planted=TWINS)) == []
 
@@ -897,3 +914,182 @@ def test_nothing_is_said_of_a_layer_without_a_swap(tmp_path):
 
 def test_a_difference_that_is_missing_is_a_dash():
     assert verdict._short_cell(None) == "–"
+
+
+# a language model with five bases, which are their own twins
+
+
+def language_model(**others):
+    """What `equal_l0_rows` returns: five bases, ATM 0.1 lower by each score, and two floors.
+
+    Five seeds, of which Matryoshka has three. `others` changes columns: {column: {method: by}}."""
+    bases = ["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
+    masked = ["atm", "topk+atm", "batchtopk+atm", "jumprelu+atm", "matryoshka+atm"]
+    floors = {"random": (0.01, 0.02), "frozen decoder": (0.03, 0.04)}
+    scores = dict.fromkeys(bases, (0.3, 0.3)) | dict.fromkeys(masked, (0.2, 0.2)) | floors
+    rows = read_rows("smollm2", scores, (17, 38))
+    few = rows.method.str.startswith("matryoshka") & (rows.seed > 2)
+    full, fraction = (measure.metric for measure in SAEBENCH)
+    rows = rows.assign(**{full: rows[FULL] + 0.1, fraction: rows[FRACTION] + 0.2})[~few]
+    for column, by in others.items():
+        rows[column] = rows.get(column, 0.5) + rows.method.map(by).fillna(0) + rows.seed / 1e4
+    evidence = small(letters={})
+    return replace(evidence, letters=rows.reset_index(drop=True))
+
+
+def test_bases_that_are_their_own_twins_are_compared_once():
+    evidence = language_model()
+    table = mask_table(evidence)
+    assert list(table.minus) == ["twin"] * 5 and "tuned" not in mask_caption(evidence)
+    said = verdict_sentences(evidence)
+    assert not any("base tuned by itself" in sentence for sentence in said)
+    row = answer_table({"Language model": evidence}).iloc[0]
+    assert row.answer == (
+        "Minus its twin: all 5 bases: lower. By SAEBench's protocol: all 5 bases: lower"
+    )
+    assert answer_lead({"Language model": evidence}).startswith(
+        "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on 5 of "
+    )
+
+
+def test_each_pair_has_its_own_number_of_seeds():
+    evidence = language_model()
+    cells = mask_table(evidence).set_index("base")[FULL_SCORE.heading]
+    assert cells["Matryoshka"].endswith("(3/3)") and cells["TopK"].endswith("(5/5)")
+    assert "of 3–5 seeds" in mask_caption(evidence)
+    assert "(n = 3 to 5 seeds; L0 17 to 38" in verdict_sentences(evidence)[0]
+    some = evidence.letters.query("method != 'topk' or seed < 3")
+    table = mask_table(replace(evidence, letters=some)).set_index("base")
+    assert table.loc["TopK", FULL_SCORE.heading].endswith("(3/3)")
+    assert {*answer_table({"Language model": evidence}).seeds} == {"3 to 5", "5"} - {"5"} | {
+        "Language model: 3 to 5",
+        "5",
+    }
+
+
+def test_methods_with_different_seeds_are_read_where_each_has_all_of_its_own():
+    "The third L0 is reached by only one seed of ATM."
+    rows = read_rows("smollm2", {"atm": (0.1, 0.1), "standard": (0.2, 0.2)}, (4, 8, 16))
+    one = (rows.method == "atm") & (rows.sparsity == 16) & (rows.seed > 0)
+    rows = rows[~one & ~((rows.method == "standard") & (rows.seed > 2))]
+    there = replace(small(letters={}), letters=rows).where_all(["atm", "standard"])
+    assert {*there.letters.sparsity} == {4, 8} and {*there.letters.seed} == {0, 1, 2, 3, 4}
+
+
+def test_protocols_that_do_not_show_the_same_are_named():
+    full, fraction = (measure.metric for measure in SAEBENCH)
+    assert protocols_differ(language_model()) == []
+    assert "shows the same on each base" in protocol_sentence(language_model())
+    evidence = language_model(**{full: {"topk+atm": 0.3}, fraction: {"topk+atm": 0.3}})
+    assert protocols_differ(evidence) == ["topk"]
+    assert protocol_sentence(evidence).endswith(
+        "more on TopK by SAEBench's full score and by SAEBench's fraction score. "
+        "The exact protocol shows something else on TopK."
+    )
+    lead = answer_lead({"Language model": evidence})
+    assert "; SAEBench's protocol shows something else on TopK." in lead
+    answer = answer_table({"Language model": evidence}).answer[0]
+    assert answer.endswith("and JumpReLU: lower; TopK: higher")
+    without = replace(evidence, letters=evidence.letters.drop(columns=[full, fraction]))
+    assert protocol_sentence(without) == "" and protocols_differ(without) == []
+
+
+def test_the_published_order_is_judged_by_both_protocols():
+    full, fraction = (measure.metric for measure in SAEBENCH)
+    lower = {full: {"jumprelu": -0.05, "atm": -0.2}, fraction: {"jumprelu": -0.05, "atm": -0.2}}
+    evidence = replace(language_model(**lower), largest_l0=41.0)
+    assert "By SAEBench's protocol, at equal L0: reproduced." in verdict_sentences(evidence)[-1]
+    assert (
+        answer_table({"Language model": evidence})
+        .answer.iloc[-1]
+        .endswith("By SAEBench's protocol: reproduced")
+    )
+
+
+def test_the_floor_is_given_by_each_score():
+    said = floor_sentence(language_model())
+    assert "by the full score 0.010 (random), 0.030 (frozen decoder)" in said
+    assert "by SAEBench's full score 0.11 (random), 0.13 (frozen decoder)" in said
+    assert floor_sentence(small(planted=TWINS)) == ""
+
+
+def test_side_effects_have_a_sentence_a_row_and_a_table():
+    masked = ["atm", "topk+atm", "batchtopk+atm", "jumprelu+atm", "matryoshka+atm"]
+    evidence = language_model(letter_f1=dict.fromkeys(masked, -0.1), dead_share={"atm": 0.1})
+    (said,) = [s for s in verdict_sentences(evidence) if s.startswith("**Side effects**")]
+    assert "less on ReLU + L1, TopK, BatchTopK, Matryoshka and JumpReLU by the letter F1" in said
+    assert "more on ReLU + L1 by the share of dead latents" in said
+    table = answer_table({"Language model": evidence}).set_index("question")
+    answer = table.answer["What else does it change?"]
+    assert answer.startswith(
+        "Language model: Letter F1, all 5 bases: lower. Share of dead latents,"
+    )
+    table = mask_table(evidence, SIDE_EFFECTS["Language model"]).set_index("base")
+    assert table.loc["TopK", "model: letter F1"].startswith("**less** -0.1")
+    assert not any("Side effects" in sentence for sentence in verdict_sentences(language_model()))
+
+
+# what a mean over L0, or a difference of two shares, can hide
+
+
+def test_a_result_that_rests_on_one_l0_is_named():
+    "TopK is lower by 1 at L0 4 and slightly higher elsewhere. JumpReLU is higher at L0 4."
+    methods = {m: (0.5, 0.5) for m in ("topk", "topk+atm", "jumprelu", "jumprelu+atm")}
+    rows = read_rows("planted", methods, (4, 8, 16))
+    at_4 = rows.sparsity == 4
+    for method, there, elsewhere in (("topk+atm", -1.0, 0.01), ("jumprelu+atm", 0.2, -0.1)):
+        for column in ("absorption", "excess_absorption"):
+            rows.loc[rows.method == method, column] += elsewhere
+            rows.loc[at_4 & (rows.method == method), column] += there - elsewhere
+    evidence = replace(small(planted={}), planted=rows)
+    (said,) = left_out_sentences(evidence)
+    assert said.startswith("**Planted world, one L0 left out** of the mean")
+    assert "without L0 4, more on TopK, less on JumpReLU by raw absorption" in said
+    lead = answer_lead({"Planted world": evidence})
+    assert lead.endswith(
+        "Without L0 4 in the mean, raw absorption is shown to be lower on 0 of these 1."
+    )
+    two = replace(evidence, planted=rows[rows.sparsity != 16])
+    assert left_out_sentences(two) == [] and two.left_out == {}
+    assert left_out_sentences(small(planted=TWINS)) == []
+
+
+def test_the_miss_rate_stands_beside_absorption_beyond_misses():
+    "BatchTopK: raw absorption is the same, the miss rate is higher by 0.1."
+    methods = {"batchtopk": (0.3, 0.2), "batchtopk+atm": (0.3, 0.1)}
+    evidence = small(planted=methods)
+    rows = evidence.planted
+    rows = rows.assign(miss_rate=rows.absorption - rows.excess_absorption)
+    evidence = replace(evidence, planted=rows)
+    said = misses_sentence(evidence)
+    assert "the mask changes the miss rate by: BatchTopK 0.100 ± " in said
+    for table in (mask_table(evidence), mask_table(evidence, [MISSES])):
+        assert table[MISSES.heading][0].startswith("**more** 0.100")
+    table = answer_table({"Planted world": evidence})
+    assert "; miss rate 0.100 (" in table.iloc[0, 2] and "; miss rate 0.100" in table.iloc[0, 3]
+    assert "Planted: miss rate" in {*answer_lines({"Planted world": evidence}).panel}
+    assert misses_sentence(small(planted=TWINS)) == ""
+
+
+def test_few_seeds_are_not_compared_at_each_l0():
+    evidence = small(planted=TWINS)
+    assert len(l0_lines({"Planted world": evidence})) == 2
+    few = replace(evidence, planted=evidence.planted.query("seed < 3"))
+    assert l0_lines({"Planted world": few}) == []
+
+
+def test_the_verdict_is_given_the_settings_of_the_runs_that_it_reads(runs):
+    "Its notebook runs in a folder without their provenance. Without settings, all bases are twins."
+    manifest = load_manifest()
+    for profile in manifest.profiles:
+        given = manifest.pick("verdict").resolved(profile)["tuned"]
+        for world, name in (("planted", "planted"), ("model", "absorption")):
+            assert given[world] == manifest.pick(name).resolved(profile)["tuned"], (profile, name)
+    there = read_evidence(runs)
+    shutil.rmtree(runs / "provenance")
+    found = read_evidence(runs, [4, 8, 16, 32, 64], None, "", there.tuned)
+    assert found.mask_pairs("planted") == there.mask_pairs("planted")
+    assert TUNED in {*found.mask_pairs("planted").values()}
+    notebook = json.loads((ROOT / "nbs/experiments/90_verdict.ipynb").read_text())
+    source = "".join("".join(cell["source"]) for cell in notebook["cells"])
+    assert 'read_evidence(folder, l0s, model_l0s, best if best in trained else "", tuned)' in source

@@ -7,6 +7,7 @@ __all__ = [
     "QUESTIONS",
     "IMPORTANCE_QUESTION",
     "PRICE_QUESTION",
+    "SIDE_QUESTION",
     "ORDER_QUESTION",
     "OTHERS",
     "LABELS",
@@ -43,9 +44,13 @@ from atm_sae.report.verdict import (
     FRACTION_SCORE,
     FULL_SCORE,
     MASKED,
+    MISSES,
     MODEL_FVU,
+    PLACES,
     PLANTED_FVU,
     RAW,
+    SAEBENCH,
+    SIDE_EFFECTS,
     SIDES,
     TUNED,
     TWIN,
@@ -56,8 +61,12 @@ from atm_sae.report.verdict import (
     against,
     effect_lines,
     effect_side,
+    floor_sentence,
+    left_out_sentences,
+    misses_sentence,
     name_methods,
     order_verdict,
+    protocols_differ,
     published_order,
     rate_ratio,
     read_evidence,
@@ -103,6 +112,7 @@ QUESTIONS = {
 }
 IMPORTANCE_QUESTION = "Is it the importance? Base with ATM minus each control"
 PRICE_QUESTION = "What does it cost in explained variance?"
+SIDE_QUESTION = "What else does it change?"
 ORDER_QUESTION = f"Is the published order reproduced? {published_order()}"
 OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
 _LOWER = {"less": "lower", "more": "higher"}
@@ -122,7 +132,7 @@ def _finding(
     if len(shown) == len(sides):
         return word
     only = f"{word} in {' and '.join(shown)} only"
-    return f"the two measures disagree ({only})" if FULL_SCORE.short in sides else only
+    return only if RAW.short in sides else f"the two measures disagree ({only})"
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,10 @@ class _Part:
     def levels(self) -> list[float]:
         "The values that are subtracted, in ascending order, where the differences were read."
         found = []
-        for (_, base), line in self.lines.items():
-            inside = self.read.sparsity.between(line.l0_low, line.l0_high)
-            found.append(self.read[inside & (self.read.method == base)][self.metric].mean())
+        for a, b in self.lines:
+            there = seed_differences(self.read, a, b, self.metric)
+            of = self.read[(self.read.method == b) & self.read.sparsity.isin(there.index)]
+            found.append(of[self.metric][of.seed.isin(there.columns)].mean())
         return sorted(found if self.sign > 0 else [1 - value for value in found])
 
     def span(self) -> str:
@@ -162,9 +173,9 @@ class _Part:
         return f"{self.name} {' to '.join(ends)}".strip()
 
     def by_l0(self) -> str:
-        "The bases on which each L0 shows a lower or a higher value; not corrected."
+        "The bases on which each L0 shows a lower or a higher value; not corrected; or empty."
         found: dict[float, dict[str, list[str]]] = {}
-        for a, b in self.lines:
+        for a, b in (pair for pair, line in self.lines.items() if line.n >= FEW):
             differences = self.sign * seed_differences(self.read, a, b, self.metric)
             for l0, values in differences.iterrows():
                 side = SIDES[claim_verdict(t_interval(values)[:3])]
@@ -224,6 +235,15 @@ def _absorption_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> 
     return _parts(effects, evidence, {measure.short: measure for measure in WORLDS[world]})
 
 
+_BESIDE = {"Planted world": (MISSES,), "Language model": SAEBENCH}  # shown, not counted
+
+
+def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
+    "The measures that stand beside the two of absorption: those measured."
+    parts = [_parts(effects, evidence, {measure.short: measure}) for measure in _BESIDE[world]]
+    return [part for found in parts for part in found]
+
+
 def _by_kind(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
     "Absorption of base with the mask minus its twin, and minus the tuned base: those measured."
     effects = evidence.mask_effects
@@ -239,14 +259,28 @@ def _price_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
     return _parts(against(evidence.mask_effects, kind), evidence, {"": measure}, sign=-1)
 
 
-def _cells(parts: Sequence[_Part], answer: str) -> dict[str, str]:
+def _capital(words: str) -> str:
+    "The words with a capital letter in front."
+    return f"{words[0].upper()}{words[1:]}"
+
+
+def _seeds(parts: Sequence[_Part]) -> str:
+    "`5`, or `3 to 5` where the pairs differ."
+    numbers = [line.n for part in parts for line in part.lines.values()]
+    return " to ".join(dict.fromkeys(f"{n:g}" for n in (min(numbers), max(numbers))))
+
+
+def _cells(
+    parts: Sequence[_Part],
+    answer: str,
+    beside: Sequence[_Part] = (),  # of `_beside`
+) -> dict[str, str]:
     "The cells of one world."
-    seeds = min(line.n for part in parts for line in part.lines.values())
     return {
         "answer": answer,
-        "difference (lowest to highest)": "; ".join(part.span() for part in parts),
-        "value subtracted": "; ".join(part.scale() for part in parts),
-        "seeds": f"{seeds:g}",
+        "difference (lowest to highest)": "; ".join(part.span() for part in [*parts, *beside]),
+        "value subtracted": "; ".join(part.scale() for part in [*parts, *beside]),
+        "seeds": _seeds(parts),
     }
 
 
@@ -266,8 +300,11 @@ def _absorbed(world: str, evidence: Evidence) -> dict[str, str]:
     answer = ". ".join(f"Minus {OTHERS[kind]}: {words}" for kind, words in said.items())
     bases = evidence.no_mask(WORLD_KEYS[world])
     answer += f". {name_methods(bases)}: tuning chose no mask" if bases else ""
-    parts = next(iter(found.values()))
-    return {"question": QUESTIONS[world]} | _cells(parts, answer)
+    kind, parts = next(iter(found.items()))
+    beside = _beside(world, evidence, against(evidence.mask_effects, kind))
+    if beside and world == "Language model":
+        answer += f". By SAEBench's protocol: {_findings(beside)}"
+    return {"question": QUESTIONS[world]} | _cells(parts, answer, beside)
 
 
 def _joined(question: str, found: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -309,6 +346,18 @@ def _agreement(evidence: Mapping[str, Evidence]) -> str:
     return "not measured"
 
 
+def _side_effects(evidence: Mapping[str, Evidence]) -> dict[str, str]:
+    "The row on recovered features and dead latents, minus the twin; empty if not measured."
+    cells: dict[str, dict[str, str]] = {}
+    for world, of in evidence.items():
+        effects = against(of.mask_effects, TWIN)
+        found = [_parts(effects, of, {m.short: m}) for m in SIDE_EFFECTS[world]]
+        parts = [part for each in found for part in each]
+        words = ". ".join(f"{_capital(part.name)}, {_findings([part])}" for part in parts)
+        cells[world] = _cells(parts, words) if parts else {}
+    return _joined(SIDE_QUESTION, cells)
+
+
 def _importance_cells(world: str, evidence: Evidence) -> dict[str, str]:
     "Each masked form against each control that was run in one world; empty if none was."
     parts = _absorption_parts(world, evidence, evidence.control_effects)
@@ -316,7 +365,8 @@ def _importance_cells(world: str, evidence: Evidence) -> dict[str, str]:
     for mask, label in CONTROLS.items():
         of = [replace(part, lines=_of_mask(part.lines, mask)) for part in parts]
         words += [f"minus {label}, {_findings(of)}"] if of and of[0].lines else []
-    return _cells(parts, "; ".join(words)) if words else {}
+    beside = _beside(world, evidence, evidence.control_effects)
+    return _cells(parts, "; ".join(words), beside) if words else {}
 
 
 def _of_mask(lines: Mapping[tuple[str, str], Any], mask: str) -> dict[tuple[str, str], Any]:
@@ -339,7 +389,10 @@ def _order(evidence: Mapping[str, Evidence]) -> dict[str, str]:
     missing = unavailable_order(of)
     first = f"At the published L0s: not available ({missing}). " if missing else ""
     answer = f"{first}At equal L0: {order_verdict(of.order_effects)}. {'; '.join(pairs)}"
-    return {"question": ORDER_QUESTION} | _cells(parts, answer)
+    beside = _beside("Language model", of, of.order_effects)
+    if beside:
+        answer += f". By SAEBench's protocol: {order_verdict(of.order_effects, SAEBENCH)}"
+    return {"question": ORDER_QUESTION} | _cells(parts, answer, beside)
 
 
 def answer_table(
@@ -347,12 +400,14 @@ def answer_table(
 ) -> pd.DataFrame:
     """A row for each question, those that were measured.
 
-    They are: the mask in each world, the importance, the price, the published order."""
+    They are: the mask in each world, the importance, the price, the side effects, the published
+    order."""
     importance = {world: _importance_cells(world, of) for world, of in evidence.items()}
     rows = [
         *(_absorbed(world, of) for world, of in evidence.items()),
         _joined(IMPORTANCE_QUESTION, importance),
         _price(evidence),
+        _side_effects(evidence),
         _order(evidence),
     ]
     return pd.DataFrame([row for row in rows if row])
@@ -362,12 +417,15 @@ def answer_table(
 def l0_lines(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[str]:
-    "On which bases each measure of absorption is lower or higher, at each L0."
+    """On which bases each measure of absorption is lower or higher, at each L0.
+
+    Bases with fewer than `FEW` seeds are left out."""
     lines = []
     for world, of in evidence.items():
         kind, parts = next(iter(_by_kind(world, of).items()), (TWIN, []))
         other = "" if kind == TWIN else f", minus {OTHERS[TUNED]}"
-        lines += [f"{world}, {part.name}{other}: {part.by_l0()}." for part in parts]
+        said = {part.name: part.by_l0() for part in parts}
+        lines += [f"{world}, {name}{other}: {words}." for name, words in said.items() if words]
     return lines
 
 
@@ -391,63 +449,94 @@ def rate_sentence(
 def answer_sentences(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[str]:
-    "The sentences under the table: each L0, the twins, the learning rates, the shuffled control."
+    "The sentences under the table: each L0, miss rate, twins, learning rates, controls, floor."
     said = l0_lines(evidence)
     for world, of in evidence.items():
+        found = [*left_out_sentences(of), misses_sentence(of)]
         notes = [twin_note(of, WORLD_KEYS[world]), rate_sentence(of, WORLD_KEYS[world])]
-        said += [f"{world}. {note}" for note in notes if note]
-        said += [sentence.replace("**", "") for sentence in shuffled_sentences(of)]
+        found += [f"{world}. {note}" for note in notes if note]
+        found += [*shuffled_sentences(of), floor_sentence(of)]
+        said += [sentence.replace("**", "") for sentence in found if sentence]
     return said
 
 
-_PLACES = {"Planted world": "In the planted world", "Language model": "On the language model"}
-
-
-def _counts(found: Sequence[set[str]]) -> str:
-    "On how many bases the mask lowers or raises absorption; one set of sides for each base."
-    both = sum(sides == {"less"} for sides in found)
-    one = sum("less" in sides and "more" not in sides for sides in found) - both
-    higher = sum("more" in sides for sides in found)
-    words = {
-        f"lowers it by both measures on {both}": both,
-        f"lowers it by one measure on {one}": one,
-        f"raises it by a measure on {higher}": higher,
-    }
-    said = [text for text, count in words.items() if count]
+def _counts(
+    found: Sequence[Sequence[str]],  # a side for each measure, for each base
+    measures: Sequence[Measure],
+) -> str:
+    "On how many bases the mask lowers or raises each measure of absorption."
+    names = [measure.words.removeprefix("by ") for measure in measures]
+    lowered = {"both measures of absorption": sum({*sides} == {"less"} for sides in found)}
+    raised = {}
+    for i, name in enumerate(names):
+        alone = [{*sides} == {"less", "none"} and sides[i] == "less" for sides in found]
+        lowered[f"only {name}"] = sum(alone)
+        raised[name] = sum(sides[i] == "more" for sides in found)
+    said = []
+    for verb, counts in (("lowers", lowered), ("raises", raised)):
+        words = [f"{name} on {count}" for name, count in counts.items() if count]
+        said += [f"{verb} {' and '.join(words)} of {len(found)} bases"] if words else []
     if not said:
         return f"is not shown to change absorption on any of {len(found)} bases"
-    said[0] = said[0].replace("it", "absorption", 1)
-    return f"{', '.join(said)} of {len(found)} bases"
+    return "; it ".join(said)
+
+
+def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
+    "Says how many bases are left if one L0 is not in the mean, if it makes a difference."
+    first = WORLDS[world][0]
+    pairs = [pair for pair, line in parts[0].lines.items() if effect_side(line) == "less"]
+    left = {}
+    for (name, l0), effects in evidence.left_out.items():
+        if name == world:
+            lines = effect_lines(effects, first)
+            left[l0] = sum(p in lines and effect_side(lines[p]) == "less" for p in pairs)
+    fewest = min(left, key=lambda l0: left[l0], default=None)
+    if fewest is None or left[fewest] >= len(pairs):
+        return ""
+    return (
+        f" Without L0 {fewest:g} in the mean, {first.words.removeprefix('by ')} is shown to be "
+        f"lower on {left[fewest]} of these {len(pairs)}."
+    )
 
 
 def answer_lead(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> str:
     "The answer in a sentence for each world: absorption and explained variance, minus the twin."
-    sentences = []
-    for world, of in evidence.items():
-        kind, parts = next(iter(_by_kind(world, of).items()), (TWIN, []))
-        if not parts:
-            continue
-        found = [{effect_side(part.lines[pair]) for part in parts} for pair in parts[0].lines]
-        sentence = f"{_PLACES[world]}, the mask {_counts(found)}"
-        for price in _price_parts(world, of, kind):
-            lower = sum(effect_side(line) == "less" for line in price.lines.values())
-            sentence += f"; it lowers explained variance on {lower} of {len(price.lines)}"
-        sentences.append(f"{sentence}.")
-    return " ".join(sentences)
+    return " ".join(filter(None, (_lead(world, of) for world, of in evidence.items())))
+
+
+def _lead(world: str, evidence: Evidence) -> str:
+    "The sentences of `answer_lead` on one world; empty if it was not measured."
+    kind, parts = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
+    if not parts:
+        return ""
+    found = [[effect_side(part.lines[pair]) for part in parts] for pair in parts[0].lines]
+    place = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds)"
+    sentence = f"{place}, the mask {_counts(found, WORLDS[world])}"
+    for price in _price_parts(world, evidence, kind):
+        lower = sum(effect_side(line) == "less" for line in price.lines.values())
+        sentence += f"; it lowers explained variance on {lower} of {len(price.lines)}"
+    bases = evidence.no_mask(WORLD_KEYS[world])
+    sentence += f"; on {name_methods(bases)}, tuning chose no mask" if bases else ""
+    other = protocols_differ(evidence) if world == "Language model" else []
+    if other:
+        sentence += f"; SAEBench's protocol shows something else on {name_methods(other)}"
+    return f"{sentence}{_too_few(parts)}.{_one_l0(world, evidence, parts)}"
 
 
 # %% ../../nbs/report/answer.ipynb #cell-13
 _PANELS = {
     "Planted world": {
         "Planted: raw absorption": (RAW, 1),
+        "Planted: miss rate": (MISSES, 1),
         "Planted: beyond misses": (BEYOND, 1),
         "Planted: explained variance": (PLANTED_FVU, -1),
     },
     "Language model": {
         "Language model: full score": (FULL_SCORE, 1),
         "Language model: fraction score": (FRACTION_SCORE, 1),
+        "Language model: SAEBench full score": (SAEBENCH[0], 1),
         "Language model: explained variance": (MODEL_FVU, -1),
     },
 }
@@ -492,15 +581,22 @@ def answer_figure(
     import matplotlib.pyplot as plt
 
     set_style()
-    titles = list(dict.fromkeys(lines.panel))
+    drawn = [[title for title in row if title in {*lines.panel}] for row in _PANELS.values()]
+    drawn = [titles for titles in drawn if titles]
     used = {label: marker for label, marker in MARKERS.items() if label in {*lines.minus}}
-    rows, height = -(-len(titles) // 3), 2.1 + 0.4 * (len(used) > 1)
-    fig, axes = plt.subplots(rows, 3, figsize=(7, height * rows + 0.3), squeeze=False)
-    for ax, title in zip(axes.flat, titles):
-        plot_effects(ax, lines[lines.panel == title], MARKERS)
-        ax.set_title(title.replace(": ", "\n"))
-    for ax in axes[:, 1:].flat:
-        ax.set_yticklabels([])
+    width, height = max(map(len, drawn)), 2.1 + 0.4 * (len(used) > 1)
+    fig, axes = plt.subplots(
+        len(drawn), width, figsize=(7, height * len(drawn) + 0.3), squeeze=False
+    )
+    for row, titles in zip(axes, drawn):
+        for ax, title in zip(row, titles):
+            plot_effects(ax, lines[lines.panel == title], MARKERS)
+            ax.locator_params(axis="x", nbins=3)
+            ax.set_title(title.replace(": ", "\n"))
+        for ax in row[1:]:
+            ax.set_yticklabels([])
+        for ax in row[len(titles) :]:
+            ax.axis("off")
     marks = [axes[0, 0].plot([], [], marker, color="#606060")[0] for marker in used.values()]
     labels = [f"with the mask {label}" for label in used]
     fig.legend(marks, labels, loc="outside upper center", ncols=2)
@@ -518,11 +614,12 @@ def answer_caption(
         if lines.runs.any()
         else ""
     )
+    tuned = f", or of {OTHERS[TUNED]}" if LABELS[TUNED] in {*lines.minus} else ""
     return (
         "Each mark is the value with the mask minus another value, for one base at equal L0, as a "
-        f"mean over L0. The other value is that of {OTHERS[TWIN]} (same settings, mask off), or of "
-        f"{OTHERS[TUNED]}. Bars: 95% interval over seeds, corrected (Holm) over all comparisons of "
-        "the question. "
+        f"mean over L0. The other value is that of {OTHERS[TWIN]} (same settings, mask off)"
+        f"{tuned}. Bars: 95% interval over seeds, corrected (Holm) over all comparisons of the "
+        "question. "
         f"Filled marks: the interval excludes 0. {few}"
         "On the right: how many of the seeds have the sign of the mean. Lower absorption is "
         f"better. Lower explained variance is worse. Profiles: {profiles}."

@@ -12,6 +12,8 @@ __all__ = [
     "spread",
     "label_ends",
     "axis_limits",
+    "draw_interval",
+    "draw_band",
     "plot_curves",
     "legend_above",
     "share_height",
@@ -194,7 +196,7 @@ def axis_limits(
 
 
 # %% ../../nbs/report/figures.ipynb #cell-20
-def _draw_interval(
+def draw_interval(
     ax: "Axes",
     ends: Sequence[tuple[float, float]],  # two points
     colour: str,
@@ -205,6 +207,19 @@ def _draw_interval(
     if not np.isnan(ends).any():
         bar = LineCollection([ends], colors=colour, linewidths=1, alpha=0.55, zorder=1.5)
         ax.add_collection(bar, autolim=False)
+
+
+def draw_band(
+    ax: "Axes",
+    x: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    colour: str,
+) -> None:
+    "A pale band between two curves; it does not move the limits of the axes."
+    limits = ax.dataLim.get_points().copy()
+    ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    ax.dataLim.set_points(limits)
 
 
 # %% ../../nbs/report/figures.ipynb #cell-21
@@ -222,7 +237,7 @@ def _draw_spread(
     "The interval of each line, or its single runs where seeds are few; the values of these runs."
     many = curve[curve.n >= FEW]
     for at, low, high in zip(many[x], many.low, many.high):
-        _draw_interval(ax, [(at, low), (at, high)], colour)
+        draw_interval(ax, [(at, low), (at, high)], colour)
     few = runs[runs.sparsity.isin(curve.sparsity[curve.n < FEW])]
     ax.plot(few[x], few[metric], "o", color=colour, ms=2.2, mew=0, alpha=0.7, zorder=1.5)
     return few[metric].to_numpy(dtype=float)
@@ -409,7 +424,7 @@ def plot_intervals(
     for y, line in enumerate(data.itertuples()):
         style = curve_style(line.method.split(" - ")[0]) | {"linestyle": "none"}
         ax.plot(line.mean, y, **style)
-        _draw_interval(ax, [(line.low, y), (line.high, y)], style["color"])
+        draw_interval(ax, [(line.low, y), (line.high, y)], style["color"])
         if numbers:
             text = format_interval(line.mean, line.low, line.high, line.n)
             place = dict(xycoords=("axes fraction", "data"), va="center", annotation_clip=False)

@@ -20,15 +20,19 @@ __all__ = [
     "TWIN",
     "TUNED",
     "AGREEMENT",
+    "PLACES",
     "RAW",
+    "MISSES",
     "BEYOND",
     "FULL_SCORE",
     "FRACTION_SCORE",
     "ABLATION_RATE",
+    "SAEBENCH",
     "PLANTED_FVU",
     "MODEL_FVU",
     "ALIKE",
     "ALIKE_FREQUENT",
+    "SIDE_EFFECTS",
     "ABSORBED",
     "MEASURES",
     "SIDES",
@@ -45,7 +49,7 @@ __all__ = [
     "compare_pairs",
     "planted_rows",
     "letter_rows",
-    "letter_metrics",
+    "measured_metrics",
     "Evidence",
     "published_rows",
     "read_evidence",
@@ -55,6 +59,7 @@ __all__ = [
     "effect_cell",
     "rate_ratio",
     "against",
+    "first_kind",
     "mask_table",
     "mask_caption",
     "control_table",
@@ -64,6 +69,11 @@ __all__ = [
     "split_sentences",
     "layer_sentence",
     "twin_note",
+    "misses_sentence",
+    "left_out_sentences",
+    "protocols_differ",
+    "protocol_sentence",
+    "floor_sentence",
     "rival_table",
     "shuffled_sentences",
     "unavailable_order",
@@ -125,7 +135,8 @@ def equal_l0_rows(
 
     Columns: world, method, seed, l0, the metrics, and `sparsity`, which is the L0."""
     read = [at_l0(rows, l0, metrics).merge(_with_sae_near(rows, l0)) for l0 in l0s]
-    return pd.concat(read, ignore_index=True).dropna(subset=list(metrics)).reset_index(drop=True)
+    rows = pd.concat(read, ignore_index=True)
+    return rows.dropna(subset=list(metrics), how="all").reset_index(drop=True)
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-10
@@ -150,7 +161,9 @@ def seed_differences(
     b: str,  # two methods: the differences are a - b
     metric: str,  # column to compare
 ) -> pd.DataFrame:
-    "a - b at each L0 that both reach with every seed: a line for each L0, a column for each seed."
+    """a - b at each L0 that both reach with every seed: a line for each L0, a column for each seed.
+
+    Only the seeds that both were run with."""
     return _seed_differences(_by_method(read[read.method.isin([a, b])], metric), a, b)
 
 
@@ -163,8 +176,11 @@ def _seed_differences(wide: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     "`seed_differences` from what `_by_method` returned."
     if {a, b} - {*wide}:
         return pd.DataFrame()
-    pair = wide[[a, b]].dropna(how="all")
-    return (pair[a] - pair[b]).unstack("seed").dropna()
+    run = wide[[a, b]].notna().groupby("seed").any().all(axis=1)
+    seeds = run.index[run]
+    if not len(seeds):
+        return pd.DataFrame()
+    return (wide[a] - wide[b]).unstack("seed")[seeds].dropna()
 
 
 def mean_difference(
@@ -316,8 +332,25 @@ def compare_pairs(
 # %% ../../nbs/report/verdict.ipynb #cell-25
 FULL, FRACTION = "mean_full_absorption_score", "mean_absorption_fraction_score"
 ABLATION = "mean_ablation_absorption_rate"
-PLANTED_METRICS = ("absorption", "excess_absorption", "fvu")
-LETTER_METRICS = (FULL, FRACTION, ABLATION, "fvu")
+PLANTED_METRICS = (
+    "absorption",
+    "miss_rate",
+    "excess_absorption",
+    "fvu",
+    "mcc",
+    "f1_parents",
+    "dead_share",
+)
+LETTER_METRICS = (
+    FULL,
+    FRACTION,
+    ABLATION,
+    "saebench_full_absorption",
+    "saebench_absorption_fraction",
+    "fvu",
+    "letter_f1",
+    "dead_share",
+)
 MASKED = {base: with_mask(base, "atm") for base in ARCHITECTURES}
 CONTROLS = {  # {mask: what the control hides}
     "dropout": "dropout of the same share of latents",
@@ -377,11 +410,12 @@ def letter_rows(
     return rows.assign(fvu=1 - rows.explained_variance, **{ABLATION: rate})
 
 
-def letter_metrics(
-    rows: pd.DataFrame,  # of `letter_rows`
+def measured_metrics(
+    rows: pd.DataFrame,  # of `planted_rows` or `letter_rows`
 ) -> list[str]:
-    "Those of `LETTER_METRICS` that were measured."
-    return [metric for metric in LETTER_METRICS if metric in rows and rows[metric].notna().any()]
+    "Those of `PLANTED_METRICS` and `LETTER_METRICS` that were measured."
+    metrics = dict.fromkeys([*PLANTED_METRICS, *LETTER_METRICS])
+    return [metric for metric in metrics if metric in rows and rows[metric].notna().any()]
 
 
 def _no_rows() -> pd.DataFrame:
@@ -457,19 +491,19 @@ class Evidence:
         pairs, found = list(pairs), []
         for world in (world for world in worlds if world in self.worlds):
             read = self.read(world)
-            metrics = PLANTED_METRICS if world == "planted" else letter_metrics(read)
+            metrics = measured_metrics(read)
             found.append(compare_pairs(read, metrics, self.pairs(world, pairs)))
         return _joined(found)
 
     def where_all(self, methods: Iterable[str]) -> "Evidence":
-        "The evidence at the L0s that these methods reach with every seed, each world by itself."
+        "The evidence at the L0s that each of these methods reaches with every seed that it has."
         methods = list(methods)
 
         def common(read: pd.DataFrame) -> pd.DataFrame:
             of = read[read.method.isin(methods)]
-            by_l0 = of.groupby("sparsity").size()
-            every = of.method.nunique() * of.seed.nunique()
-            return read[read.sparsity.isin(by_l0.index[by_l0 == every])]
+            reached = pd.crosstab(of.sparsity, of.method)
+            every = (reached == of.groupby("method").seed.nunique()).all(axis=1)
+            return read[read.sparsity.isin(reached.index[every])]
 
         return replace(self, planted=common(self.planted), letters=common(self.letters))
 
@@ -484,6 +518,20 @@ class Evidence:
         masked = [m for m in MASKED.values() if m not in self.unmasked.get("model", set())]
         tables.append(_agreement_effects(self, masked).assign(against=TWIN))
         return _joined(tables, [*EFFECT_COLUMNS, "against"])
+
+    @cached_property
+    def left_out(self) -> dict[tuple[str, float], pd.DataFrame]:
+        """{(world, L0): `EFFECT_COLUMNS` of `mask_pairs` without that L0}, absorption alone.
+
+        Only worlds with three L0s at least."""
+        found = {}
+        for world, measures in WORLDS.items():
+            read, metrics = self.read(WORLD_KEYS[world]), [measure.metric for measure in measures]
+            l0s = sorted(read.sparsity.unique())
+            for l0 in l0s if len(l0s) > 2 else []:
+                pairs = self.mask_pairs(WORLD_KEYS[world])
+                found[world, l0] = compare_pairs(read[read.sparsity != l0], metrics, pairs)
+        return found
 
     @cached_property
     def control_effects(self) -> pd.DataFrame:
@@ -515,7 +563,7 @@ def published_rows(
     """Each method of `PUBLISHED_L0`, read at its own published L0; only those trained near it.
 
     `sparsity` is 0 for all, so that they can be paired by seed."""
-    metrics = letter_metrics(rows)
+    metrics = measured_metrics(rows)
     read = [
         equal_l0_rows(rows[rows.method == method], metrics, [l0])
         for method, l0 in PUBLISHED_L0.items()
@@ -529,6 +577,7 @@ def read_evidence(
     l0s: Iterable[float] | None = None,  # where to read; None: as its verdict was run
     model_l0s: Iterable[float] | None = None,  # the same on the language model; empty: as `l0s`
     best: str | None = None,  # the attempt with the lowest cost; None: as its verdict was run
+    tuned: Mapping[str, Any] | None = None,  # as `Evidence.tuned`; None: as its runs were made
 ) -> Evidence | None:
     "The evidence in a reports folder; None if it has the rows of neither world."
     parameters = _parameters(Path(folder), "verdict")
@@ -539,11 +588,11 @@ def read_evidence(
     if planted.empty and letters.empty:
         return None
     return Evidence(
-        planted=equal_l0_rows(planted, PLANTED_METRICS, l0s),
-        letters=equal_l0_rows(letters, letter_metrics(letters), model_l0s),
+        planted=equal_l0_rows(planted, measured_metrics(planted), l0s),
+        letters=equal_l0_rows(letters, measured_metrics(letters), model_l0s),
         agreement=_runs(folder, "stability"),
         unmasked={"planted": chose_no_mask(planted), "model": chose_no_mask(letters)},
-        tuned=_tuned(Path(folder)),
+        tuned=_tuned(Path(folder)) if tuned is None else tuned,
         layer=layer_sentence(folder),
         best=parameters.get("best", "") if best is None else best,
         at_published=published_rows(letters),
@@ -600,18 +649,45 @@ class Measure(NamedTuple):
         return self.words.removeprefix("by ").removeprefix("the ")
 
 
+PLACES = {"Planted world": "in the planted world", "Language model": "on the language model"}
 RAW = Measure("absorption", True, "planted: raw absorption", "by raw absorption")
+MISSES = Measure("miss_rate", True, "planted: miss rate", "by the miss rate")
 BEYOND = Measure("excess_absorption", True, "planted: beyond misses", "by absorption beyond misses")
 FULL_SCORE = Measure(FULL, False, "model: full score", "by the full score")
 FRACTION_SCORE = Measure(FRACTION, False, "model: fraction score", "by the fraction score")
 ABLATION_RATE = Measure(ABLATION, False, "model: ablation rate", "by the ablation rate")
-PLANTED_FVU = Measure("fvu", True, "planted: FVU", "in the planted world")
-MODEL_FVU = Measure("fvu", False, "model: FVU", "on the language model")
+SAEBENCH = (
+    Measure(
+        "saebench_full_absorption",
+        False,
+        "model: SAEBench full score",
+        "by SAEBench's full score",
+    ),
+    Measure(
+        "saebench_absorption_fraction",
+        False,
+        "model: SAEBench fraction score",
+        "by SAEBench's fraction score",
+    ),
+)
+PLANTED_FVU = Measure("fvu", True, "planted: FVU", PLACES["Planted world"])
+MODEL_FVU = Measure("fvu", False, "model: FVU", PLACES["Language model"])
 ALIKE = Measure("best_cosine", False, "model: agreement", "over all latents")
 ALIKE_FREQUENT = Measure(
     "frequent_cosine", False, "model: agreement, most frequent", "over the most frequent"
 )
-ABSORBED = (RAW, BEYOND, FULL_SCORE, FRACTION_SCORE, ABLATION_RATE)
+SIDE_EFFECTS = {
+    "Planted world": (
+        Measure("mcc", True, "planted: MCC", "by recovered features (MCC)"),
+        Measure("f1_parents", True, "planted: F1 of parents", "by the F1 of parents"),
+        Measure("dead_share", True, "planted: dead latents", "by the share of dead latents"),
+    ),
+    "Language model": (
+        Measure("letter_f1", False, "model: letter F1", "by the letter F1"),
+        Measure("dead_share", False, "model: dead latents", "by the share of dead latents"),
+    ),
+}
+ABSORBED = (RAW, MISSES, BEYOND, FULL_SCORE, FRACTION_SCORE, ABLATION_RATE)
 MEASURES = (*ABSORBED, PLANTED_FVU, MODEL_FVU, ALIKE, ALIKE_FREQUENT)
 SIDES = dict(holds="less", fails="more", undecided="none")  # of zero
 
@@ -638,8 +714,13 @@ def effect_cell(line: Any) -> str:
     "The side in bold if there is one, mean ± half the corrected interval, seeds that agree."
     side = effect_side(line)
     bold = "" if side == "none" else f"**{side}** "
+    return f"{bold}{_margin(line)}"
+
+
+def _margin(line: Any) -> str:
+    "Mean ± half the corrected interval, and the seeds that agree."
     margin = format_margin(line.mean, (line.high - line.low) / 2)
-    return f"{bold}{margin} ({line.agree}/{line.n})"
+    return f"{margin} ({line.agree}/{line.n})"
 
 
 def rate_ratio(
@@ -672,6 +753,14 @@ def against(
 ) -> pd.DataFrame:
     "The lines of one kind."
     return effects[effects.against == kind]
+
+
+def first_kind(
+    effects: pd.DataFrame,  # of `Evidence.mask_effects`
+    measure: Measure,
+) -> dict[tuple[str, str], Any]:
+    "{(a, b): line} of one measure minus the twin; minus the tuned base if no twin was run."
+    return effect_lines(against(effects, TWIN), measure) or effect_lines(effects, measure)
 
 
 def _mask_cell(evidence: Evidence, base: str, lines: Mapping[str, Any], kind: str) -> str:
@@ -719,11 +808,12 @@ def mask_caption(
     lines = {name: effects[(effects.world == "planted") == side] for name, side in worlds.items()}
     ranges = [f"{_l0_range(found)} ({name})" for name, found in lines.items() if len(found)]
     seeds = "–".join(f"{n:g}" for n in sorted({effects.n.min(), effects.n.max()}))
+    tuned = ", and minus the base tuned by itself" if TUNED in {*effects.against} else ""
     return (
-        "Base with the mask minus its twin (the same settings with the mask off), and minus the "
-        "base tuned by itself, at equal L0. Where base and masked form differ in the mask alone, "
-        "the base is the twin. A cell is mean ± half of the 95% interval (paired t over seeds, "
-        "corrected by Holm over all comparisons of its column); in brackets, how many of "
+        f"Base with the mask minus its twin (the same settings with the mask off){tuned}, at equal "
+        "L0. Where base and masked form differ in the mask alone, the base is the twin. A cell is "
+        "mean ± half of the 95% interval (paired t over seeds, corrected by Holm over all "
+        "comparisons of its column); in brackets, how many of "
         f"{seeds} seeds have the sign of the mean. **less** and **more**: the interval excludes 0. "
         "No word: no difference shown. A measured difference above the number after ± would have "
         "excluded 0. FVU: fraction of variance unexplained. Mean over L0 "
@@ -744,7 +834,8 @@ def control_table(
 ) -> pd.DataFrame:
     """A line for each base and control: the masked form minus that control.
 
-    The cells are those of `mask_table`; Holm's correction is over all controls of a column."""
+    The cells are those of `mask_table`. Holm's correction is over all controls of a column. L0 is
+    the range of both: planted world / language model."""
     found = {m.heading: effect_lines(evidence.control_effects, m) for m in measures}
     found = {heading: lines for heading, lines in found.items() if lines}
     table = []
@@ -753,7 +844,9 @@ def control_table(
             pair = (masked, with_mask(base, mask))
             cells = {h: effect_cell(of[pair]) if pair in of else "–" for h, of in found.items()}
             if {*cells.values()} - {"–"}:
-                table.append({"base": method_name(base), "minus": label} | cells)
+                lines = [of[pair] for of in found.values() if pair in of]
+                l0s = " / ".join(dict.fromkeys(f"{x.l0_low:g}–{x.l0_high:g}" for x in lines))
+                table.append({"base": method_name(base), "minus": label, "L0": l0s} | cells)
     return pd.DataFrame(table)
 
 
@@ -928,6 +1021,137 @@ def _mask_sentences(evidence: Evidence) -> list[str]:
     return sentences
 
 
+def misses_sentence(
+    evidence: Evidence,
+) -> str:
+    """The miss rate on the bases where absorption is lower beyond misses only; empty for none.
+
+    Absorption beyond misses is raw absorption minus the miss rate."""
+    raw, misses, beyond = (
+        first_kind(evidence.mask_effects, measure) for measure in (RAW, MISSES, BEYOND)
+    )
+    found = []
+    for pair in beyond:
+        if pair in misses and pair in raw and effect_side(beyond[pair]) == "less":
+            if effect_side(raw[pair]) != "less":
+                base = method_name(get_method(pair[0]).architecture)
+                found.append(f"{base} {_margin(misses[pair])}")
+    if not found:
+        return ""
+    return (
+        "**Planted world, miss rate**: absorption beyond misses is raw absorption minus the miss "
+        "rate, so it is also lower where the miss rate is higher. Where it is lower and raw "
+        f"absorption is not, the mask changes the miss rate by: {', '.join(found)}."
+    )
+
+
+def _changed_sides(
+    evidence: Evidence, world: str, measure: Measure
+) -> dict[float, dict[str, list[str]]]:
+    "{L0: {side without that L0: bases}} where this side is another one than in the whole mean."
+    whole = first_kind(evidence.mask_effects, measure)
+    changed: dict[float, dict[str, list[str]]] = {}
+    for (name, l0), effects in evidence.left_out.items():
+        left = effect_lines(effects, measure)
+        for pair, line in whole.items():
+            side = effect_side(left[pair]) if pair in left else "none"
+            if name == world and line.l0_low <= l0 <= line.l0_high and side != effect_side(line):
+                base = get_method(pair[0]).architecture
+                changed.setdefault(l0, {}).setdefault(side, []).append(base)
+    return changed
+
+
+def left_out_sentences(
+    evidence: Evidence,
+) -> list[str]:
+    "Which results depend on a single L0, a sentence for each world; none where no result does."
+    sentences = []
+    for world, measures in WORLDS.items():
+        parts = []
+        for measure in measures:
+            for l0, sides in _changed_sides(evidence, world, measure).items():
+                words = [
+                    f"{'no difference shown' if side == 'none' else side} on {name_methods(bases)}"
+                    for side, bases in sides.items()
+                ]
+                parts.append(f"without L0 {l0:g}, {', '.join(words)} {measure.words}")
+        if parts:
+            sentences.append(
+                f"**{world}, one L0 left out** of the mean, as far as it changes what is shown: "
+                f"{'; '.join(parts)}."
+            )
+    return sentences
+
+
+def protocols_differ(
+    evidence: Evidence,
+) -> list[str]:
+    "The bases on which the exact protocol and SAEBench's do not show the same."
+    effects = evidence.mask_effects
+    exact, other = (
+        [first_kind(effects, measure) for measure in of]
+        for of in (WORLDS["Language model"], SAEBENCH)
+    )
+    pairs = [pair for pair in exact[0] if all(pair in lines for lines in (*exact, *other))]
+    sides = {
+        pair: [[effect_side(lines[pair]) for lines in of] for of in (exact, other)]
+        for pair in pairs
+    }
+    return [get_method(a).architecture for (a, _), (one, two) in sides.items() if one != two]
+
+
+def protocol_sentence(
+    evidence: Evidence,
+) -> str:
+    "What SAEBench's protocol shows of the mask, and where the exact one differs; or empty."
+    twins = against(evidence.mask_effects, TWIN)
+    words = describe_effects(twins, SAEBENCH)
+    if not words:
+        return ""
+    bases = protocols_differ(evidence)
+    agree = (
+        f"The exact protocol shows something else on {name_methods(bases)}"
+        if bases
+        else "The exact protocol shows the same on each base"
+    )
+    return (
+        "**SAEBench's protocol** (that of the published values), absorption on the language model "
+        f"of base with the mask minus its twin: {words}. {agree}."
+    )
+
+
+def floor_sentence(
+    evidence: Evidence,
+) -> str:
+    "The scores of SAEs that learned no decoder, at the same L0s; empty if none was run."
+    read = evidence.letters
+    floors = [m for m in dict.fromkeys(read.method) if get_method(m).is_floor]
+    parts = []
+    for measure in (*WORLDS["Language model"], *SAEBENCH):
+        if floors and measure.metric in read and read[measure.metric].notna().any():
+            means = read.groupby("method")[measure.metric].mean()
+            values = [f"{format_number(means[m], 2)} ({method_name(m)})" for m in floors]
+            parts.append(f"{measure.words} {', '.join(values)}")
+    if not parts:
+        return ""
+    return (
+        "**The floor** on the language model, scores of SAEs whose decoder was not trained: "
+        f"{'; '.join(parts)}."
+    )
+
+
+def _side_effects_sentence(evidence: Evidence) -> str:
+    "What else the mask changes, minus the twin: features recovered and dead latents."
+    twins = against(evidence.mask_effects, TWIN)
+    parts = []
+    for world, measures in SIDE_EFFECTS.items():
+        said = [describe_effects(twins, [measure]) for measure in measures]
+        words = "; ".join(found for found in said if found)
+        parts += [f"{PLACES[world]}, {words}"] if words else []
+    head = "**Side effects**, base with the mask minus its twin"
+    return f"{head}: {'. '.join(part[0].upper() + part[1:] for part in parts)}." if parts else ""
+
+
 def _toy(evidence: Evidence) -> str:
     "Says that the language model is a toy, if it is one."
     return f", {TOYS[evidence.model]}" if evidence.model in TOYS else ""
@@ -1016,9 +1240,8 @@ def _share_sentence(
 
 def _effects_sentence(effects: pd.DataFrame, head: str) -> str:
     "The pairs of a table of effects in both worlds; empty if there are none."
-    said = [describe_effects(effects, measures, than=True) for measures in WORLDS.values()]
-    places = ("in the planted world", "on the language model")
-    parts = [f"{place}, {words}" for place, words in zip(places, said) if words]
+    said = {w: describe_effects(effects, measures, than=True) for w, measures in WORLDS.items()}
+    parts = [f"{PLACES[world]}, {words}" for world, words in said.items() if words]
     return f"{head}: {'; '.join(parts)}." if parts else ""
 
 
@@ -1028,12 +1251,11 @@ def _importance_sentences(evidence: Evidence) -> list[str]:
     masks = effects.b.map(lambda name: get_method(name).mask)
     for mask, label in CONTROLS.items():
         of = effects[masks == mask]
-        said = {w: describe_effects(of, measures) for w, measures in WORLDS.items()}
-        places = {
-            "Planted world": "in the planted world",
-            "Language model": "on the language model",
-        }
-        found = [f"{places[world]}, {words}" for world, words in said.items() if words]
+        found = []
+        for world, measures in WORLDS.items():
+            words = describe_effects(of, measures)
+            lines = of[(of.world == "planted") == measures[0].planted]
+            found += [f"{PLACES[world]} (L0 {_l0_range(lines)}), {words}"] if words else []
         if found:
             parts.append(f"Base with the mask minus {label}: {'; '.join(found)}")
     sentences = [f"**Importance** ({seeds_range(effects)}): {'. '.join(parts)}."] if parts else []
@@ -1045,7 +1267,8 @@ def shuffled_sentences(
 ) -> list[str]:
     """How much of the mask's effect the shuffled control has, a sentence for each world.
 
-    Each is the difference to the twin. Only bases on which the mask is shown to lower a measure."""
+    Each is the difference to the twin. Only bases on which the mask is shown to lower a measure.
+    The range of the shares of single seeds stands beside it."""
     sentences = []
     for world, measures in WORLDS.items():
         parts = []
@@ -1070,15 +1293,24 @@ def shuffled_sentences(
 def _shuffled_share(
     evidence: Evidence, world: str, measure: Measure, masked: str, twin: str
 ) -> str:
-    "`TopK 80% (-0.08 of -0.10)` at the L0s that all three reach; empty without a control."
+    "`TopK 80% (-0.08 of -0.10; ...)` at the L0s that all three reach; empty without a control."
     control = with_mask(masked, "shuffled")
     there = evidence.where_all([masked, twin, control]).read(WORLD_KEYS[world])
     if control not in {*there.method}:
         return ""
     wide = _by_method(there, measure.metric)
-    gain, share = (_seed_differences(wide, m, twin).to_numpy().mean() for m in (masked, control))
+    whole, part = (_seed_differences(wide, m, twin) for m in (masked, control))
+    seeds = whole.columns.intersection(part.columns)
+    if whole.empty or not len(seeds):
+        return ""
+    gains, shares = whole[seeds].mean(), part[seeds].mean()
+    gain, share, single = gains.mean(), shares.mean(), shares / gains
     name = method_name(get_method(masked).architecture)
-    return f"{name} {share / gain:.0%} ({format_number(share)} of {format_number(gain)})"
+    l0s = f"L0 {whole.index.min():g} to {whole.index.max():g}"
+    return (
+        f"{name} {share / gain:.0%} ({format_number(share)} of {format_number(gain)} at {l0s}; "
+        f"single seeds {single.min():.0%} to {single.max():.0%})"
+    )
 
 
 def unavailable_order(
@@ -1102,9 +1334,10 @@ def unavailable_order(
 
 def order_verdict(
     effects: pd.DataFrame,  # of neighbours in the published order
+    measures: Sequence[Measure] = WORLDS["Language model"],  # full and fraction score
 ) -> str:
     "'reproduced', 'contradicted', 'not shown' or 'not measured', by full and fraction score."
-    lines = [effect_lines(effects, measure) for measure in WORLDS["Language model"]]
+    lines = [effect_lines(effects, measure) for measure in measures]
     pairs = list(itertools.pairwise(PUBLISHED_L0))
     if not all(pair in of for of in lines for pair in pairs):
         return "not measured"
@@ -1135,12 +1368,14 @@ def _order_sentences(evidence: Evidence) -> list[str]:
     if not words:
         return []
     missing = unavailable_order(evidence)
-    metrics = letter_metrics(evidence.letters)
+    metrics = measured_metrics(evidence.letters)
     pairs = itertools.pairwise(PUBLISHED_L0)
     there = _order_words(compare_pairs(evidence.at_published, metrics, pairs))
     parts = [f"At the published L0s: not available ({missing})"] if missing else []
     parts += [f"At the published L0s: {there}"] if there else []
     parts.append(f"At equal L0: {order_verdict(evidence.order_effects)}. {words}")
+    other = order_verdict(evidence.order_effects, SAEBENCH)
+    parts += [f"By SAEBench's protocol, at equal L0: {other}"] if other != "not measured" else []
     return [f"**The published order** ({published_order()}): {'. '.join(parts)}."]
 
 
@@ -1152,11 +1387,16 @@ def verdict_sentences(
         return []
     sentences = [
         *_mask_sentences(evidence),
+        misses_sentence(evidence),
+        *left_out_sentences(evidence),
+        protocol_sentence(evidence),
+        floor_sentence(evidence),
         evidence.layer,
         *_importance_sentences(evidence),
         *_rival_sentences(evidence),
         _share_sentence(evidence.rival_effects),
         *_price_sentences(evidence.mask_effects),
+        _side_effects_sentence(evidence),
         *_order_sentences(evidence),
     ]
     return [sentence for sentence in sentences if sentence]
