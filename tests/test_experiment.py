@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from atm_sae.core import pick_device
-from atm_sae.data.activations import ActivationSpec
-from atm_sae.data.batches import held_out_activations
+from atm_sae.data.activations import ActivationSpec, get_activations
+from atm_sae.data.batches import cached_batches, held_out_activations
 from atm_sae.data.planted import PlantedWorld, WorldConfig
 from atm_sae.evals.metrics import planted_metrics
 from atm_sae.report.experiment import (
@@ -24,6 +24,8 @@ from atm_sae.report.experiment import (
     planted_scores,
     published_scores,
     ranking_sentence,
+    training_passes,
+    training_rows,
 )
 from atm_sae.train.runs import get_run, recipe
 
@@ -46,6 +48,20 @@ def test_held_out_rows_tokens_and_model(experiment):
     context = experiment.data.context
     assert experiment.fresh_tokens(context + 1).shape == (2, context)
     assert experiment.lm().device.type == pick_device().type
+
+
+def test_passes_are_those_of_the_reader(experiment):
+    "A batch is more than a quarter of the rows, so a pass has three batches and leaves rows out."
+    rows, steps, batch_size = training_rows(experiment.data), 10, 1000
+    reader = cached_batches(get_activations(experiment.data), batch_size, seed=0)
+    for _ in range(steps):
+        next(reader)
+    assert training_passes(rows, steps, batch_size) == pytest.approx(10 / 3) and reader.epoch == 3
+    assert steps * batch_size < 3 * rows
+    with pytest.raises(ValueError, match="batch_size 4000 does not fit"):
+        training_passes(rows, steps, 4000)
+    with pytest.raises(ValueError, match="buffer is 64, and a stream has no passes"):
+        training_rows(ActivationSpec(model="nano-gemma2", layer=1, n_tokens=4000, buffer=64))
 
 
 def test_runs_have_the_methods_targets_and_seeds(experiment):

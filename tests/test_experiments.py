@@ -66,6 +66,15 @@ def check_summary(name, metric, out):
     assert rows[columns].notna().all().all(), name
 
 
+def check_passes(out):
+    "20,000 tokens are 34 batches of 512 to train on, so 60 steps read them more than once."
+    table = pd.read_csv(out / "tables/scale.csv")
+    assert sorted({*table.passes.round(2)}) == [0.59, 1.76]
+    words = figure_text(out / "figures/scale_length.png").caption
+    assert "20 steps read 0.0102 million tokens, each once" in words
+    assert "of them different, in 1.8 passes" in words and "tokens are read again" in words
+
+
 def test_the_whole_smoke_profile(tmp_path, in_forks):
     "One test, since all its parts look at the same run."
     items = load_manifest().experiments
@@ -73,6 +82,7 @@ def test_the_whole_smoke_profile(tmp_path, in_forks):
     check_outputs(items, tmp_path)
     for name, metric in SUMMARIES.items():
         check_summary(name, metric, tmp_path)
+    check_passes(tmp_path)
     page = (tmp_path / "index.md").read_text()
     assert SMOKE in page and all(item.title in page for item in items)
 

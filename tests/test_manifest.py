@@ -292,6 +292,7 @@ def test_every_object_of_the_verdict_uses_the_frozen_settings():
         "dynamics",
         "noise",
         "stability",
+        "scale",
         "case_study",
     ):
         for profile in ("default", "full"):

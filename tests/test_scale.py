@@ -50,6 +50,19 @@ def test_objects_share_their_runs():
     assert len(runs) == shared + len(dense["methods"]) * len(further) * len(dense["seeds"])
 
 
+def test_runs_of_several_lengths_and_sizes():
+    "One of the points is that of the object `absorption`, whose SAEs are used again."
+    m = load_manifest()
+    shared, own = (m.pick(name).resolved("full") for name in ("absorption", "scale"))
+    assert all(own[name] == shared[name] for name in ("activations", "tuned", "n_tokens"))
+    ((size, compared),) = needed_runs([shared])
+    found = {(size["steps"], size["d_sae"]): runs for size, runs in needed_runs([own])}
+    longer = {(steps, 2048) for steps in (610, 2441, 4882, 14648)}
+    assert set(found) == longer | {(2441, d_sae) for d_sae in (4096, 8192, 16384)}
+    assert {len(runs) for runs in found.values()} == {6} and found[2441, 2048] < compared
+    assert needed_runs([shared, own])[0] == (size, compared)
+
+
 def test_estimate_by_hand(costs):
     size = dict(model="google/gemma-2-2b", layer=12, d_sae=16384, batch_size=2048)
     size |= dict(steps=1000, n_tokens=10**6)

@@ -16,6 +16,7 @@ __all__ = [
 
 # %% ../../nbs/report/estimate.ipynb #cell-3
 import copy
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -183,6 +184,15 @@ def step_seconds(
 _SIZE = ("model", "layer", "d_sae", "batch_size", "steps", "n_tokens")
 
 
+def _run_sizes(
+    p: Mapping[str, Any],  # parameters of an object
+) -> list[tuple]:
+    "The `_SIZE` of its runs: one, or all `lengths` (steps) and then all `sizes` (latents)."
+    changes = [{"steps": steps} for steps in p.get("lengths", [])]
+    changes += [{"d_sae": d_sae} for d_sae in p.get("sizes", [])]
+    return [tuple({**p, **change}[name] for name in _SIZE) for change in changes or [{}]]
+
+
 def needed_runs(
     objects: Iterable[Mapping[str, Any]],  # parameters of objects
 ) -> list[tuple[dict[str, Any], set[tuple[str, float, int]]]]:
@@ -191,10 +201,10 @@ def needed_runs(
     for p in objects:
         if "model" not in p or "steps" not in p:
             continue
-        runs = need.setdefault(tuple(p[k] for k in _SIZE), set())
-        for method in p.get("methods", ["atm"]):
-            for l0 in p.get("targets") or [p["target"]]:
-                runs.update((method, l0, seed) for seed in p["seeds"])
+        l0s = p.get("targets") or [p["target"]]
+        runs = set(itertools.product(p.get("methods", ["atm"]), l0s, p["seeds"]))
+        for size in _run_sizes(p):
+            need.setdefault(size, set()).update(runs)
     return [(dict(zip(_SIZE, size)), runs) for size, runs in need.items()]
 
 

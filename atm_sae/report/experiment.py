@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     "Experiment",
+    "training_rows",
+    "training_passes",
     "planted_scores",
     "published_scores",
     "bfloat16_gap",
@@ -32,8 +34,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..core import pick_device
-from ..data.activations import ActivationSpec
-from ..data.batches import held_out_activations, held_out_tokens
+from ..data.activations import ActivationSpec, get_activations
+from ..data.batches import cached_batches, held_out_activations, held_out_tokens
 from ..data.lm import LM, load_lm, model_width
 from ..data.synthsaebench import planted_world
 from ..evals.first_letter import FirstLetterTask, get_tasks
@@ -113,6 +115,30 @@ class Experiment:
 
 
 # %% ../../nbs/report/experiment.ipynb #cell-9
+def training_rows(
+    data: ActivationSpec,  # without a buffer
+) -> int:
+    "Activations that a run reads in one pass over the cache. ValueError for a stream."
+    if data.buffer:
+        raise ValueError(
+            f"training_rows: buffer is {data.buffer}, and a stream has no passes: count its tokens"
+        )
+    reader = cached_batches(get_activations(data), 1, seed=0)
+    return reader.end - reader.first
+
+
+def training_passes(
+    rows: int,  # `training_rows`
+    steps: int,
+    batch_size: int,
+) -> float:
+    "How many times a run reads its activations. ValueError if a batch has more than `rows`."
+    if not 0 < batch_size <= rows:
+        raise ValueError(f"training_passes: batch_size {batch_size} does not fit {rows} rows")
+    return steps / (rows // batch_size)
+
+
+# %% ../../nbs/report/experiment.ipynb #cell-12
 def planted_scores(
     run: Run,  # trained in a planted world
     n: int,  # fresh samples
@@ -127,7 +153,7 @@ def planted_scores(
     return {name: value for name, value in found.items() if name != "n_outliers"}
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-11
+# %% ../../nbs/report/experiment.ipynb #cell-14
 def published_scores(
     metric: str,
     name: str = "absorption",  # object of the manifest
@@ -137,7 +163,7 @@ def published_scores(
     return pd.DataFrame([entry for entry in entries if entry["metric"] == metric])
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-14
+# %% ../../nbs/report/experiment.ipynb #cell-17
 def bfloat16_gap(value: float) -> float:
     "The distance between neighbouring bfloat16 numbers at `value`."
     return 2.0 ** (math.frexp(value)[1] - 8)
@@ -160,7 +186,7 @@ def bfloat16_rounding(
     return pd.DataFrame(rows, columns=["method", "metric", "value", "nearest", "fits", "chance"])
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-18
+# %% ../../nbs/report/experiment.ipynb #cell-21
 def log_log_at(
     x: float,  # where to read
     xs: ArrayLike,  # (n,) positive, in any order
@@ -191,7 +217,7 @@ def implied_l0(
     return found, float(np.min(corners)), float(np.max(corners))
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-22
+# %% ../../nbs/report/experiment.ipynb #cell-25
 def ranking_sentence(
     summary: pd.DataFrame,  # a summary table
     metric: str,
@@ -207,7 +233,7 @@ def ranking_sentence(
     return f"- at L0 {target:g}: {', '.join(parts)}."
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-24
+# %% ../../nbs/report/experiment.ipynb #cell-27
 def plain_log_ticks(
     axis: Any,  # a Matplotlib axis with a log scale
     ticks: Iterable[float],
