@@ -771,6 +771,7 @@ def test_a_twin_that_was_not_run_is_named():
     evidence = small(planted={m: TWINS[m] for m in ("atm", "standard")}, tuned=FASTER)
     assert answer_table({"Planted world": evidence}).answer[0].startswith("Minus the base tuned")
     assert twin_note(evidence, "planted") == "No twin was run for ReLU + L1."
+    assert verdict_sentences(evidence)[0].endswith("reach it). No twin was run for ReLU + L1.")
 
 
 def test_twins_and_tuned_bases_are_corrected_together():
@@ -961,10 +962,7 @@ def test_each_pair_has_its_own_number_of_seeds():
     some = evidence.letters.query("method != 'topk' or seed < 3")
     table = mask_table(replace(evidence, letters=some)).set_index("base")
     assert table.loc["TopK", FULL_SCORE.heading].endswith("(3/3)")
-    assert {*answer_table({"Language model": evidence}).seeds} == {"3 to 5", "5"} - {"5"} | {
-        "Language model: 3 to 5",
-        "5",
-    }
+    assert answer_table({"Language model": evidence}).seeds[0] == "3 to 5"
 
 
 def test_methods_with_different_seeds_are_read_where_each_has_all_of_its_own():

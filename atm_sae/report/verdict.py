@@ -1013,7 +1013,7 @@ def _mask_sentences(evidence: Evidence) -> list[str]:
                 f"**{world}{subject}**{model}, absorption of base with the mask minus {other}: "
                 f"{said} ({seeds_range(lines)}; L0 {_l0_range(lines)}, where both reach it)."
             )
-            note = twin_note(evidence, key) if kind == TWIN else ""
+            note = twin_note(evidence, key) if len(sentences) == first else ""
             sentences.append(f"{sentence} {note}".rstrip())
         bases = evidence.no_mask(key)
         if len(sentences) > first and bases:
