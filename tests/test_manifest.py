@@ -294,6 +294,7 @@ def test_every_object_of_the_verdict_uses_the_frozen_settings():
         "stability",
         "scale",
         "case_study",
+        "letter",
     ):
         for profile in ("default", "full"):
             e = manifest.pick(name)
