@@ -93,11 +93,12 @@ def test_alone_nothing_happens():
     assert torch.equal(batch_topk(x, 2, Ranks()), batch_topk(x, 2))
 
 
-SPECS = [small(m) for m in METHODS if m != "random"] + [
-    small("atm", per="sample"),
-    small("topk+atm", rescale=True),
-    small("standard", penalty="tanh"),
-    small("ortsae", chunk=4, ortho_every=1),
+STEPS = 24  # beyond the warm-ups, the first snapshot and a checkpoint
+SPECS = [small(m, STEPS) for m in METHODS if m != "random"] + [
+    small("atm", STEPS, per="sample"),
+    small("topk+atm", STEPS, rescale=True),
+    small("standard", STEPS, penalty="tanh"),
+    small("ortsae", STEPS, chunk=4, ortho_every=1),
 ]
 # So sparse that a step skips the zeros; and at the very share where it ceases to, which one rank
 # may reach and the other not.
