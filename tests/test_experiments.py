@@ -247,7 +247,7 @@ SMALL = dict(
     target=4,
     seeds=[0, 1],
     pretrained=[],
-    max_words=1000,
+    max_words=600,
     every=10,
 )
 METHODS = ("atm", "jumprelu as published", "jumprelu+atm anneal=0.5", "random")
@@ -279,6 +279,8 @@ def small_manifest(profile, folder):
         given = item.get("parameters", {})
         kept = {p: given[p] for p in ("common", profile) if p in given}
         item["parameters"] = small(kept, folder / "text.jsonl")
+        if item["name"] == "reconstruction":
+            item["parameters"]["common"]["spliced_tokens"] = 512
         item.pop("claims", None)  # no claim may be decided by nano-gemma2
     path.write_text(yaml.safe_dump(manifest, sort_keys=False))
     return path
