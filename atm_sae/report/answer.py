@@ -10,11 +10,13 @@ __all__ = [
     "SIDE_QUESTION",
     "ORDER_QUESTION",
     "OTHERS",
+    "MASK_QUESTION",
     "LABELS",
     "MARKERS",
     "WorldEvidence",
     "read_answer",
     "answer_table",
+    "answer_overview",
     "l0_lines",
     "rate_sentence",
     "answer_sentences",
@@ -411,6 +413,53 @@ def answer_table(
         _order(evidence),
     ]
     return pd.DataFrame([row for row in rows if row])
+
+
+# %% ../../nbs/report/answer.ipynb #55db41fb
+MASK_QUESTION = "Does the mask lower absorption? Base with ATM minus its twin"
+
+
+def _brief(parts: Sequence[_Part], words: str) -> str:
+    "What the measures show, then their differences."
+    return f"{_capital(words)}. {_capital('; '.join(part.span() for part in parts))}"
+
+
+def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
+    "{question: cell} of one world, those that were measured."
+    kind, mask = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
+    minus = "" if kind == TWIN else f"minus {OTHERS[TUNED]}: "
+    price = _price_parts(world, evidence, kind)
+    control = _absorption_parts(world, evidence, evidence.control_effects)
+    order = _absorption_parts(world, evidence, evidence.order_effects)
+    found = {
+        MASK_QUESTION: (mask, lambda: minus + _findings(mask) + _too_few(mask)),
+        IMPORTANCE_QUESTION: (control, lambda: _importance_cells(world, evidence)["answer"]),
+        PRICE_QUESTION: (price, lambda: minus + _findings(price)),
+        ORDER_QUESTION: (order, lambda: order_verdict(evidence.order_effects)),
+    }
+    return {q: _brief(parts, words()) for q, (parts, words) in found.items() if parts}
+
+
+def answer_overview(
+    evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
+) -> pd.DataFrame:
+    """A row for each question, a column for each world: the main measures only.
+
+    The head of a column has the number of seeds. A question that was measured in no world has no
+    row."""
+    cells = {}
+    for world, of in evidence.items():
+        found = _brief_cells(world, of)
+        parts = next(iter(_by_kind(world, of).values()), [])
+        cells[f"{world} ({_seeds(parts)} seeds)" if parts else world] = found
+    asked = (MASK_QUESTION, IMPORTANCE_QUESTION, PRICE_QUESTION, ORDER_QUESTION)
+    rows = [
+        {"question": question}
+        | {head: of.get(question, "not measured") for head, of in cells.items()}
+        for question in asked
+        if any(question in of for of in cells.values())
+    ]
+    return pd.DataFrame(rows)
 
 
 # %% ../../nbs/report/answer.ipynb #cell-10

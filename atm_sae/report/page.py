@@ -56,6 +56,7 @@ from ..methods import method_name
 from atm_sae.report.answer import (
     answer_caption,
     answer_lead,
+    answer_overview,
     answer_sentences,
     answer_table,
     read_answer,
@@ -730,6 +731,7 @@ def markdown_page(
         .render(
             results=ordered,
             answer=answer,
+            brief="" if answer is None else to_markdown(answer.overview),
             table="" if answer is None else to_markdown(answer.table),
             headline=headline(ordered),
             overview=to_markdown(_overview(ordered)),
@@ -740,9 +742,10 @@ def markdown_page(
 
 @dataclass(frozen=True)
 class Answer:
-    "What the page shows first: the answer in short, a table, its figure, and sentences on both."
+    "What the page shows first: the answer in short and in full, its figure, and sentences."
 
     lead: str
+    overview: pd.DataFrame
     table: pd.DataFrame
     picture: str  # data URI of the figure
     alt: str
@@ -762,6 +765,7 @@ def page_answer(
     evidence = {world: of.evidence for world, of in found.items()}
     return Answer(
         answer_lead(evidence),
+        answer_overview(evidence),
         answer_table(evidence),
         data_uri(path.with_suffix("")),
         figure_text(path).alt,
