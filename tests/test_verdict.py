@@ -18,6 +18,7 @@ from atm_sae.report.answer import (
     answer_figure,
     answer_lines,
     answer_lead,
+    answer_overview,
     answer_sentences,
     answer_table,
     l0_lines,
@@ -597,6 +598,33 @@ def test_the_answer_has_a_row_for_each_question(runs):
     assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (3, 5)
 
 
+def test_the_overview_has_the_worlds_side_by_side(runs):
+    evidence = as_twins(runs)
+    brief = answer_overview(evidence).set_index("question")
+    full = answer_table(evidence)
+    assert list(brief) == ["Planted world (5 seeds)", "Language model (5 seeds)"]
+    assert list(brief.index) == [
+        "Does the mask lower absorption? Base with ATM minus its twin",
+        *full.question[2:],
+    ]
+    planted, model = (brief[world] for world in brief)
+    assert planted.iloc[0].startswith("ReLU + L1 and TopK: lower;")
+    assert (
+        ". Raw absorption -0.118 to 0.005 (± 0.040 or less); absorption beyond" in planted.iloc[0]
+    )
+    assert "ReLU + L1: the two measures disagree" in model.iloc[0]
+    assert planted.iloc[1].startswith(
+        "Minus dropout of the same share of latents, ReLU + L1: lower"
+    )
+    assert model.iloc[1].startswith("Minus dropout") and planted.iloc[3] == "–"
+    assert planted.iloc[2].startswith("All 4 bases: lower. -0.")
+    assert model.iloc[3].startswith("Not shown. Full score ")
+    letters = dict(standard=(0.2, 0.2), atm=(0.1, 0.1))
+    both = {"Planted world": small(planted=CONTROLLED), "Language model": small(letters=letters)}
+    assert "not measured" in set(answer_overview(both).to_numpy()[1])
+    assert answer_overview({}).empty
+
+
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
     by_l0 = l0_lines(as_twins(runs))[0]
     assert by_l0.startswith("Planted world, raw absorption: L0 4: lower on all 4; L0 8: lower on ")
@@ -656,17 +684,23 @@ def test_the_rates_of_base_and_mask_are_said_where_they_differ(runs):
     assert f"Planted world. {said}" in answer_sentences({"Planted world": evidence})
 
 
-def test_the_readme_holds_the_committed_sentences_and_tables():
-    readme = (ROOT / "README.md").read_text()
+def test_readme_and_results_hold_the_committed_sentences_and_tables():
+    readme, index = (ROOT / "README.md").read_text(), (REPORTS / "index.md").read_text()
     found = read_answer({"default": REPORTS, "full": REPORTS / "full"})
     committed = {world: of.evidence for world, of in found.items()}
-    table = answer_table(committed)
-    assert answer_caption(found) in readme
-    for cell in [PUBLISHED_STANDING, *table.to_numpy().ravel(), *answer_sentences(committed)]:
+    brief, table = answer_overview(committed), answer_table(committed)
+    first = [PUBLISHED_STANDING, answer_lead(committed), *brief.to_numpy().ravel()]
+    for cell in [*first, answer_caption(found)]:
         assert cell in readme, cell
+    for cell in [
+        *brief.to_numpy().ravel(),
+        *table.to_numpy().ravel(),
+        *answer_sentences(committed),
+    ]:
+        assert cell in index, cell
     assert len(readme.splitlines()) < 200
-    assert readme.index(PUBLISHED_STANDING) < readme.index(table.answer[0])
-    assert readme.index(table.answer[3]) < readme.index("make reports") < readme.index("## The tut")
+    places = [readme.index(text) for text in (*first[:2], brief.iloc[0, 1], "make reports")]
+    assert places == sorted(places) and places[-1] < readme.index("## The tut")
 
 
 def test_published_values_of_atm_are_called_secondary():
@@ -686,6 +720,17 @@ def test_agreement_has_the_intervals_of_the_jackknife():
     assert line["mean"] == pytest.approx(off["mean"].item(), rel=1e-3)
     half = (off.high - off.low).item() / 2 * 3.495406 / 2.776445  # quantiles of t at 4 degrees
     assert (line.high - line.low) / 2 == pytest.approx(half, rel=1e-3)
+
+
+def test_a_method_that_missed_its_l0_has_no_agreement():
+    evidence = read_evidence(RUNS)
+    rows = evidence.agreement.copy()
+    rows.loc[rows.method == "topk+atm", "l0"] = 0.1
+    effects = replace(evidence, agreement=rows).mask_effects
+    bases = {*effects.b[effects.metric == ALIKE.metric]}
+    assert bases == {*evidence.mask_effects.b[evidence.mask_effects.metric == ALIKE.metric]} - {
+        "topk+off"
+    }
 
 
 # small tables, made for one question

@@ -453,12 +453,13 @@ def answer_overview(
         parts = next(iter(_by_kind(world, of).values()), [])
         cells[f"{world} ({_seeds(parts)} seeds)" if parts else world] = found
     asked = (MASK_QUESTION, IMPORTANCE_QUESTION, PRICE_QUESTION, ORDER_QUESTION)
-    rows = [
-        {"question": question}
-        | {head: of.get(question, "not measured") for head, of in cells.items()}
-        for question in asked
-        if any(question in of for of in cells.values())
-    ]
+    rows = []
+    for question in asked:
+        if any(question in of for of in cells.values()):
+            # the published order is one of scores on a language model
+            missing = "–" if question == ORDER_QUESTION else "not measured"
+            answers = {head: of.get(question, missing) for head, of in cells.items()}
+            rows.append({"question": question} | answers)
     return pd.DataFrame(rows)
 
 

@@ -630,7 +630,9 @@ def _agreement_effects(evidence: Evidence, masked: Iterable[str]) -> pd.DataFram
         read = [read_pair(c, a, off, target, AGREEMENT) for _, c in both.groupby("seed")]
         for metric in AGREEMENT:
             wide = pd.concat(read).pivot(index="seed", columns="method", values=metric)
-            found[metric][a, off] = (wide[a] - wide[off]).dropna().to_frame(target).T
+            wide = wide.reindex(columns=[a, off]).dropna()  # a curve may not reach the target
+            if len(wide):
+                found[metric][a, off] = (wide[a] - wide[off]).to_frame(target).T
     return _joined(_effect_lines(evidence.model, metric, found[metric]) for metric in AGREEMENT)
 
 
