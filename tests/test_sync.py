@@ -89,7 +89,7 @@ EXECUTED = [p for p in EXECUTED if p.relative_to(ROOT / "reports").parts[0] != "
 
 
 def test_every_experiment_has_an_executed_copy():
-    "All but those that wait for the full profile's runs on the language model."
+    "All but those of which the full profile's runs on the language model are still to come."
     names = {p.stem.partition("_")[2] for p in NOTEBOOKS if p.parent.name == "experiments"}
     manifest = load_manifest()
     default = {e.name for e in manifest.of("default")}
@@ -98,7 +98,8 @@ def test_every_experiment_has_an_executed_copy():
         for e in manifest.of("full")
         if e.name not in default and e.resolved("full").get("model") == "smollm2"
     }
-    assert names - waiting == {p.stem for p in EXECUTED}
+    executed = {p.stem for p in EXECUTED}
+    assert names - waiting <= executed <= names
 
 
 @pytest.mark.parametrize(
