@@ -575,6 +575,8 @@ def test_the_answer_in_short_counts_the_bases(runs):
         "lowers both measures of absorption on 1 and only absorption beyond misses on 2 of 4 "
         "bases; it raises raw absorption on 1 and absorption beyond misses on 1 of 4 bases;"
     ) in answer_lead(planted)
+    free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
+    assert "; no change of explained variance is shown." in answer_lead({"Planted world": free})
     assert answer_lead({}) == ""
 
 

@@ -566,7 +566,8 @@ def _lead(world: str, evidence: Evidence) -> str:
     sentence = f"{place}, the mask {_counts(found, WORLDS[world])}"
     for price in _price_parts(world, evidence, kind):
         lower = sum(effect_side(line) == "less" for line in price.lines.values())
-        sentence += f"; it lowers explained variance on {lower} of {len(price.lines)}"
+        shown = f"it lowers explained variance on {lower} of {len(price.lines)}"
+        sentence += f"; {shown if lower else 'no change of explained variance is shown'}"
     bases = evidence.no_mask(WORLD_KEYS[world])
     sentence += f"; on {name_methods(bases)}, tuning chose no mask" if bases else ""
     other = protocols_differ(evidence) if world == "Language model" else []
