@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "ABSORBED_WORDS",
     "VERDICTS",
     "NOT_MEASURED",
     "COLUMNS",
@@ -17,7 +18,6 @@ __all__ = [
     "words_table",
     "Row",
     "claim_word",
-    "data_uri",
     "Picture",
     "clock",
     "tally",
@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/report/page.ipynb #cell-2
-import base64
 import functools
 import math
 import re
@@ -62,7 +61,7 @@ from atm_sae.report.answer import (
     read_answer,
     write_answer,
 )
-from .figures import few_colours, figure_text
+from .figures import figure_text
 from atm_sae.report.manifest import (
     MADE_ELSEWHERE,
     NEVER_RUN,
@@ -168,6 +167,7 @@ def markdown_tables(
     return found
 
 
+ABSORBED_WORDS = "tables/absorption-words.csv"
 _WORD_COLUMNS = {
     "text": "word",
     "letter": "letter",
@@ -315,22 +315,10 @@ def _claim_parts(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 # %% ../../nbs/report/page.ipynb #cell-13
-def data_uri(
-    base: Path,  # the figure's path without suffix
-) -> str:
-    "`base.png` in 128 colours, or `base.svg` if that is smaller."
-    kind, content = "image/png", few_colours(base.with_suffix(".png").read_bytes())
-    vector = base.with_suffix(".svg")
-    if vector.is_file() and vector.stat().st_size < len(content):
-        kind, content = "image/svg+xml", vector.read_bytes()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 @dataclass(frozen=True)
 class Picture:
     "A figure of an object, and its files, as paths below the reports folder."
 
-    folder: Path  # reports folder
     path: str  # of the PNG
     title: str
     caption: str
@@ -341,10 +329,6 @@ class Picture:
     def stem(self) -> str:
         "Its name."
         return Path(self.path).stem
-
-    def embedded(self) -> str:
-        "The picture itself, see `data_uri`."
-        return data_uri((self.folder / self.path).with_suffix(""))
 
 
 def _pictures(experiment: Experiment, folder: Path) -> tuple[Picture, ...]:
@@ -361,7 +345,7 @@ def _pictures(experiment: Experiment, folder: Path) -> tuple[Picture, ...]:
         text = figure_text(folder / path)
         caption = text.caption or experiment.about
         alt = text.alt or f"{experiment.title}: {name}. Its numbers are in the CSV file."
-        found.append(Picture(folder, path, title, caption, alt, tuple(declared)))
+        found.append(Picture(path, title, caption, alt, tuple(declared)))
     return tuple(found)
 
 
@@ -454,13 +438,13 @@ class Card:
         return [v for row in (*self.published, *self.claims) for v in row.verdicts]
 
     def tables(self) -> list[tuple[str, Table]]:
-        "(path, table) of its Markdown tables, and of its table of absorbed words."
+        "(path, table) of its Markdown tables, and of the table of absorbed words."
         found = []
         for path in self.experiment.outputs:
             if path.endswith(".md"):
                 text = (self.folder / path).read_text(encoding="utf-8")
                 found += [(path, table) for table in markdown_tables(text)]
-            if path.endswith("-words.csv") and (self.folder / path).is_file():
+            if path == ABSORBED_WORDS and (self.folder / path).is_file():
                 found.append((path, words_table(pd.read_csv(self.folder / path))))
         return found
 
@@ -747,7 +731,7 @@ class Answer:
     lead: str
     overview: pd.DataFrame
     table: pd.DataFrame
-    picture: str  # data URI of the figure
+    picture: str  # path of the figure, from the page
     alt: str
     caption: str
     lines: tuple[str, ...]
@@ -767,7 +751,7 @@ def page_answer(
         answer_lead(evidence),
         answer_overview(evidence),
         answer_table(evidence),
-        data_uri(path.with_suffix("")),
+        path.relative_to(home).as_posix(),
         figure_text(path).alt,
         answer_caption(found),
         tuple(answer_sentences(evidence)),
