@@ -26,11 +26,18 @@ from atm_sae.data.activations import (
     get_activations,
     token_activations,
 )
-from atm_sae.data.batches import CacheBatches, held_out
+from atm_sae.data.batches import (
+    AheadBatches,
+    CacheBatches,
+    batches_for,
+    held_out,
+    planted_batches,
+)
 from atm_sae.artefacts import OutputError, file_lock, stable_hash
 from atm_sae.core import to_plain
 from atm_sae.data.lm import read_site, residual_stream, save_lm, tiny_lm
 from atm_sae.data.letters import LineConfig
+from atm_sae.data.planted import WorldConfig
 from atm_sae.data.text import python_docs
 
 
@@ -579,6 +586,42 @@ def test_state_is_restored_mid_epoch(cache, steps):
         all(torch.equal(a, next(fresh)) for a in following)
         and fresh.state_dict() == reader.state_dict()
     )
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 9])
+def test_batches_read_ahead_are_those_of_the_reader(cache, steps):
+    "Over epochs of five batches; a state of either can be loaded by the other."
+    plain = CacheBatches(cache, 50, seed=3)
+    ahead = AheadBatches(CacheBatches(cache, 50, seed=3), torch.device("cpu"))
+    for _ in range(steps):
+        assert torch.equal(next(plain), next(ahead))
+    state = json.loads(json.dumps(ahead.state_dict()))
+    assert state == plain.state_dict() and (ahead.d_in, ahead.batch_size) == (32, 50)
+    following = [next(plain) for _ in range(7)]
+    resumed = CacheBatches(cache, 50, seed=3)
+    resumed.load_state_dict(state)
+    next(ahead), next(ahead)
+    ahead.load_state_dict(state)
+    for reader in (ahead, resumed):
+        assert all(torch.equal(a, next(reader)) for a in following)
+    with pytest.raises(ValueError, match="seed is 3, not 4"):
+        AheadBatches(CacheBatches(cache, 50, seed=4), torch.device("cpu")).load_state_dict(state)
+
+
+def test_an_error_of_reading_ahead_reaches_the_training(cache, monkeypatch):
+    ahead = AheadBatches(CacheBatches(cache, 50, seed=3), torch.device("cpu"))
+    next(ahead)
+    monkeypatch.setattr(cache, "rows", lambda index: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        [next(ahead) for _ in range(4)]
+
+
+def test_only_a_cache_is_read_ahead_and_only_for_a_gpu(cache):
+    reader, world = CacheBatches(cache, 50, seed=3), planted_batches(WorldConfig(), 8, 0)
+    assert batches_for(reader, torch.device("cpu")) is reader
+    assert batches_for(world, torch.device("cuda")) is world
+    ahead = batches_for(reader, torch.device("cuda"))
+    assert isinstance(ahead, AheadBatches) and ahead.batches is reader
 
 
 def test_state_does_not_change_afterwards(cache):

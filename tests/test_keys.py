@@ -33,11 +33,12 @@ OBJECTS = ("planted", "absorption")  # one reads planted worlds alone, one the l
 
 
 def specs(store=STORE):
-    "Runs of three methods, in the planted world and on the language model."
+    "Runs of some methods, in the planted world and on the language model."
     out = {}
     for method in ("atm", "topk", "jumprelu"):
         out[f"planted {method}"] = recipe(method, WORLD, 64, 128, l0=4, steps=10)
         out[f"lm {method}"] = recipe(method, store, 128, 256, l0=4, steps=10)
+    out["planted dropout"] = recipe("dropout", WORLD, 64, 128, l0=4, steps=10)
     return out
 
 
@@ -147,7 +148,7 @@ CASES = {
         "sae/atm.py",
         "importance.std(correction=0)",
         "importance.std()",
-        ["planted atm", "lm atm"],
+        ["planted atm", "lm atm", "planted dropout"],
         BOTH,
     ),
     "one architecture": (
@@ -158,6 +159,7 @@ CASES = {
         BOTH,
     ),
     "loop": ("train/loop.py", "fused=True", "fused=False", RUNS, BOTH),
+    "what hands out the work": ("train/runs.py", "r[0], fresh) for r", "r[0], x) for r", [], []),
     "planted world": ("data/planted.py", "torch.randn(", "torch.rand(", PLANTED, ["planted"]),
     "text": ("data/text.py", "len(d) > 60", "len(d) > 61", ["activations"], ["absorption"]),
     "what a run reads": (
@@ -243,7 +245,7 @@ def test_a_default_of_the_mask(monkeypatch):
         ATMConfig.__init__, "__defaults__", (0.9, *ATMConfig.__init__.__defaults__[1:])
     )
     after = keys_of({n: run_artefact(s) for n, s in specs().items() if n in PLANTED})
-    assert [n for n in after if after[n] != before[n]] == ["planted atm"]
+    assert [n for n in after if after[n] != before[n]] == ["planted atm", "planted dropout"]
 
 
 @pytest.mark.parametrize("name", ["absorption"])

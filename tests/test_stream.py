@@ -306,6 +306,9 @@ def test_batches_are_mixed_over_the_buffer(lm, monkeypatch):
         and late.min() >= 1
         and 15 < late[-400:].mean() < 25
     )
+    # 20 batches take each place once: all that was in the buffer at first, and none of it later
+    first = torch.cat(drawn[:20])
+    assert (first < 320).sum() == 320 and (torch.cat(drawn[20:]) >= 320).all()
     monkeypatch.undo()
     a, b = (
         StreamBatches(lm, packed(lm), 1, 16, seed=0, buffer=320, lm_batch=4),

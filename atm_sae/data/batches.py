@@ -6,6 +6,8 @@
 __all__ = [
     "Batches",
     "CacheBatches",
+    "AheadBatches",
+    "batches_for",
     "StreamBatches",
     "stream_activations",
     "held_out",
@@ -139,6 +141,86 @@ class CacheBatches:
         self._order = self._shuffled()
 
 
+# %% ../../nbs/data/batches.ipynb #0b1a0456
+class AheadBatches:
+    "The batches of a cache, read and copied to a device in a thread, `n` ahead."
+
+    def __init__(
+        self,
+        batches: CacheBatches,
+        device: torch.device,
+        n: int = 2,  # batches that wait at most
+    ) -> None:
+        self.batches, self.device, self.n = batches, device, n
+        self._copies: torch.cuda.Stream | None = None  # copies run beside the training step
+        self._start()
+
+    @property
+    def d_in(self) -> int:
+        "Width of the activations."
+        return self.batches.d_in
+
+    @property
+    def batch_size(self) -> int:
+        "Activations a batch."
+        return self.batches.batch_size
+
+    def _start(self) -> None:
+        "Read ahead from the reader's present position."
+        self._state = self.batches.state_dict()
+        self._ahead = read_ahead(self._read(), self.n)
+
+    def _read(self) -> Iterator[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]]:
+        "Each batch on the device, the event after its copy, and the reader's state after it."
+        for x in self.batches:
+            yield *self._copy(x), self.batches.state_dict()
+
+    def _copy(self, x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        "The batch on the device, and the event that says that it has arrived."
+        if self.device.type != "cuda":
+            return x.to(self.device), None
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._copies):
+            copied = x.pin_memory().to(self.device, non_blocking=True)
+        return copied, self._copies.record_event()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Tensor:
+        x, arrived, self._state = next(self._ahead)
+        if arrived is not None:
+            training = torch.cuda.current_stream(self.device)
+            training.wait_event(arrived)
+            x.record_stream(training)  # its memory is not used again before the step is done
+        return x
+
+    def state_dict(self) -> dict[str, Any]:
+        "State of the reader after the batch that was given out last."
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go to a saved position; ValueError if the state belongs to another reader."
+        self.close()
+        self.batches.load_state_dict(state)
+        self._start()
+
+    def close(self) -> None:
+        "End the thread. The next batch is an error."
+        self._ahead.close()
+
+
+def batches_for(
+    batches: Batches,
+    device: torch.device,  # of the SAE
+) -> Batches:
+    "What a training run on that device reads: a cache is read ahead for a GPU."
+    if isinstance(batches, CacheBatches) and device.type == "cuda":
+        return AheadBatches(batches, device)
+    return batches
+
+
 # %% ../../nbs/data/batches.ipynb #cell-19
 class StreamBatches:
     "Endless batches of activations that a model computes meanwhile, shuffled through a buffer."
@@ -172,6 +254,8 @@ class StreamBatches:
         self.generator = generator(seed, "buffer")
         # on the model's device; empty until the first batch is asked for
         self.buffer = torch.zeros(0, self.d_in, dtype=getattr(torch, dtype), device=lm.device)
+        self.order = torch.zeros(0, dtype=torch.long, device=lm.device)  # of the buffer's places
+        self.drawn = 0  # how many places of this order were used
         self.rest = self.buffer.clone()  # activations that were not in the buffer yet ...
         self._used = 0  # ... except for the first `_used`
         self._start()
@@ -228,16 +312,21 @@ class StreamBatches:
     def __next__(self) -> Tensor:
         if not len(self.buffer):
             self.buffer = self._take(self.size).clone()
-        at = torch.randperm(len(self.buffer), generator=self.generator)[: self.batch_size]
-        at = at.to(self.buffer.device)
+        if self.drawn + self.batch_size > len(self.order):
+            order = torch.randperm(self.size, generator=self.generator)
+            self.order, self.drawn = order.to(self.buffer.device), 0
+        at = self.order[self.drawn : self.drawn + self.batch_size]
+        self.drawn += self.batch_size
         batch = self.buffer[at].float()
         self.buffer[at] = self._take(self.batch_size)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        "Buffer, waiting activations, generator, position in the text, and settings."
+        "Buffer, its order, waiting activations, generator, position in the text, and settings."
         return dict(
             buffer=self.buffer,
+            order=self.order,
+            drawn=self.drawn,
             rest=self.rest[self._used :],
             generator=self.generator.get_state(),
             place=self.place,
@@ -249,6 +338,7 @@ class StreamBatches:
         check_same_reader(state["settings"], self.settings())
         device = self.lm.device
         self.buffer = state["buffer"].to(device, copy=True)
+        self.order, self.drawn = state["order"].to(device), int(state["drawn"])
         self.rest, self._used = state["rest"].to(device, copy=True), 0
         self.generator.set_state(state["generator"])
         self._pieces.close()

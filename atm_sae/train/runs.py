@@ -82,7 +82,13 @@ from atm_sae.data.activations import (
     one_maker,
     with_dtype,
 )
-from ..data.batches import Batches, CacheBatches, data_batches, held_out
+from atm_sae.data.batches import (
+    Batches,
+    CacheBatches,
+    batches_for,
+    data_batches,
+    held_out,
+)
 from ..data.lm import Site, hook_point, model_width, other_place
 from ..data.planted import WorldConfig
 from ..data.synthsaebench import PlantedConfig, TreeWorldConfig
@@ -147,6 +153,9 @@ _BATCHES = {
     "stream": ("data.batches.stream_activations",),
 }
 _MASK = ("sae.atm.make_masker", "sae.atm.contribution")  # of no account without a mask
+_TWIN = (
+    "train.runs._load_or_make",
+)  # the settings and the code of a twin are those of its control
 
 
 def _data_parts(
@@ -201,7 +210,7 @@ def run_artefact(
         device=where.type,
         dtype=str(spec.train.dtype(where)).removeprefix("torch."),
         choose={"sae.architectures.ARCHITECTURE_CLASSES": (spec.sae.architecture,)},
-        cut=() if spec.atm else _MASK,
+        cut=_TWIN if spec.atm else _MASK,
         spec_types=("SAEConfig", "TrainConfig"),
     )
 
@@ -481,11 +490,12 @@ def _train_members(
     "Train SAEs on one pass over the batches; an error where one stopped the SAE."
     results: dict[int, tuple[SAE, History] | Exception] = {}
     trainers: dict[int, Trainer] = {}
+    reader = batches_for(batches, pick_device(device))
     for i, member in enumerate(members):
         # the checkpoint stays until the folder of the run replaces it
         settings = (member.rates, pick_device(device), member.artefact.folder, ranks, member.log)
         try:
-            trainers[i] = make_trainer(member.spec, batches, *settings)
+            trainers[i] = make_trainer(member.spec, reader, *settings)
         except Exception as e:
             if ranks.size > 1:  # another rank may have had no error
                 raise
