@@ -330,6 +330,7 @@ GETTERS = (
     "data.installed.get_installed",
     "data.activations.get_activations",
     "train.runs.get_run",
+    "train.runs._load_or_make",  # of a control's twin, whose settings and code are in its own key
     "train.runs.run_grid",
     "evals.first_letter.get_task",
     "evals.first_letter.get_tasks",

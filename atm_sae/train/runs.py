@@ -153,9 +153,6 @@ _BATCHES = {
     "stream": ("data.batches.stream_activations",),
 }
 _MASK = ("sae.atm.make_masker", "sae.atm.contribution")  # of no account without a mask
-_TWIN = (
-    "train.runs._load_or_make",
-)  # the settings and the code of a twin are those of its control
 
 
 def _data_parts(
@@ -210,7 +207,7 @@ def run_artefact(
         device=where.type,
         dtype=str(spec.train.dtype(where)).removeprefix("torch."),
         choose={"sae.architectures.ARCHITECTURE_CLASSES": (spec.sae.architecture,)},
-        cut=_TWIN if spec.atm else _MASK,
+        cut=() if spec.atm else _MASK,
         spec_types=("SAEConfig", "TrainConfig"),
     )
 
