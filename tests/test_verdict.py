@@ -27,10 +27,8 @@ from atm_sae.report.answer import (
     write_answer,
 )
 from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
-from atm_sae.report.tables import read_summary
 from atm_sae.report.verdict import (
     ABLATION_RATE,
-    ALIKE,
     BEYOND,
     EFFECT_COLUMNS,
     FRACTION,
@@ -383,10 +381,11 @@ def changed(before, after):
         ),
         (
             "stability",
-            "topk+atm",
-            "best_cosine",
+            "jumprelu+atm",
+            "frequent_cosine",
             0.5,
-            "on TopK the two measures disagree: more over all latents, less over the most frequent",
+            "on JumpReLU the two measures disagree: "
+            "less over all latents, more over the most frequent",
             "Stability",
         ),
         (
@@ -582,7 +581,7 @@ def test_the_answer_in_short_counts_the_bases(runs):
 
 def test_the_answer_has_a_row_for_each_question(runs):
     table = answer_table(as_twins(runs))
-    planted, model, importance, price, order = table.itertuples(index=False)
+    planted, model, importance, price, stability, order = table.itertuples(index=False)
     assert planted.answer.startswith("Minus its twin: ReLU + L1 and TopK: lower;")
     assert "JumpReLU: lower in absorption beyond misses only. Matryoshka: tun" in planted.answer
     assert planted[2].startswith("raw absorption -0.118 to 0.005 (± 0.040 or less); absorption be")
@@ -592,12 +591,13 @@ def test_the_answer_has_a_row_for_each_question(runs):
         "Planted world: minus dropout of the same share of latents, ReLU + L1: lower. Language"
     )
     assert price.answer.startswith("Planted world: all 4 bases: lower. Language model: ")
-    assert price.answer.endswith(
-        "Agreement between seeds: ReLU + L1 and JumpReLU: lower; "
-        "TopK and BatchTopK: no difference shown"
+    assert "Agreement" not in price.answer
+    assert stability.question.startswith("Do two seeds agree more?")
+    assert stability.answer.startswith(
+        "Planted world: ReLU + L1, BatchTopK and JumpReLU: lower; TopK: no difference shown; two"
     )
     assert "At equal L0: not shown. ATM minus JumpReLU: lower; JumpReLU minus" in order.answer
-    assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (3, 5)
+    assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (4, 5)
 
 
 def test_the_overview_has_the_worlds_side_by_side(runs):
@@ -618,9 +618,10 @@ def test_the_overview_has_the_worlds_side_by_side(runs):
     assert planted.iloc[1].startswith(
         "Minus dropout of the same share of latents, ReLU + L1: lower"
     )
-    assert model.iloc[1].startswith("Minus dropout") and planted.iloc[3] == "–"
+    assert model.iloc[1].startswith("Minus dropout") and planted.iloc[4] == "–"
     assert planted.iloc[2].startswith("All 4 bases: lower. -0.")
-    assert model.iloc[3].startswith("Not shown. Full score ")
+    assert planted.iloc[3].startswith("ReLU + L1, BatchTopK and JumpReLU: lower; TopK: no ")
+    assert model.iloc[4].startswith("Not shown. Full score ")
     letters = dict(standard=(0.2, 0.2), atm=(0.1, 0.1))
     both = {"Planted world": small(planted=CONTROLLED), "Language model": small(letters=letters)}
     assert "not measured" in set(answer_overview(both).to_numpy()[1])
@@ -711,28 +712,16 @@ def test_published_values_of_atm_are_called_secondary():
     assert all("inferred" in v["confidence"] for v in published if v["method"] != "atm")
 
 
-def test_agreement_has_the_intervals_of_the_jackknife():
-    """Pairs share their seeds. The summary has the intervals of the jackknife. The
-    correction widens them: two of four bases are significant, the others stand at 1 - 0.05/2."""
-    table = read_evidence(RUNS).mask_effects
-    line = table[(table.metric == ALIKE.metric) & (table.b == "topk+off")].iloc[0]
-    summary = read_summary(RUNS / "tables/stability-summary.csv")
-    difference = summary.method.str.startswith("topk+atm - topk+")  # minus its twin
-    off = summary[difference & (summary.metric == ALIKE.metric)]
-    assert line["mean"] == pytest.approx(off["mean"].item(), rel=1e-3)
-    half = (off.high - off.low).item() / 2 * 3.495406 / 2.776445  # quantiles of t at 4 degrees
-    assert (line.high - line.low) / 2 == pytest.approx(half, rel=1e-3)
-
-
 def test_a_method_that_missed_its_l0_has_no_agreement():
-    evidence = read_evidence(RUNS)
+    evidence = replace(read_evidence(RUNS), tuned={})
+
+    def bases(of):
+        return {*of.mask_effects.b[of.mask_effects.metric == "best_cosine"]}
+
     rows = evidence.agreement.copy()
     rows.loc[rows.method == "topk+atm", "l0"] = 0.1
-    effects = replace(evidence, agreement=rows).mask_effects
-    bases = {*effects.b[effects.metric == ALIKE.metric]}
-    assert bases == {*evidence.mask_effects.b[evidence.mask_effects.metric == ALIKE.metric]} - {
-        "topk+off"
-    }
+    assert bases(replace(evidence, agreement=rows)) == bases(evidence) - {"topk"}
+    assert "topk" in bases(evidence)
 
 
 # small tables, made for one question
@@ -763,12 +752,29 @@ def read_rows(world, methods, l0s=(4, 8)):
     )
 
 
-def small(planted=None, letters=None, tuned=None, **more):
+def agree_rows(agreement, l0s=(4, 8), seeds=5):
+    """Agreement between seeds, of {world: {method: (all latents, most frequent)}}.
+
+    The difference of two methods varies by 0.002 between seeds."""
+    return pd.DataFrame(
+        [
+            (world, method, l0, seed, l0, one + by, other + by)
+            for world, methods in agreement.items()
+            for number, (method, (one, other)) in enumerate(methods.items())
+            for l0 in l0s
+            for seed in range(seeds)
+            for by in [0.0005 * number * (seed - 2)]
+        ],
+        columns=["world", "method", "sparsity", "seed", "l0", "best_cosine", "frequent_cosine"],
+    )
+
+
+def small(planted=None, letters=None, tuned=None, agreement=None, **more):
     "The evidence of small tables; every base is the twin of its masked form without `tuned`."
     return Evidence(
         planted=read_rows("planted", planted or {}),
         letters=read_rows("nano-gemma2", letters or {}),
-        agreement=pd.DataFrame(),
+        agreement=agree_rows(agreement or {}),
         unmasked={},
         tuned={world: tuned or {} for world in ("planted", "model")},
         **more,
@@ -1072,6 +1078,116 @@ def test_side_effects_have_a_sentence_a_row_and_a_table():
     table = mask_table(evidence, SIDE_EFFECTS["Language model"]).set_index("base")
     assert table.loc["TopK", "model: letter F1"].startswith("**less** -0.1")
     assert not any("Side effects" in sentence for sentence in verdict_sentences(language_model()))
+
+
+# agreement between seeds
+
+AGREE = {
+    "planted": {"standard+off": (0.5, 0.5), "atm": (0.6, 0.7), "random": (0.2, 0.3)},
+    "nano-gemma2": {"topk": (0.4, 0.4), "topk+atm": (0.3, 0.3), "random": (0.1, 0.1)},
+}
+
+
+def two_worlds(agreement, **more):
+    "ReLU + L1 has a twin in the planted world, TopK is its own on the language model."
+    planted, letters = ({m: (0.1, 0.1) for m in AGREE[w]} for w in ("planted", "nano-gemma2"))
+    faster = {"atm": {"lr_scale": 2.0}}
+    return small(planted, letters, tuned=faster, agreement=agreement, **more)
+
+
+def side_by_side(evidence):
+    planted, letters = (evidence.of_world(planted=planted) for planted in (True, False))
+    return {"Planted world": planted, "Language model": letters}
+
+
+def stability(table):
+    "The row on stability."
+    (row,) = table[table.question.str.startswith("Do two seeds agree more?")].values.tolist()
+    return row[1:]
+
+
+def test_agreement_is_compared_with_the_twin_in_both_worlds():
+    evidence = two_worlds(AGREE)
+    planted, model = stability(answer_overview(side_by_side(evidence)))
+    assert planted.startswith("ReLU + L1: higher. Over all latents 0.100 (± ")
+    assert "; over the most frequent 0.200 (± " in planted
+    assert planted.endswith(
+        "Value subtracted: over all latents 0.500; over the most frequent 0.500. Two random "
+        "dictionaries agree by 0.20 over all latents and by 0.30 over the most frequent"
+    )
+    assert model.startswith("TopK: lower. Over all latents -0.100 (± ")
+    assert "dictionaries agree by 0.10 over all" in model
+    answer, difference, subtracted, seeds = stability(answer_table(side_by_side(evidence)))
+    assert "Planted world: ReLU + L1: higher; two random dictionaries agree by 0.20" in answer
+    assert "Language model: TopK: lower; two random dictionaries agree by 0.10" in answer
+    assert "Language model: over all latents -0.100 (± " in difference
+    assert subtracted.endswith(
+        "Language model: over all latents 0.400; over the most frequent 0.400"
+    )
+    assert (
+        "L0 4 to 8 in the planted world and L0 4 to 8 on the language model"
+        in (answer_sentences(side_by_side(evidence))[-1])
+    )
+    (said,) = [s for s in verdict_sentences(evidence) if s.startswith("**Stability**")]
+    assert "In the planted world, more on ReLU + L1 over all latents and over the most" in said
+    assert "On the language model, less on TopK over all latents and over the most" in said
+    table = mask_table(evidence).set_index(["base", "minus"])
+    assert table.loc[("ReLU + L1", "twin"), "planted: agreement"].startswith("**more** 0.1000")
+    assert table.loc[("TopK", "twin"), "model: agreement"].startswith("**less** -0.1000")
+    assert "over L0 4 to 8 (planted world) and L0 4 to 8 (language" in mask_caption(evidence)
+
+
+def test_a_table_of_agreement_changes_the_answer_of_its_world_alone():
+    moved = AGREE | {"planted": AGREE["planted"] | {"atm": (0.4, 0.7)}}
+    before, after = (
+        stability(answer_overview(side_by_side(two_worlds(of)))) for of in (AGREE, moved)
+    )
+    assert after[0].startswith("ReLU + L1: the two measures disagree. Over all latents -0.100 (± ")
+    assert before[1] == after[1]
+    same = AGREE | {"planted": AGREE["planted"] | {"atm": (0.6, 0.5)}}
+    planted, _ = stability(answer_overview(side_by_side(two_worlds(same))))
+    assert planted.startswith(
+        "ReLU + L1: the two measures disagree (higher over all latents only). Over all"
+    )
+
+
+def test_agreement_without_random_dictionaries_says_so():
+    methods = {m: of for m, of in AGREE["planted"].items() if m != "random"}
+    evidence = side_by_side(two_worlds(AGREE | {"planted": methods}))
+    planted, model = stability(answer_overview(evidence))
+    assert planted.endswith("The agreement of two random dictionaries was not measured")
+    assert model.endswith("agree by 0.10 over all latents and by 0.10 over the most frequent")
+
+
+@pytest.mark.parametrize("seeds", [0, 2])
+def test_stability_has_a_row_where_it_was_not_measured(seeds):
+    "The jackknife needs three seeds."
+    evidence = replace(two_worlds({}), agreement=agree_rows(AGREE, seeds=seeds))
+    assert stability(answer_overview(side_by_side(evidence))) == ["not measured"] * 2
+    assert stability(answer_table(side_by_side(evidence))) == ["not measured", "–", "–", "–"]
+    assert "Stability" not in " ".join(verdict_sentences(evidence))
+    evidence = side_by_side(two_worlds({"planted": AGREE["planted"]}))
+    assert stability(answer_overview(evidence))[1] == "not measured"
+    assert stability(answer_table(evidence))[0].endswith(". Language model: not measured")
+
+
+def test_agreement_has_the_intervals_of_the_jackknife_over_the_common_l0s():
+    """By hand: pseudo-values of 0.7, 0.5, 0.6 are 1.0, 0.2, 0.6; the others are all 0.5.
+
+    ATM has no SAE at L0 8, and at L0 16 it ends at 10. So L0 4 alone is compared."""
+    rows = agree_rows({"nano-gemma2": {"standard": (0.5, 0.5), "atm": (0, 0)}}, (4, 8, 16), 3)
+    rows = rows.assign(best_cosine=0.5, frequent_cosine=0.5, l0=rows.l0.astype(float))
+    atm = rows.method == "atm"
+    rows.loc[atm, "best_cosine"] = rows.seed.map({0: 0.7, 1: 0.5, 2: 0.6})
+    rows.loc[atm & (rows.sparsity == 16), "l0"] = 10.0
+    rows = rows[~(atm & (rows.sparsity == 8))]
+    letters = {"standard": (0.1, 0.1), "atm": (0.1, 0.1)}
+    evidence = replace(small(letters=letters), agreement=rows)
+    lines = evidence.mask_effects
+    line = lines[lines.metric == "best_cosine"].iloc[0]
+    half = 4.302653 * 0.4 / math.sqrt(3)
+    assert [line["mean"], (line.high - line.low) / 2] == pytest.approx([0.1, half])
+    assert (line.a, line.b, line.n, line.l0_low, line.l0_high) == ("atm", "standard", 3, 4, 4)
 
 
 # what a mean over L0, or a difference of two shares, can hide

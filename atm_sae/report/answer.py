@@ -7,6 +7,7 @@ __all__ = [
     "QUESTIONS",
     "IMPORTANCE_QUESTION",
     "PRICE_QUESTION",
+    "STABILITY_QUESTION",
     "SIDE_QUESTION",
     "ORDER_QUESTION",
     "OTHERS",
@@ -19,6 +20,7 @@ __all__ = [
     "answer_overview",
     "l0_lines",
     "rate_sentence",
+    "agreement_sentence",
     "answer_sentences",
     "answer_lead",
     "answer_lines",
@@ -70,6 +72,7 @@ from atm_sae.report.verdict import (
     order_verdict,
     protocols_differ,
     published_order,
+    random_agreement,
     rate_ratio,
     read_evidence,
     seed_differences,
@@ -114,6 +117,7 @@ QUESTIONS = {
 }
 IMPORTANCE_QUESTION = "Is it the importance? Base with ATM minus each control"
 PRICE_QUESTION = "What does it cost in explained variance?"
+STABILITY_QUESTION = "Do two seeds agree more? Base with ATM minus its twin"
 SIDE_QUESTION = "What else does it change?"
 ORDER_QUESTION = f"Is the published order reproduced? {published_order()}"
 OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
@@ -133,7 +137,8 @@ def _finding(
     word = words.pop()
     if len(shown) == len(sides):
         return word
-    only = f"{word} in {' and '.join(shown)} only"
+    names = " and ".join(shown)
+    only = f"{word} {names if names.startswith('over ') else f'in {names}'} only"
     return only if RAW.short in sides else f"the two measures disagree ({only})"
 
 
@@ -272,18 +277,18 @@ def _seeds(parts: Sequence[_Part]) -> str:
     return " to ".join(dict.fromkeys(f"{n:g}" for n in (min(numbers), max(numbers))))
 
 
+_COLUMNS = ("answer", "difference (lowest to highest)", "value subtracted", "seeds")
+
+
 def _cells(
     parts: Sequence[_Part],
     answer: str,
     beside: Sequence[_Part] = (),  # of `_beside`
 ) -> dict[str, str]:
     "The cells of one world."
-    return {
-        "answer": answer,
-        "difference (lowest to highest)": "; ".join(part.span() for part in [*parts, *beside]),
-        "value subtracted": "; ".join(part.scale() for part in [*parts, *beside]),
-        "seeds": _seeds(parts),
-    }
+    spans = "; ".join(part.span() for part in [*parts, *beside])
+    scales = "; ".join(part.scale() for part in [*parts, *beside])
+    return dict(zip(_COLUMNS, (answer, spans, scales, _seeds(parts))))
 
 
 def _too_few(parts: Sequence[_Part]) -> str:
@@ -325,7 +330,7 @@ def _joined(question: str, found: Mapping[str, Mapping[str, str]]) -> dict[str, 
 
 
 def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on explained variance in all worlds, and on agreement between seeds."
+    "The row on explained variance in all worlds; empty if it was not measured."
     cells: dict[str, dict[str, str]] = {}
     for world, of in evidence.items():
         found = {kind: _price_parts(world, of, kind) for kind in (TWIN, TUNED)}
@@ -333,19 +338,31 @@ def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
         parts = next(iter(shown.values()), [])
         minus = "" if TWIN in shown else f"minus {OTHERS[TUNED]}: "
         cells[world] = _cells(parts, minus + _findings(parts)) if parts else {}
-    row = _joined(PRICE_QUESTION, cells)
-    if row:
-        row["answer"] += f". Agreement between seeds: {_agreement(evidence)}"
-    return row
+    return _joined(PRICE_QUESTION, cells)
 
 
-def _agreement(evidence: Mapping[str, Evidence]) -> str:
-    "What is shown of agreement between seeds with the mask minus its twin."
-    for of in evidence.values():
-        lines = effect_lines(of.mask_effects, ALIKE)
-        if lines:
-            return _findings([_Part("", lines, of.agreement, ALIKE.metric)])
-    return "not measured"
+def _stability_parts(world: str, evidence: Evidence) -> list[_Part]:
+    "Agreement between seeds in one world, minus the twin; empty if it was not measured."
+    effects = against(evidence.mask_effects, TWIN)
+    rows = evidence.agreement
+    rows = rows[(rows.world == "planted") == (world == "Planted world")]
+    parts = [_Part(m.short, effect_lines(effects, m), rows, m.metric) for m in ALIKE[world]]
+    return parts if all(part.lines for part in parts) else []
+
+
+def _stability(evidence: Mapping[str, Evidence]) -> dict[str, str]:
+    "The row on agreement between seeds. It is there also where it was not measured."
+    cells: dict[str, dict[str, str]] = {}
+    for world, of in evidence.items():
+        parts = _stability_parts(world, of)
+        answer = f"{_findings(parts)}; {random_agreement(of, world)}" if parts else ""
+        cells[world] = _cells(parts, answer) if parts else {}
+    row = _joined(STABILITY_QUESTION, cells)
+    if row or not evidence:
+        return row
+    return (
+        {"question": STABILITY_QUESTION} | dict.fromkeys(_COLUMNS, "–") | {"answer": "not measured"}
+    )
 
 
 def _side_effects(evidence: Mapping[str, Evidence]) -> dict[str, str]:
@@ -400,15 +417,16 @@ def _order(evidence: Mapping[str, Evidence]) -> dict[str, str]:
 def answer_table(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> pd.DataFrame:
-    """A row for each question, those that were measured.
+    """A row for each question, those that were measured, and always one on stability.
 
-    They are: the mask in each world, the importance, the price, the side effects, the published
-    order."""
+    They are: the mask in each world, the importance, the price, the stability, the side effects,
+    the published order."""
     importance = {world: _importance_cells(world, of) for world, of in evidence.items()}
     rows = [
         *(_absorbed(world, of) for world, of in evidence.items()),
         _joined(IMPORTANCE_QUESTION, importance),
         _price(evidence),
+        _stability(evidence),
         _side_effects(evidence),
         _order(evidence),
     ]
@@ -417,6 +435,13 @@ def answer_table(
 
 # %% ../../nbs/report/answer.ipynb #55db41fb
 MASK_QUESTION = "Does the mask lower absorption? Base with ATM minus its twin"
+_BRIEF_QUESTIONS = (
+    MASK_QUESTION,
+    IMPORTANCE_QUESTION,
+    PRICE_QUESTION,
+    STABILITY_QUESTION,
+    ORDER_QUESTION,
+)
 
 
 def _brief(parts: Sequence[_Part], words: str) -> str:
@@ -437,7 +462,14 @@ def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
         PRICE_QUESTION: (price, lambda: minus + _findings(price)),
         ORDER_QUESTION: (order, lambda: order_verdict(evidence.order_effects)),
     }
-    return {q: _brief(parts, words()) for q, (parts, words) in found.items() if parts}
+    cells = {q: _brief(parts, words()) for q, (parts, words) in found.items() if parts}
+    alike = _stability_parts(world, evidence)
+    if alike:
+        subtracted = "; ".join(part.scale() for part in alike)
+        chance = _capital(random_agreement(evidence, world))
+        brief = _brief(alike, _findings(alike))
+        cells[STABILITY_QUESTION] = f"{brief}. Value subtracted: {subtracted}. {chance}"
+    return cells
 
 
 def answer_overview(
@@ -446,16 +478,17 @@ def answer_overview(
     """A row for each question, a column for each world: the main measures only.
 
     The head of a column has the number of seeds. A question that was measured in no world has no
-    row."""
+    row, except that on stability."""
     cells = {}
     for world, of in evidence.items():
         found = _brief_cells(world, of)
         parts = next(iter(_by_kind(world, of).values()), [])
         cells[f"{world} ({_seeds(parts)} seeds)" if parts else world] = found
-    asked = (MASK_QUESTION, IMPORTANCE_QUESTION, PRICE_QUESTION, ORDER_QUESTION)
+    always = {STABILITY_QUESTION} if cells else set()
+    asked = always.union(*cells.values())
     rows = []
-    for question in asked:
-        if any(question in of for of in cells.values()):
+    for question in _BRIEF_QUESTIONS:
+        if question in asked:
             # the published order is one of scores on a language model
             missing = "–" if question == ORDER_QUESTION else "not measured"
             answers = {head: of.get(question, missing) for head, of in cells.items()}
@@ -496,10 +529,33 @@ def rate_sentence(
     )
 
 
+def agreement_sentence(
+    evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
+) -> str:
+    "Defines agreement between seeds and gives its L0s; empty if it was not measured."
+    l0s = []
+    for world, of in evidence.items():
+        lines = [line for part in _stability_parts(world, of) for line in part.lines.values()]
+        if lines:
+            low, high = min(line.l0_low for line in lines), max(line.l0_high for line in lines)
+            l0s.append(f"L0 {low:g} to {high:g} {PLACES[world]}")
+    if not l0s:
+        return ""
+    return (
+        "Agreement between seeds is the mean best cosine: the cosine of each decoder row with the "
+        "nearest row of the dictionary of another seed. It is taken over all active latents, and "
+        "over the same number of the most frequent ones. Higher is better. It is a mean over "
+        f"{' and '.join(l0s)}. In the planted world, all seeds have the same world. Intervals: "
+        "jackknife over seeds."
+    )
+
+
 def answer_sentences(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[str]:
-    "The sentences under the table: each L0, miss rate, twins, learning rates, controls, floor."
+    """The sentences under the table.
+
+    They are about: each L0, miss rate, twins, learning rates, controls, floor, agreement."""
     said = l0_lines(evidence)
     for world, of in evidence.items():
         found = [*left_out_sentences(of), misses_sentence(of)]
@@ -507,7 +563,7 @@ def answer_sentences(
         found += [f"{world}. {note}" for note in notes if note]
         found += [*shuffled_sentences(of), floor_sentence(of)]
         said += [sentence.replace("**", "") for sentence in found if sentence]
-    return said
+    return [sentence for sentence in [*said, agreement_sentence(evidence)] if sentence]
 
 
 def _counts(

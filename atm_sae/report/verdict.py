@@ -31,7 +31,6 @@ __all__ = [
     "PLANTED_FVU",
     "MODEL_FVU",
     "ALIKE",
-    "ALIKE_FREQUENT",
     "SIDE_EFFECTS",
     "ABSORBED",
     "MEASURES",
@@ -47,8 +46,10 @@ __all__ = [
     "mean_differences",
     "equal_explained_table",
     "compare_pairs",
+    "base_is_twin",
     "planted_rows",
     "letter_rows",
+    "agreement_rows",
     "measured_metrics",
     "Evidence",
     "published_rows",
@@ -74,6 +75,8 @@ __all__ = [
     "protocols_differ",
     "protocol_sentence",
     "floor_sentence",
+    "random_agreement",
+    "stability_sentence",
     "rival_table",
     "shuffled_sentences",
     "unavailable_order",
@@ -360,6 +363,7 @@ CONTROLS = {  # {mask: what the control hides}
 RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka", "ortsae", "gated")
 PUBLISHED_L0 = {"atm": None, "jumprelu": 2665.9, "topk": 40.0}  # lowest published score first
 TWIN, TUNED = "twin", "base tuned by itself"  # what a masked method is compared with
+AGREEMENT = ("best_cosine", "frequent_cosine")  # of all latents, and of the most frequent
 
 
 def _parameters(folder: Path, name: str) -> dict[str, Any]:
@@ -383,6 +387,15 @@ def _without_mask(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     of_mask = {field.name for field in fields(ATMConfig)}
     return {"lr_scale": 1} | {k: v for k, v in settings.items() if k not in of_mask}
+
+
+def base_is_twin(
+    base: str,  # one of ARCHITECTURES
+    settings: Mapping[str, Mapping[str, Any]],  # {method: settings of its own}
+) -> bool:
+    "True if the settings of a base and of its masked form differ in the mask alone."
+    ours, other = (_without_mask(settings.get(m, {})) for m in (MASKED[base], base))
+    return ours == other
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
@@ -410,6 +423,13 @@ def letter_rows(
     return rows.assign(fvu=1 - rows.explained_variance, **{ABLATION: rate})
 
 
+def agreement_rows(
+    folder: str | Path,  # a reports folder
+) -> pd.DataFrame:
+    "tables/stability-runs.csv; an empty table if it was not made."
+    return _runs(folder, "stability", (*_KEYS, *AGREEMENT))
+
+
 def measured_metrics(
     rows: pd.DataFrame,  # of `planted_rows` or `letter_rows`
 ) -> list[str]:
@@ -428,7 +448,7 @@ class Evidence:
 
     planted: pd.DataFrame  # `equal_l0_rows` of the planted world
     letters: pd.DataFrame  # `equal_l0_rows` of the language model
-    agreement: pd.DataFrame  # tables/stability-runs.csv; empty if it was not made
+    agreement: pd.DataFrame  # of `agreement_rows`
     unmasked: Mapping[str, set[str]]  # {world: methods whose tuned settings hide no latent}
     tuned: Mapping[str, Mapping[str, Mapping[str, Any]]]  # {world: {method: settings}}
     layer: str = ""  # the layer sentence of the reports folder
@@ -438,9 +458,10 @@ class Evidence:
 
     def of_world(self, planted: bool) -> "Evidence":
         "The same for the planted world alone, or for the language model alone."
+        agreement = self.agreement[(self.agreement.world == "planted") == planted]
         if planted:
-            return replace(self, letters=self.letters[:0], agreement=self.agreement[:0], layer="")
-        return replace(self, planted=self.planted[:0])
+            return replace(self, letters=self.letters[:0], agreement=agreement, layer="")
+        return replace(self, planted=self.planted[:0], agreement=agreement)
 
     def read(self, world: str) -> pd.DataFrame:
         "The rows of a world."
@@ -463,9 +484,7 @@ class Evidence:
 
     def base_is_twin(self, world: str, base: str) -> bool:
         "True if the settings of a base and of its masked form differ in the mask alone."
-        settings = self.tuned.get(world, {})
-        ours, other = (_without_mask(settings.get(m, {})) for m in (MASKED[base], base))
-        return ours == other
+        return base_is_twin(base, self.tuned.get(world, {}))
 
     def mask_pairs(self, world: str) -> dict[tuple[str, str], str]:
         """{(masked, other): `TWIN` or `TUNED`}: each masked method, its twin and its base.
@@ -515,8 +534,7 @@ class Evidence:
             kinds = self.mask_pairs(world)
             table = self.compare(kinds, [world])
             tables.append(table.assign(against=[kinds[a, b] for a, b in zip(table.a, table.b)]))
-        masked = [m for m in MASKED.values() if m not in self.unmasked.get("model", set())]
-        tables.append(_agreement_effects(self, masked).assign(against=TWIN))
+        tables += [_agreement_effects(self, w).assign(against=TWIN) for w in self.worlds]
         return _joined(tables, [*EFFECT_COLUMNS, "against"])
 
     @cached_property
@@ -590,7 +608,7 @@ def read_evidence(
     return Evidence(
         planted=equal_l0_rows(planted, measured_metrics(planted), l0s),
         letters=equal_l0_rows(letters, measured_metrics(letters), model_l0s),
-        agreement=_runs(folder, "stability"),
+        agreement=agreement_rows(folder),
         unmasked={"planted": chose_no_mask(planted), "model": chose_no_mask(letters)},
         tuned=_tuned(Path(folder)) if tuned is None else tuned,
         layer=layer_sentence(folder),
@@ -601,9 +619,6 @@ def read_evidence(
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-27
-AGREEMENT = ("best_cosine", "frequent_cosine")  # of all latents, and of the most frequent
-
-
 def _jackknifed(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows of agreement with pseudo-values by seed, since pairs share their seeds."
     from atm_sae.evals.stability import pseudo_values
@@ -614,26 +629,32 @@ def _jackknifed(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{m: groups[m].transform(pseudo_values) for m in AGREEMENT})
 
 
-def _agreement_effects(evidence: Evidence, masked: Iterable[str]) -> pd.DataFrame:
-    "Agreement between seeds: each masked method minus itself with the mask off."
-    rows = evidence.agreement
-    if rows.empty:
-        return pd.DataFrame(columns=EFFECT_COLUMNS)
-    rows = _jackknifed(rows[rows.world == evidence.model])
-    found: dict[str, dict[tuple[str, str], pd.DataFrame]] = {metric: {} for metric in AGREEMENT}
-    for a in masked:
-        off = with_mask(a, "off")
-        if not {a, off} <= {*rows.method}:
-            continue
-        target = rows.sparsity[rows.method == off].iloc[0]
-        both = rows[rows.method.isin([a, off])]
-        read = [read_pair(c, a, off, target, AGREEMENT) for _, c in both.groupby("seed")]
-        for metric in AGREEMENT:
-            wide = pd.concat(read).pivot(index="seed", columns="method", values=metric)
-            wide = wide.reindex(columns=[a, off]).dropna()  # a curve may not reach the target
-            if len(wide):
-                found[metric][a, off] = (wide[a] - wide[off]).to_frame(target).T
-    return _joined(_effect_lines(evidence.model, metric, found[metric]) for metric in AGREEMENT)
+def _read_agreement(rows: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+    """Two methods at each target L0 that both have, `sparsity`; one line for each method and seed.
+
+    They are read at the L0 nearest to it that both reach, within a factor of `NEAR`."""
+    both = rows[rows.method.isin([a, b])]
+    shared = {*both.sparsity[both.method == a]} & {*both.sparsity[both.method == b]}
+    found = []
+    for target, (_, curves) in itertools.product(sorted(shared), both.groupby("seed")):
+        read = read_pair(curves, a, b, target, AGREEMENT)
+        near = np.log(read.l0 / target).abs() <= math.log(NEAR) + 1e-9
+        found.append(read[near].assign(sparsity=target))
+    return _joined(found, both.columns)
+
+
+def _agreement_effects(evidence: Evidence, world: str) -> pd.DataFrame:
+    "Agreement between seeds in one world: each masked method minus its twin."
+    rows, name = evidence.agreement, str(evidence.read(world).world.iloc[0])
+    rows = _jackknifed(rows[rows.world == name])
+    pairs = [pair for pair, kind in evidence.mask_pairs(world).items() if kind == TWIN]
+    read = {pair: _read_agreement(rows, *pair) for pair in pairs}
+    tables = []
+    for metric in AGREEMENT:
+        found = {p: _seed_differences(_by_method(of, metric), *p) for p, of in read.items()}
+        found = {pair: by_l0 for pair, by_l0 in found.items() if len(by_l0)}
+        tables.append(_effect_lines(name, metric, found))
+    return _joined(tables)
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-28
@@ -674,10 +695,21 @@ SAEBENCH = (
 )
 PLANTED_FVU = Measure("fvu", True, "planted: FVU", PLACES["Planted world"])
 MODEL_FVU = Measure("fvu", False, "model: FVU", PLACES["Language model"])
-ALIKE = Measure("best_cosine", False, "model: agreement", "over all latents")
-ALIKE_FREQUENT = Measure(
-    "frequent_cosine", False, "model: agreement, most frequent", "over the most frequent"
-)
+ALIKE = {
+    world: (
+        Measure("best_cosine", planted, f"{heading}: agreement", "over all latents"),
+        Measure(
+            "frequent_cosine",
+            planted,
+            f"{heading}: agreement, most frequent",
+            "over the most frequent",
+        ),
+    )
+    for world, planted, heading in (
+        ("Planted world", True, "planted"),
+        ("Language model", False, "model"),
+    )
+}
 SIDE_EFFECTS = {
     "Planted world": (
         Measure("mcc", True, "planted: MCC", "by recovered features (MCC)"),
@@ -690,7 +722,7 @@ SIDE_EFFECTS = {
     ),
 }
 ABSORBED = (RAW, MISSES, BEYOND, FULL_SCORE, FRACTION_SCORE, ABLATION_RATE)
-MEASURES = (*ABSORBED, PLANTED_FVU, MODEL_FVU, ALIKE, ALIKE_FREQUENT)
+MEASURES = (*ABSORBED, PLANTED_FVU, MODEL_FVU, *sum(ALIKE.values(), ()))
 SIDES = dict(holds="less", fails="more", undecided="none")  # of zero
 
 
@@ -825,9 +857,19 @@ def mask_caption(
 
 def _agreement_note(effects: pd.DataFrame) -> str:
     "Defines agreement between seeds; empty if it was not measured."
-    if not effects.metric.isin(AGREEMENT).any():
+    lines = effects[effects.metric.isin(AGREEMENT)]
+    parts = []
+    for name, of in (
+        ("planted world", lines[lines.world == "planted"]),
+        ("language model", lines[lines.world != "planted"]),
+    ):
+        parts += [f"L0 {of.l0_low.min():g} to {of.l0_high.max():g} ({name})"] if len(of) else []
+    if not parts:
         return ""
-    return " Agreement: mean best cosine of two dictionaries from different seeds."
+    return (
+        " Agreement: mean best cosine of two dictionaries from different seeds, over "
+        f"{' and '.join(parts)}. Higher is better."
+    )
 
 
 def control_table(
@@ -1159,23 +1201,44 @@ def _toy(evidence: Evidence) -> str:
     return f", {TOYS[evidence.model]}" if evidence.model in TOYS else ""
 
 
-def _price_sentences(effects: pd.DataFrame) -> list[str]:
-    "FVU with the mask minus the twin and minus the tuned base, and agreement between seeds."
+def _price_sentence(effects: pd.DataFrame) -> str:
+    "FVU with the mask minus the twin and minus the tuned base."
     parts = []
     for kind, other in ((TWIN, "its twin"), (TUNED, "the base tuned by itself")):
         of = against(effects, kind)
         said = [describe_effects(of, [measure]) for measure in (PLANTED_FVU, MODEL_FVU)]
         found = "; ".join(words for words in said if words)
         parts += [f"with the mask minus {other}: {found}"] if found else []
-    sentences = [f"**Reconstruction cost**, FVU {'. FVU '.join(parts)}."] if parts else []
-    alike = [measure for measure in (ALIKE, ALIKE_FREQUENT) if effect_lines(effects, measure)]
-    words = describe_effects(effects, alike)
-    if words:
-        sentences.append(
-            "**Stability**, agreement between seeds (mean best cosine) with the mask minus the "
-            f"same settings without: {words}."
-        )
-    return sentences
+    return f"**Reconstruction cost**, FVU {'. FVU '.join(parts)}." if parts else ""
+
+
+def random_agreement(
+    evidence: Evidence,
+    world: str,  # one of WORLDS
+) -> str:
+    "How much two random dictionaries agree, in words."
+    rows = evidence.agreement
+    there = (rows.world == "planted") == (world == "Planted world")
+    means = rows.loc[there & (rows.method == "random"), [*AGREEMENT]].mean()
+    if means.isna().any():
+        return "the agreement of two random dictionaries was not measured"
+    found = [f"{format_number(means[of.metric], 2)} {of.words}" for of in ALIKE[world]]
+    return f"two random dictionaries agree by {' and by '.join(found)}"
+
+
+def stability_sentence(
+    evidence: Evidence,
+) -> str:
+    "Agreement between seeds with the mask minus the twin, in both worlds; empty if not measured."
+    twins = against(evidence.mask_effects, TWIN)
+    parts = []
+    for world, measures in ALIKE.items():
+        words = describe_effects(twins, measures)
+        place = PLACES[world]
+        found = f"{place}, {words}; {random_agreement(evidence, world)}"
+        parts += [f"{found[0].upper()}{found[1:]}"] if words else []
+    head = "**Stability**, agreement between seeds (mean best cosine; more is better)"
+    return f"{head} of base with the mask minus its twin: {'. '.join(parts)}." if parts else ""
 
 
 def _rival_sentences(evidence: Evidence) -> list[str]:
@@ -1397,7 +1460,8 @@ def verdict_sentences(
         *_importance_sentences(evidence),
         *_rival_sentences(evidence),
         _share_sentence(evidence.rival_effects),
-        *_price_sentences(evidence.mask_effects),
+        _price_sentence(evidence.mask_effects),
+        stability_sentence(evidence),
         _side_effects_sentence(evidence),
         *_order_sentences(evidence),
     ]
