@@ -304,6 +304,14 @@ def test_every_object_of_the_verdict_uses_the_frozen_settings():
                 assert given["tuned"] == expected, (name, profile)
 
 
+def test_stability_reads_the_saes_that_absorption_trains():
+    manifest = load_manifest()
+    ours, theirs = (manifest.pick(name).resolved("full") for name in ("stability", "absorption"))
+    shared = "model layer activations n_tokens methods targets seeds steps batch_size d_sae tuned"
+    for name in shared.split():
+        assert ours[name] == theirs[name], name
+
+
 def test_on_smollm2_the_rates_are_those_that_the_committed_search_chose():
     given = load_manifest().pick("learning_rates").resolved("full")
     table = pd.read_csv(ROOT / "reports/full/tables/learning_rates.csv", keep_default_na=False)
