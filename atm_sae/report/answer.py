@@ -433,7 +433,7 @@ def answer_table(
     return pd.DataFrame([row for row in rows if row])
 
 
-# %% ../../nbs/report/answer.ipynb #55db41fb
+# %% ../../nbs/report/answer.ipynb #cell-10
 MASK_QUESTION = "Does the mask lower absorption? Base with ATM minus its twin"
 _BRIEF_QUESTIONS = (
     MASK_QUESTION,
@@ -496,7 +496,7 @@ def answer_overview(
     return pd.DataFrame(rows)
 
 
-# %% ../../nbs/report/answer.ipynb #cell-10
+# %% ../../nbs/report/answer.ipynb #cell-12
 def l0_lines(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[str]:
@@ -632,7 +632,7 @@ def _lead(world: str, evidence: Evidence) -> str:
     return f"{sentence}{_too_few(parts)}.{_one_l0(world, evidence, parts)}"
 
 
-# %% ../../nbs/report/answer.ipynb #cell-13
+# %% ../../nbs/report/answer.ipynb #cell-15
 _PANELS = {
     "Planted world": {
         "Planted: raw absorption": (RAW, 1),
