@@ -564,8 +564,8 @@ def test_the_answer_in_short_counts_the_bases(runs):
     assert answer_lead(planted) == (
         "In the planted world (5 seeds), the mask lowers both measures of absorption on 2 and only "
         "absorption beyond misses on 2 of 4 bases; it lowers explained variance on 4 of 4; on "
-        "Matryoshka, tuning chose no mask. Without L0 4 in the mean, raw absorption is shown to be "
-        "lower on 0 of these 2."
+        "Matryoshka, tuning chose no mask. The lower raw absorption comes from L0 4: over the "
+        "other L0s it is shown on none of these bases."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
@@ -1208,7 +1208,8 @@ def test_a_result_that_rests_on_one_l0_is_named():
     assert "without L0 4, more on TopK, less on JumpReLU by raw absorption" in said
     lead = answer_lead({"Planted world": evidence})
     assert lead.endswith(
-        "Without L0 4 in the mean, raw absorption is shown to be lower on 0 of these 1."
+        "The lower raw absorption comes from L0 4: over the other L0s it is shown on none of these "
+        "bases."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert left_out_sentences(two) == [] and two.left_out == {}

@@ -599,9 +599,10 @@ def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
     fewest = min(left, key=lambda l0: left[l0], default=None)
     if fewest is None or left[fewest] >= len(pairs):
         return ""
+    still = f"{left[fewest]} of these {len(pairs)}" if left[fewest] else "none of these"
     return (
-        f" Without L0 {fewest:g} in the mean, {first.words.removeprefix('by ')} is shown to be "
-        f"lower on {left[fewest]} of these {len(pairs)}."
+        f" The lower {first.words.removeprefix('by ')} comes from L0 {fewest:g}: over the other "
+        f"L0s it is shown on {still} bases."
     )
 
 
