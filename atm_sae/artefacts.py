@@ -331,6 +331,7 @@ GETTERS = (
     "data.activations.get_activations",
     "train.runs.get_run",
     "train.runs._load_or_make",  # of a control's twin, whose settings and code are in its own key
+    "methods.twin_method",  # the twin's name, which is a label
     "train.runs.run_grid",
     "evals.first_letter.get_task",
     "evals.first_letter.get_tasks",
