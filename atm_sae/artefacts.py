@@ -331,13 +331,13 @@ GETTERS = (
     "data.activations.get_activations",
     "train.runs.get_run",
     "train.runs._load_or_make",  # of a control's twin, whose settings and code are in its own key
-    "methods.twin_method",  # the twin's name, which is a label
     "train.runs.run_grid",
     "evals.first_letter.get_task",
     "evals.first_letter.get_tasks",
     "evals.probing.get_probing",
     "evals.scores.get_absorption",
 )
+_LABELS = ("methods.twin_method",)  # the name of a run's twin changes no result
 _COMPUTING = {
     "torch": "torch",
     "transformers": "transformers",
@@ -369,7 +369,7 @@ def artefact_closure(
     spec_types: Collection[str],
 ) -> Closure:
     "The code that makes an artefact, see `code_closure`."
-    outside = (*GETTERS, "artefacts", "closure", *cut)
+    outside = (*GETTERS, *_LABELS, "artefacts", "closure", *cut)
     return code_closure(*makers, choose=choose, cut=outside, spec_types=spec_types)
 
 
