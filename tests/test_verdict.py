@@ -841,7 +841,7 @@ def test_the_effects_of_the_mask_are_computed_once(monkeypatch):
     monkeypatch.setattr(verdict, "compare_pairs", lambda *a: calls.append(a) or compare_pairs(*a))
     evidence = {"Planted world": small(planted=TWINS, tuned=FASTER)}
     answer_table(evidence), answer_sentences(evidence), answer_lines(evidence)
-    assert len(calls) == 2  # the mask, the controls; one L0 is left out of three at least
+    assert len(calls) == 4  # the mask, the controls, and each of two L0s left out
 
 
 CONTROLLED = {
@@ -1212,7 +1212,10 @@ def test_a_result_that_rests_on_one_l0_is_named():
         "bases."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
-    assert left_out_sentences(two) == [] and two.left_out == {}
+    assert [l0 for _, l0 in two.left_out] == [4, 8]
+    assert "without L0 4, more on TopK" in left_out_sentences(two)[0]
+    one = replace(evidence, planted=rows[at_4])
+    assert left_out_sentences(one) == [] and one.left_out == {}
     assert left_out_sentences(small(planted=TWINS)) == []
 
 

@@ -601,7 +601,7 @@ def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
         return ""
     still = f"{left[fewest]} of these {len(pairs)}" if left[fewest] else "none of these"
     return (
-        f" The lower {first.words.removeprefix('by ')} comes from L0 {fewest:g}: over the other "
+        f" The lower {first.short} comes from L0 {fewest:g}: over the other "
         f"L0s it is shown on {still} bases."
     )
 

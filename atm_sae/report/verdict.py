@@ -541,12 +541,12 @@ class Evidence:
     def left_out(self) -> dict[tuple[str, float], pd.DataFrame]:
         """{(world, L0): `EFFECT_COLUMNS` of `mask_pairs` without that L0}, absorption alone.
 
-        Only worlds with three L0s at least."""
+        Only worlds with two L0s at least."""
         found = {}
         for world, measures in WORLDS.items():
             read, metrics = self.read(WORLD_KEYS[world]), [measure.metric for measure in measures]
             l0s = sorted(read.sparsity.unique())
-            for l0 in l0s if len(l0s) > 2 else []:
+            for l0 in l0s if len(l0s) > 1 else []:
                 pairs = self.mask_pairs(WORLD_KEYS[world])
                 found[world, l0] = compare_pairs(read[read.sparsity != l0], metrics, pairs)
         return found
