@@ -141,7 +141,7 @@ class CacheBatches:
         self._order = self._shuffled()
 
 
-# %% ../../nbs/data/batches.ipynb #0b1a0456
+# %% ../../nbs/data/batches.ipynb #cell-19
 class AheadBatches:
     "The batches of a cache, read and copied to a device in a thread, `n` ahead."
 
@@ -221,7 +221,7 @@ def batches_for(
     return batches
 
 
-# %% ../../nbs/data/batches.ipynb #cell-19
+# %% ../../nbs/data/batches.ipynb #cell-22
 class StreamBatches:
     "Endless batches of activations that a model computes meanwhile, shuffled through a buffer."
 
@@ -359,7 +359,7 @@ def stream_activations(
     return StreamBatches(lm, rows, *settings, name=name, ranks=ranks, site=spec.site)
 
 
-# %% ../../nbs/data/batches.ipynb #cell-25
+# %% ../../nbs/data/batches.ipynb #cell-28
 def held_out(
     cache: ActivationCache,
     n: int,  # rows; all there are if fewer
@@ -385,7 +385,7 @@ def held_out_activations(
     return held_out(get_activations(others, lm=lm), n, start=0.0)
 
 
-# %% ../../nbs/data/batches.ipynb #cell-26
+# %% ../../nbs/data/batches.ipynb #cell-29
 def _rows_after(tokens: Tensor, special: list[int], share: float) -> Tensor:
     "Rows of tokens whose activations all lie behind the first `share` of the activations."
     kept = (~torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype))).sum(1)
@@ -412,7 +412,7 @@ def held_out_tokens(
     return found
 
 
-# %% ../../nbs/data/batches.ipynb #cell-33
+# %% ../../nbs/data/batches.ipynb #cell-36
 def planted_batches(data: WorldConfig, batch_size: int, seed: int) -> WorldBatches:
     "Batches of a planted world, as a run reads them."
     return WorldBatches(PlantedWorld(data), batch_size, seed)
