@@ -564,8 +564,7 @@ def test_the_answer_in_short_counts_the_bases(runs):
     assert answer_lead(planted) == (
         "In the planted world (5 seeds), the mask lowers both measures of absorption on 2 and only "
         "absorption beyond misses on 2 of 4 bases; it lowers explained variance on 4 of 4; on "
-        "Matryoshka, tuning chose no mask. The lower raw absorption comes from L0 4: over the "
-        "other L0s it is shown on none of these bases."
+        "Matryoshka, tuning chose no mask. The lower raw absorption comes from L0 4 alone."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
@@ -1207,10 +1206,7 @@ def test_a_result_that_rests_on_one_l0_is_named():
     assert said.startswith("**Planted world, one L0 left out** of the mean")
     assert "without L0 4, more on TopK, less on JumpReLU by raw absorption" in said
     lead = answer_lead({"Planted world": evidence})
-    assert lead.endswith(
-        "The lower raw absorption comes from L0 4: over the other L0s it is shown on none of these "
-        "bases."
-    )
+    assert lead.endswith("The lower raw absorption comes from L0 4 alone.")
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]
     assert "without L0 4, more on TopK" in left_out_sentences(two)[0]

@@ -599,10 +599,9 @@ def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
     fewest = min(left, key=lambda l0: left[l0], default=None)
     if fewest is None or left[fewest] >= len(pairs):
         return ""
-    still = f"{left[fewest]} of these {len(pairs)}" if left[fewest] else "none of these"
+    still = f": over the other L0s it is shown on {left[fewest]} of these {len(pairs)} bases"
     return (
-        f" The lower {first.short} comes from L0 {fewest:g}: over the other "
-        f"L0s it is shown on {still} bases."
+        f" The lower {first.short} comes from L0 {fewest:g}{still if left[fewest] else ' alone'}."
     )
 
 
