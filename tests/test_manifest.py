@@ -17,7 +17,8 @@ from atm_sae.report.manifest import (
     read_parameters,
     run_order,
 )
-from atm_sae.methods import method_name, with_mask
+from atm_sae.report.verdict import CONTROLS
+from atm_sae.methods import get_method, method_name, twin_method, with_mask
 from toy import COUNT, DECLARED, DOUBLE, notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,6 +286,7 @@ def test_every_object_of_the_verdict_uses_the_frozen_settings():
     on_smollm2 = manifest.pick("learning_rates").resolved("full")["tuned"]
     for name in (
         "absorption",
+        "importance",
         "reconstruction",
         "probing",
         "planted",
@@ -304,12 +306,18 @@ def test_every_object_of_the_verdict_uses_the_frozen_settings():
                 assert given["tuned"] == expected, (name, profile)
 
 
-def test_stability_reads_the_saes_that_absorption_trains():
+def test_importance_and_stability_read_the_saes_that_absorption_trains_and_the_controls():
     manifest = load_manifest()
-    ours, theirs = (manifest.pick(name).resolved("full") for name in ("stability", "absorption"))
-    shared = "model layer activations n_tokens methods targets seeds steps batch_size d_sae tuned"
+    names = ("absorption", "importance", "stability")
+    first, *others = (manifest.pick(name).resolved("full") for name in names)
+    shared = "model layer activations n_tokens targets seeds steps batch_size d_sae tuned"
     for name in shared.split():
-        assert ours[name] == theirs[name], name
+        assert all(given[name] == first[name] for given in others), name
+    importance, stability = ({*given["methods"]} for given in others)
+    assert stability < importance
+    controls = {m for m in importance if get_method(m).mask in CONTROLS}
+    assert importance - controls < {*first["methods"]}
+    assert {twin_method(m) for m in controls} < importance and len(controls) == 4
 
 
 def test_on_smollm2_the_rates_are_those_that_the_committed_search_chose():

@@ -277,8 +277,9 @@ NO_MASK = " On Matryoshka, tuning chose no mask."  # ends the first sentence of 
 def test_one_world_alone_has_a_verdict(runs, missing, kept, gone):
     "The tables and sentences of the other world stay as they are."
     before = subjects(runs)
-    (runs / "tables" / f"{missing}-runs.csv").unlink()
-    (runs / "tables" / "stability-runs.csv").unlink()
+    measured = ("planted",) if missing == "planted" else ("absorption", "importance")
+    for name in (*measured, "stability"):
+        (runs / "tables" / f"{name}-runs.csv").unlink()
     after = subjects(runs)
     assert before[kept] == after[kept] and after[kept].endswith(NO_MASK)
     assert gone not in after and {"Reconstruction cost", "Importance"} <= after.keys()
@@ -768,11 +769,14 @@ def agree_rows(agreement, l0s=(4, 8), seeds=5):
     )
 
 
-def small(planted=None, letters=None, tuned=None, agreement=None, **more):
-    "The evidence of small tables; every base is the twin of its masked form without `tuned`."
+def small(planted=None, letters=None, tuned=None, agreement=None, controls=None, **more):
+    """The evidence of small tables; every base is the twin of its masked form without `tuned`.
+
+    The controls of the language model stand in `letters` if `controls` is not given."""
     return Evidence(
         planted=read_rows("planted", planted or {}),
         letters=read_rows("nano-gemma2", letters or {}),
+        controls=read_rows("nano-gemma2", (letters if controls is None else controls) or {}),
         agreement=agree_rows(agreement or {}),
         unmasked={},
         tuned={world: tuned or {} for world in ("planted", "model")},
@@ -872,6 +876,19 @@ def test_atm_is_compared_with_each_control():
         and table[RAW.heading][0].startswith("**less** -0.2000 ± ")
     )
     assert control_table(small(planted=TWINS)).empty
+
+
+def test_on_the_language_model_the_controls_stand_beside_an_atm_of_their_own():
+    "The SAEs of the object `importance` are compared with each other, and with no others."
+    shifted = {method: (one + 0.3, other + 0.3) for method, (one, other) in TWINS.items()}
+    evidence = small(letters=shifted, controls=CONTROLLED)
+    line = effect_lines(evidence.control_effects, FULL_SCORE)["atm", "dropout"]
+    assert line.mean == pytest.approx(CONTROLLED["atm"][0] - 0.30)
+    assert effect_lines(evidence.mask_effects, FULL_SCORE)["atm", "standard"].mean == (
+        pytest.approx(TWINS["atm"][0] - TWINS["standard"][0])
+    )
+    assert small(letters=CONTROLLED, controls={}).control_effects.empty
+    assert evidence.of_world(planted=True).control_effects.empty
 
 
 def test_the_share_of_the_shuffled_control_by_hand():

@@ -379,12 +379,13 @@ def _side_effects(evidence: Mapping[str, Evidence]) -> dict[str, str]:
 
 def _importance_cells(world: str, evidence: Evidence) -> dict[str, str]:
     "Each masked form against each control that was run in one world; empty if none was."
-    parts = _absorption_parts(world, evidence, evidence.control_effects)
+    effects, evidence = evidence.control_effects, evidence.beside_controls
+    parts = _absorption_parts(world, evidence, effects)
     words = []
     for mask, label in CONTROLS.items():
         of = [replace(part, lines=_of_mask(part.lines, mask)) for part in parts]
         words += [f"minus {label}, {_findings(of)}"] if of and of[0].lines else []
-    beside = _beside(world, evidence, evidence.control_effects)
+    beside = _beside(world, evidence, effects)
     return _cells(parts, "; ".join(words), beside) if words else {}
 
 
@@ -454,7 +455,7 @@ def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
     kind, mask = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
     minus = "" if kind == TWIN else f"minus {OTHERS[TUNED]}: "
     price = _price_parts(world, evidence, kind)
-    control = _absorption_parts(world, evidence, evidence.control_effects)
+    control = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
     order = _absorption_parts(world, evidence, evidence.order_effects)
     found = {
         MASK_QUESTION: (mask, lambda: minus + _findings(mask) + _too_few(mask)),

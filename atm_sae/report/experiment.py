@@ -7,6 +7,7 @@ __all__ = [
     "Experiment",
     "training_rows",
     "training_passes",
+    "letter_scores",
     "planted_scores",
     "published_scores",
     "bfloat16_gap",
@@ -38,8 +39,10 @@ from ..data.activations import ActivationSpec, get_activations
 from ..data.batches import cached_batches, held_out_activations, held_out_tokens
 from ..data.lm import LM, load_lm, model_width
 from ..data.synthsaebench import planted_world
+from ..evals.absorption import AbsorptionResult, WordLatents, best_single_latent_f1
 from ..evals.first_letter import FirstLetterTask, get_tasks
-from ..evals.metrics import planted_metrics
+from ..evals.metrics import planted_metrics, reconstruction_metrics
+from ..evals.scores import get_absorption
 from ..methods import method_name
 from .manifest import load_manifest
 from .tables import reports_folder
@@ -136,6 +139,27 @@ def training_passes(
     if not 0 < batch_size <= rows:
         raise ValueError(f"training_passes: batch_size {batch_size} does not fit {rows} rows")
     return steps / (rows // batch_size)
+
+
+# %% ../../nbs/report/experiment.ipynb #f2ffbc5b
+def letter_scores(
+    run: Run,
+    words: Sequence[WordLatents],  # of its SAE, one for each evaluation seed
+    exact: AbsorptionResult,  # of these words, by the exact protocol
+    x: Tensor,  # (n, d_in) held-out activations
+) -> dict[str, float]:
+    "Absorption by both protocols, letter F1, reconstruction, L0, dead share and mask rate."
+    released = get_absorption(run.sae, words, protocol="saebench")
+    core = reconstruction_metrics(run.sae, x)
+    f1 = [best_single_latent_f1(run.sae, each).f1.mean() for each in words]
+    more = {
+        "mean_ablation_absorption_rate": exact.ablation,
+        "mean_num_split_features": exact.n_split,
+        "letter_f1": sum(f1) / len(f1),
+        "mask_rate": run.history.table.mask_rate.mean(),
+    }
+    more |= {name: core[name] for name in ("explained_variance", "dead_share", "l0")}
+    return exact.metrics | released.metrics | more
 
 
 # %% ../../nbs/report/experiment.ipynb #cell-12

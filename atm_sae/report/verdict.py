@@ -413,11 +413,12 @@ def planted_rows(
 
 def letter_rows(
     folder: str | Path,  # a reports folder
+    name: str = "absorption",  # or "importance": the object that measured them
 ) -> pd.DataFrame:
-    """tables/absorption-runs.csv without pretrained SAEs, which have no seed; with FVU.
+    """tables/NAME-runs.csv without pretrained SAEs, which have no seed; with FVU.
 
     An empty table if it was not made. The ablation rate is NaN where it was not measured."""
-    rows = _runs(folder, "absorption", (*_KEYS, *LETTER_METRICS, "explained_variance"))
+    rows = _runs(folder, name, (*_KEYS, *LETTER_METRICS, "explained_variance"))
     rows = rows.dropna(subset="seed")
     rate = rows[ABLATION] if ABLATION in rows else math.nan
     return rows.assign(fvu=1 - rows.explained_variance, **{ABLATION: rate})
@@ -455,12 +456,15 @@ class Evidence:
     best: str = ""  # the attempt with the lowest cost; empty if there is none
     at_published: pd.DataFrame = field(default_factory=_no_rows)  # `published_rows`
     largest_l0: float = math.nan  # of the SAEs on the language model
+    # `equal_l0_rows` of the language model's masks and their controls
+    controls: pd.DataFrame = field(default_factory=_no_rows)
 
     def of_world(self, planted: bool) -> "Evidence":
         "The same for the planted world alone, or for the language model alone."
         agreement = self.agreement[(self.agreement.world == "planted") == planted]
         if planted:
-            return replace(self, letters=self.letters[:0], agreement=agreement, layer="")
+            none = dict(letters=self.letters[:0], controls=self.controls[:0])
+            return replace(self, **none, agreement=agreement, layer="")
         return replace(self, planted=self.planted[:0], agreement=agreement)
 
     def read(self, world: str) -> pd.DataFrame:
@@ -552,10 +556,15 @@ class Evidence:
         return found
 
     @cached_property
+    def beside_controls(self) -> "Evidence":
+        "The same with the SAEs that stand beside the mask's controls."
+        return replace(self, letters=self.controls)
+
+    @cached_property
     def control_effects(self) -> pd.DataFrame:
         "Is it the importance? `EFFECT_COLUMNS` of each masked method minus each of its controls."
         controls = [(m, with_mask(b, mask)) for mask in CONTROLS for b, m in MASKED.items()]
-        return self.compare(controls)
+        return self.beside_controls.compare(controls)
 
     @cached_property
     def rival_effects(self) -> dict[str, pd.DataFrame]:
@@ -603,6 +612,7 @@ def read_evidence(
         l0s, model_l0s = parameters.get("l0s", EQUAL_L0), parameters.get("model_l0s")
     l0s, model_l0s = list(l0s), list(model_l0s or l0s)
     planted, letters = planted_rows(folder), letter_rows(folder)
+    controls = letter_rows(folder, "importance")
     if planted.empty and letters.empty:
         return None
     return Evidence(
@@ -615,6 +625,7 @@ def read_evidence(
         best=parameters.get("best", "") if best is None else best,
         at_published=published_rows(letters),
         largest_l0=float(letters.l0.max()),
+        controls=equal_l0_rows(controls, measured_metrics(controls), model_l0s),
     )
 
 
@@ -1360,7 +1371,8 @@ def _shuffled_share(
 ) -> str:
     "`TopK 80% (-0.08 of -0.10; ...)` at the L0s that all three reach; empty without a control."
     control = with_mask(masked, "shuffled")
-    there = evidence.where_all([masked, twin, control]).read(WORLD_KEYS[world])
+    of_all = evidence.beside_controls.where_all([masked, twin, control])
+    there = of_all.read(WORLD_KEYS[world])
     if control not in {*there.method}:
         return ""
     wide = _by_method(there, measure.metric)
