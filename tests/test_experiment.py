@@ -13,12 +13,19 @@ from atm_sae.core import pick_device
 from atm_sae.data.activations import ActivationSpec, get_activations
 from atm_sae.data.batches import cached_batches, held_out_activations
 from atm_sae.data.planted import PlantedWorld, WorldConfig
-from atm_sae.evals.metrics import planted_metrics
+from atm_sae.evals.absorption import (
+    SAEBENCH_THRESHOLDS,
+    best_single_latent_f1,
+    evaluate_absorption,
+    word_latents,
+)
+from atm_sae.evals.metrics import planted_metrics, reconstruction_metrics
 from atm_sae.report.experiment import (
     Experiment,
     bfloat16_gap,
     bfloat16_rounding,
     implied_l0,
+    letter_scores,
     log_log_at,
     plain_log_ticks,
     planted_scores,
@@ -84,6 +91,23 @@ def test_planted_scores_are_those_of_the_runs_own_world(tmp_path, monkeypatch):
     expected = planted_metrics(run.sae, PlantedWorld(data), n=500, seed=10_003)
     assert expected.pop("n_outliers") == 0
     assert planted_scores(run, 500) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # after a few steps the scores mean nothing
+def test_letter_scores_are_those_of_the_evaluators(experiment):
+    "The numbers of both protocols, reconstruction, and the mask rate of the run."
+    (run,) = experiment.runs(["topk+atm"], [8], [0], d_sae=128, steps=20, batch_size=256)
+    task, x = experiment.task(600), experiment.held_out(200)
+    words = word_latents(run.sae, task)
+    exact = evaluate_absorption(run.sae, words, SAEBENCH_THRESHOLDS)
+    scores = letter_scores(run, [words], exact, x)
+    released = evaluate_absorption(run.sae, words, protocol="saebench").metrics
+    assert exact.metrics.items() | released.items() <= scores.items()
+    core = reconstruction_metrics(run.sae, x)
+    for name in ("explained_variance", "dead_share", "l0"):
+        assert scores[name] == core[name]
+    assert scores["letter_f1"] == best_single_latent_f1(run.sae, words).f1.mean()
+    assert 0 < scores["mask_rate"] == run.history.table.mask_rate.mean()
 
 
 def test_published_scores_without_an_l0():
