@@ -30,13 +30,15 @@ from atm_sae.evals.metrics import (
 )
 from atm_sae.evals.probing import ProbingTask, build_probing, score_probing
 from atm_sae.evals.reading import word_activations
-from atm_sae.evals.stability import read_without_learning
+from atm_sae.evals.stability import frozen_movement, read_without_learning
 from atm_sae.evals.swap import swap_words
 from atm_sae.methods import METHODS
+from atm_sae.report import tables
+from atm_sae.report.tables import score_runs
 from atm_sae.sae.architectures import SAEConfig
 from atm_sae.sae.atm import ATMConfig, make_masker
 from atm_sae.sae.sae import SAE, calibrate_l0, random_sae
-from atm_sae.train.runs import make_trainer
+from atm_sae.train.runs import Run, SAEFile, get_run, make_trainer
 
 TOKENS = torch.randint(5, 900, (6, 20), generator=torch.Generator().manual_seed(0))
 
@@ -244,6 +246,40 @@ def test_planted_scores_stay_on_the_device():
         with fake_gpu():
             on_gpu = copy.deepcopy(sae).to("cuda")
             assert same(expected, measure(on_gpu, PlantedWorld(WORLD), 300))
+
+
+def file_run(tmp_path):
+    "A run whose SAE is read from its file each time that nothing holds it."
+    spec = small("topk")
+    SAE(spec.sae).requires_grad_(False).save(tmp_path / "sae")
+    return Run(spec, SAEFile(spec, tmp_path), None, tmp_path)
+
+
+def test_runs_are_scored_on_the_default_device(tmp_path, monkeypatch):
+    "The SAE is moved once, held while it is scored, and the caller's SAE stays where it is."
+    held, places = file_run(tmp_path), []
+
+    def score(run):
+        places.append((run.sae.W_dec.device.type, run.sae is run.sae))
+        return planted_metrics(run.sae, PlantedWorld(WORLD), 300)
+
+    own = held.sae
+    expected = score_runs(score, [held], "planted", progress=False)
+    monkeypatch.setattr(tables, "pick_device", lambda name: torch.device("cuda"))
+    with fake_gpu():
+        found = score_runs(score, [held] * 8, "planted", progress=False)
+    assert places == [("cpu", True)] + [("cuda", True)] * 8
+    assert own.W_dec.device.type == "cpu" and held.sae is own
+    (row,) = expected.select_dtypes("number").to_dict("records")
+    assert all(same(row, line) for line in found[[*row]].to_dict("records"))
+
+
+def test_frozen_movement_is_measured_on_the_device(cache):
+    run = get_run(small("atm"), progress=False)
+    expected = frozen_movement(run, (4, 8), 2)
+    with fake_gpu():
+        there = replace(run, source=copy.deepcopy(run.sae).to("cuda"))
+        assert same(expected, frozen_movement(there, (4, 8), 2))
 
 
 def copies(lm, batch_size, run):

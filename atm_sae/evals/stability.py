@@ -178,16 +178,15 @@ def frozen_movement(
     if not isinstance(spec, RunSpec) or spec.atm is None:
         raise ValueError(f"frozen_movement: {spec.method!r} has no mask, so no importance")
     rate = run.history.table[TWIN_RATES.get(spec.atm.control, "mask_rate")].iloc[-1:].tolist()
-    masker = make_masker(
-        spec.atm, spec.sae.d_sae, spec.train.steps, rates=rate, seed=spec.train.seed
-    )
+    sae, size = run.sae, (spec.sae.d_sae, spec.train.steps)
+    masker = make_masker(spec.atm, *size, device=sae.W_dec.device, rates=rate, seed=spec.train.seed)
     assert masker is not None  # there is a config
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     draw = generator(spec.seed, "stability")
     first = min(moments[0], first)
     masker.step = moments[0] - first  # where training was, for a mask that fades
-    before = read_without_learning(run.sae, masker, batches, first, draw)
-    after = read_without_learning(run.sae, masker, batches, moments[1] - moments[0], draw)
+    before = read_without_learning(sae, masker, batches, first, draw)
+    after = read_without_learning(sae, masker, batches, moments[1] - moments[0], draw)
     return {f"{name}_frozen": value for name, value in movement(before, after).items()}
 
 
