@@ -58,7 +58,7 @@ from atm_sae.data.lm import (
     prefix_cache,
 )
 from .first_letter import LETTERS, FirstLetterTask
-from .metrics import Dictionary, Encoder, ordinary_rows
+from .metrics import Dictionary, Encoder, Watch, ordinary_rows
 from .probes import f1_score, fit_l1_probes, fit_logistic
 from .swap import SwapResult, block_inputs, swapped_logits
 from .released import Released
@@ -379,11 +379,18 @@ def encode_words(
     sae: Encoder,  # anything with encode, W_dec, d_in
     x: Tensor,  # (n, d_in) activations
     batch_size: int = 1024,  # rows at a time, at most; fewer for a wide SAE
+    watch: Watch | None = None,  # is called with each batch of x and its latents, as encoded
 ) -> tuple[sparse.csr_matrix, Tensor]:  # latents (n, d_sae), unit decoder rows (d_sae, d_in)
     "Latents in units of length of the unit decoder rows. ValueError if one is NaN or infinite."
     W_dec = sae.W_dec.detach()
     norm, batch = W_dec.float().norm(dim=1), max(1, min(batch_size, _ENTRIES // len(W_dec)))
-    parts = [_to_csr(sae.encode(part.to(W_dec)).float() * norm) for part in x.split(batch)]
+    parts = []
+    for part in x.split(batch):
+        part = part.to(W_dec)
+        latents = sae.encode(part)
+        if watch is not None:
+            watch(part, latents)
+        parts.append(_to_csr(latents.float() * norm))
     z = sparse.vstack(parts, format="csr")
     bad = int((~np.isfinite(z.data)).sum())
     if bad:
@@ -444,6 +451,7 @@ def word_latents(
     sae: Encoder,  # anything with encode, W_dec (d_sae, d_in)
     task: FirstLetterTask | WordLatents,  # latents that are there already are returned
     batch_size: int = 1024,  # words encoded at a time
+    watch: Watch | None = None,  # of `encode_words`
 ) -> WordLatents:
     """Encode the words of a task whose activation is no outlier.
 
@@ -455,7 +463,7 @@ def word_latents(
     _check_fits(sae, task)
     ordinary = ordinary_rows(sae, task.x)
     x = task.x if ordinary.all() else task.x[ordinary]
-    return WordLatents(sae, task, ordinary, *encode_words(sae, x, batch_size))
+    return WordLatents(sae, task, ordinary, *encode_words(sae, x, batch_size, watch))
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-43
