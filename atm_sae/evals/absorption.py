@@ -8,6 +8,7 @@ __all__ = [
     "Indices",
     "PROTOCOLS",
     "METRIC_NAMES",
+    "Scored",
     "AbsorptionConfig",
     "full_absorption",
     "absorbed_projection",
@@ -30,6 +31,7 @@ __all__ = [
     "describe_sae",
     "WordNotRead",
     "warn_not_read",
+    "list_tasks",
     "evaluate_absorption",
     "best_single_latent_f1",
 ]
@@ -39,7 +41,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -758,12 +760,21 @@ def _setting(tasks: list[FirstLetterTask], n_outliers: int, protocol: str) -> di
     )
 
 
+Scored: TypeAlias = FirstLetterTask | WordLatents  # a task, or the latents of its words
+
+
+def list_tasks(
+    tasks: Scored | Sequence[Scored],  # one, or several
+) -> tuple[list[Scored], list[FirstLetterTask]]:
+    "What was given, as a list, and the task of each."
+    given = [tasks] if isinstance(tasks, FirstLetterTask | WordLatents) else list(tasks)
+    return given, [each.task if isinstance(each, WordLatents) else each for each in given]
+
+
 @one_thread()
 def evaluate_absorption(
     sae: Encoder,  # anything with encode, W_dec (d_sae, d_in)
-    tasks: FirstLetterTask
-    | WordLatents
-    | Sequence[FirstLetterTask | WordLatents],  # one, or one for each evaluation seed
+    tasks: Scored | Sequence[Scored],  # one, or one for each evaluation seed
     config: AbsorptionConfig = SAEBENCH_THRESHOLDS,
     lm: LM | None = None,  # the tasks' LM: adds the third score, the rate of Chanin et al.
     batch_size: int = 1024,  # words encoded at a time
@@ -775,8 +786,7 @@ def evaluate_absorption(
     The result's `config["n_outliers"]` counts these, over all tasks. Warns with `WordNotRead`
     where the model does not read the word (`config["swap"]`).
     ValueError if it does not fit the task, or too few letters have a good probe."""
-    given = [tasks] if isinstance(tasks, FirstLetterTask | WordLatents) else list(tasks)
-    whole = [each.task if isinstance(each, WordLatents) else each for each in given]
+    given, whole = list_tasks(tasks)
     _check_tasks(whole)
     for task in whole:
         _check_fits(sae, task)
