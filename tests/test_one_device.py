@@ -18,7 +18,12 @@ from atm_sae.data.batches import StreamBatches
 from atm_sae.data.lm import in_threads, next_token_losses, read_site, share_weights
 from atm_sae.data.planted import PlantedWorld, WorldBatches
 from atm_sae.data.text import TokenRows
-from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption, integrated_effects
+from atm_sae.evals.absorption import (
+    AbsorptionConfig,
+    encode_words,
+    evaluate_absorption,
+    integrated_effects,
+)
 from atm_sae.evals.first_letter import TaskSpec, build_task, letter_indices, word_prompts
 from atm_sae.evals.metrics import (
     activation_frequency,
@@ -301,6 +306,16 @@ def test_a_batch_of_the_spliced_model_waits_for_the_gpu_a_few_times(lm, sae):
     one = copies(lm, 1, lambda lm, n: plain_pass(lm, TOKENS[:1]))
     passes = 4  # read the inputs, untouched, zeros, SAE
     assert six["reads"] - two["reads"] <= 4 * (passes * one["reads"] + 2)
+
+
+def test_a_batch_of_words_waits_for_the_gpu_four_times(sae, words):
+    "For the number of its entries, and for their values, columns and rows."
+    expected, _ = encode_words(sae, words.x, 100)
+    with fake_gpu() as counts:
+        found, _ = encode_words(copy.deepcopy(sae).to("cuda"), words.x, 100)
+        batches = -(-len(words.x) // 100)
+        assert counts["sizes"] == batches and counts["to_host"] == 3 * batches
+    assert (expected != found).nnz == 0 and (expected.indptr == found.indptr).all()
 
 
 def plain_pass(lm, rows):

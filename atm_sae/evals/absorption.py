@@ -369,10 +369,10 @@ _ENTRIES = 2**24  # of a dense array that is held at a time
 
 def _to_csr(z: Tensor) -> sparse.csr_matrix:
     "A dense tensor as a sparse matrix on the CPU; only the entries that are not zero are copied."
-    rows, columns = z.nonzero().unbind(1)
-    ends = rows.bincount(minlength=len(z)).cumsum(0)
+    rows, columns = z.nonzero().unbind(1)  # sync: how many entries there are
+    ends = (z != 0).sum(1).cumsum(0)
     parts = (z[rows, columns], columns.int(), F.pad(ends, (1, 0)).int())
-    on_cpu = tuple(part.cpu().numpy() for part in parts)  # sync: once a batch
+    on_cpu = tuple(part.cpu().numpy() for part in parts)  # sync: three copies a batch
     return sparse.csr_matrix(on_cpu, shape=tuple(z.shape))
 
 
@@ -482,6 +482,7 @@ def _ranked(
     ranked = protocol.rank(z[train], letter, counts, task.seed, config.max_k, config.l1_share)
     for j, i in enumerate(counts):
         if not len(ranked[j]):
+            # sync: for a letter without a ranked latent
             ranked[j] = np.array([int((W_dec @ task.directions[i].to(W_dec)).argmax())])
     columns, values = z.tocsc(), torch.zeros(len(counts), len(train), config.max_k)
     for value, latents in zip(values, ranked):
@@ -513,6 +514,7 @@ def _score_words(
         fraction=absorption_fraction(dense, c, chosen, A, config),
         absorber=others.argmax(1),
     )
+    # sync: eight copies for the words of a letter, or a part of them
     return pd.DataFrame({k: v.cpu().numpy() for k, v in table.items()})
 
 

@@ -107,7 +107,7 @@ def ordinary_rows(
     "Which activations are no outliers for this SAE. ValueError if all are outliers."
     limit = outlier_limit(sae, x)
     ordinary = ~is_outlier(x, limit)
-    if len(x) and not ordinary.any():  # sync
+    if len(x) and not ordinary.any():  # sync: once for all rows
         raise ValueError(
             f"all {len(x)} activations are outliers: their norms exceed the SAE's limit of "
             f"{limit:.4g}: are they of the model and layer that it was trained on?"
@@ -652,7 +652,7 @@ def _detection_sums(
         part = x.to(sae.W_dec)
         z = sae.encode(part)
         x_hat = sae.decode(z)
-        active, on = (z != 0).cpu(), a[:, feature] > 0
+        active, on = (z != 0).cpu(), a[:, feature] > 0  # sync: a batch in one copy
         sums = _batch_sums(part, z, x_hat) | dict(
             both=(active & on).sum(0),
             n_feature=on.sum(0),

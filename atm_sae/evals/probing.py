@@ -434,6 +434,7 @@ def probe_accuracy(
         best = top_features(x_train, y_train, k)
         x_train, x_test = x_train[:, best], x_test[:, best]
     w, b = fit_probe(x_train, y_train)
+    # sync: one number for a probe
     return float(((_logits(x_test, w, b) > 0) == y_test).double().mean())
 
 

@@ -154,7 +154,7 @@ def read_without_learning(
     "The masker's importances after `steps` batches, which the SAE encodes but does not learn from."
     for _ in range(steps):
         x = next(batches).to(sae.W_dec)
-        x = replace_outliers(x, ~ordinary_rows(sae, x))
+        x = replace_outliers(x, ~ordinary_rows(sae, x))  # sync: is there an ordinary row?
         z = sae.encode(x)
         keep = masker.sample(draw, len(x))
         h = z * masker.factor(keep)
