@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import fake_gpu as fake
 import numpy as np
 import pytest
 import torch
@@ -35,7 +36,7 @@ from atm_sae.evals.metrics import (
 )
 from atm_sae.evals.probing import ProbingTask, build_probing, score_probing
 from atm_sae.evals.reading import word_activations
-from atm_sae.evals.stability import frozen_movement, read_without_learning
+from atm_sae.evals.stability import frozen_movement, movement, read_without_learning
 from atm_sae.evals.swap import swap_words
 from atm_sae.methods import METHODS
 from atm_sae.report import tables
@@ -387,3 +388,48 @@ def test_numbers_move_from_a_device_without_float64():
     assert with_float64(x) is x
     mps = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: x)
     assert with_float64(mps) is x
+
+
+# --- a device without float64
+
+
+@pytest.fixture
+def mps(monkeypatch):
+    "The fake GPU calls itself 'mps', and a float64 tensor there is an error."
+    make = GPUTensor.__new__
+
+    def checked(cls, held, requires_grad=False):
+        if held.dtype == torch.float64:
+            raise TypeError("MPS has no float64")
+        return make(cls, held, requires_grad)
+
+    def is_mps(device):
+        return device is not None and torch.device(device).type in ("cuda", "mps", "meta")
+
+    def as_meta(device):
+        return torch.device("meta") if is_mps(device) else device
+
+    monkeypatch.setattr(fake, "GPU", torch.device("mps", 0))
+    monkeypatch.setattr(fake, "_is_gpu", is_mps)
+    monkeypatch.setattr(fake, "_as_meta", as_meta)
+    monkeypatch.setattr(GPUTensor, "__new__", checked)
+
+
+def moves(x):
+    return movement(x[0], x[1])
+
+
+def test_float64_is_used_on_the_cpu_alone(mps):
+    sae = SAE(SAEConfig(8, 16, architecture="topk", k=3)).requires_grad_(False)
+    x = torch.rand(2, 16, generator=generator(0)) + 0.1
+    rows = torch.randn(50, 8, generator=generator(1))
+    world = PlantedWorld(WORLD)
+    expected = moves(x), reconstruction_metrics(sae, rows), planted_metrics(sae, world, 300)
+    expected += (synthsaebench_metrics(sae, world, 300),)
+    with fake_gpu():
+        with pytest.raises(TypeError, match="no float64"):
+            x.to("cuda").double()
+        there = copy.deepcopy(sae).to("cuda")
+        found = moves(x.to("cuda")), reconstruction_metrics(there, rows)
+        found += planted_metrics(there, world, 300), synthsaebench_metrics(there, world, 300)
+        assert same(expected, found)

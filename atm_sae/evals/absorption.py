@@ -243,7 +243,9 @@ def main_latents(
     Y_test: Tensor,  # (letters, m) bool
     jump: float = 0.03,  # F1 by which each further latent must improve
 ) -> tuple[Tensor, Tensor, Tensor]:  # number and F1 (letters,), test words found (letters, m)
-    "Add latents as long as the F1 of a probe on them grows by `jump`; the first always counts."
+    """Add latents as long as the F1 of a probe on them grows by `jump`; the first always counts.
+
+    The probes are solved in float64 on the CPU, where the values must be."""
     number = torch.zeros(len(Y_test), dtype=torch.long)
     best = torch.full((len(Y_test),), -1.0, dtype=torch.float64)
     found = torch.zeros_like(Y_test)

@@ -126,6 +126,7 @@ def rows_key(
 def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
     "The sums over one batch that the averages need."
     active = z != 0
+    # MPS has no float64, so its batches are summed on the CPU
     x, z, x_hat = (with_float64(v).double() for v in (x, z, x_hat))
     return dict(
         n=len(x),
@@ -653,11 +654,12 @@ def _detection_sums(
         z = sae.encode(part)
         x_hat = sae.decode(z)
         active, on = (z != 0).cpu(), a[:, feature] > 0  # sync: a batch in one copy
+        shrunk = x_hat.norm(dim=1) / part.norm(dim=1).clamp(min=1e-6)
         sums = _batch_sums(part, z, x_hat) | dict(
             both=(active & on).sum(0),
             n_feature=on.sum(0),
             true_l0=(a > 0).sum(),
-            ratio=(x_hat.norm(dim=1) / part.norm(dim=1).clamp(min=1e-6)).double().sum(),
+            ratio=with_float64(shrunk).double().sum(),  # on the CPU if the device is MPS
         )
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value
@@ -730,5 +732,6 @@ def late_movement(
 
 def importance_movement(before: Tensor | np.ndarray, after: Tensor | np.ndarray) -> float:
     "Mean absolute change of a vector (d_sae,), relative to its mean absolute value before."
-    before, after = torch.as_tensor(before).double(), torch.as_tensor(after).double()
+    # MPS has no float64, so numbers from there are compared on the CPU
+    before, after = (with_float64(torch.as_tensor(v)).double() for v in (before, after))
     return float((after - before).abs().mean() / before.abs().mean())

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 def balanced_weights(
     y: Tensor,  # (..., n) bool, the labels
 ) -> Tensor:  # (..., n), with sum n, half of it on each class
-    "Weights of the samples. ValueError if a problem has only one class."
+    "Weights, float64, on the device of y, not MPS. ValueError if a problem has only one class."
     n, n_pos = y.shape[-1], y.sum(-1, keepdim=True)
     alone = n_pos[(n_pos == 0) | (n_pos == n)]  # sync: how many there are
     if alone.numel():
@@ -82,6 +82,7 @@ def fit_logistic(
 ) -> tuple[Tensor, Tensor]:  # w (..., d), b (...), both float64
     """Class-balanced logistic regression, by Newton's method with step halving.
 
+    Solved in float64 on the device of x. MPS has no float64: copy its inputs to the CPU first.
     ValueError if an input is not finite, RuntimeError if it does not converge."""
     if not torch.isfinite(x).all():
         raise ValueError("fit_logistic: inputs are NaN or infinite")
@@ -219,6 +220,7 @@ def fit_l2_probes(
 ) -> tuple[Tensor, Tensor]:  # W (d, m), b (m,), both float64
     """Class-balanced logistic probes of many questions, to the optimum: `fit_logistic` for each.
 
+    Solved in float64 on the device of x. MPS has no float64: copy its inputs to the CPU first.
     ValueError if an input is not finite, RuntimeError if the optimum is not reached."""
     if not torch.isfinite(x).all():
         raise ValueError("fit_l2_probes: inputs are NaN or infinite")
@@ -244,7 +246,9 @@ def fit_l2_probes(
 
 # %% ../../nbs/evals/probes.ipynb #cell-19
 def f1_score(predicted: Tensor, actual: Tensor) -> Tensor:
-    "F1 of bool vectors (..., n), a tensor (...); 0 if nothing is predicted or there."
+    """F1 of bool vectors (..., n), a tensor (...); 0 if nothing is predicted or there.
+
+    Computed in float64 on their device, not MPS."""
     total = predicted.sum(-1) + actual.sum(-1)
     return 2 * (predicted & actual).sum(-1) / total.clamp(min=1).double()
 
@@ -420,7 +424,7 @@ def fit_l1_probes(
     tol: float = 1e-5,  # largest error of a weight, in units of the penalty; see kkt_error
     max_steps: int = 200,
 ) -> tuple[np.ndarray, np.ndarray]:  # W (d, m), b (m,)
-    """Balanced L1-regularised logistic probes, to the optimum.
+    """Balanced L1-regularised logistic probes, to the optimum. Solved in float64 on the CPU.
 
     ValueError for impossible inputs, RuntimeError if the optimum is not reached."""
     _check_l1(x, share)

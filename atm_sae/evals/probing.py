@@ -446,7 +446,7 @@ def _accuracies(
     ks: Sequence[int],
 ) -> list[dict[str, float]]:
     "For each task, the accuracies of probes on k features, and on all."
-    found, x = [], with_float64(x)
+    found, x = [], with_float64(x)  # on the CPU if the device is MPS, which has no float64
     on = partial(torch.tensor, device=x.device)
     for task in data.tasks:
         train = on([data.texts[text] for text in task.train_texts])

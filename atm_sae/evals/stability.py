@@ -29,7 +29,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..core import generator, replace_outliers
+from ..core import generator, replace_outliers, with_float64
 from ..data.batches import Batches, data_batches
 from atm_sae.evals.metrics import (
     Autoencoder,
@@ -110,7 +110,8 @@ def movement(
     return dict(
         importance_movement=importance_movement(before, after),
         mask_movement=importance_movement(*hidden),
-        changed_sides=float((above[0] != above[1]).double().mean()),
+        # on the CPU if the device is MPS, which has no float64
+        changed_sides=float(with_float64(above[0] != above[1]).double().mean()),
     )
 
 
