@@ -197,7 +197,7 @@ class ReconstructionSums:
             l1=float(s["l1"] / n),
             dead_share=float((s["active"] == 0).double().mean()),  # on the CPU, even from MPS
             shrinkage=float(s["x_hat2"] / s["dot"]) if s["dot"] else float("nan"),
-            n_tokens=n,
+            n_tokens=int(n),
             n_outliers=self.n_outliers,
         )
 
