@@ -1,14 +1,18 @@
 """Are the results of a GPU those of the CPU, and how much of the chip do training, extraction and
 evaluation use?
 
-    PYTHONPATH=. python benchmarks/gpu.py            # on a GPU: at most 8 minutes
-    PYTHONPATH=. python benchmarks/gpu.py --small    # tiny sizes, on any device: does it run?
+    PYTHONPATH=. python benchmarks/gpu.py              # on a GPU: at most 8 minutes
+    PYTHONPATH=. python benchmarks/gpu.py --budget 240 # parts that no longer fit are left out
+    PYTHONPATH=. python benchmarks/gpu.py --write      # and put the tables into README.md
+    PYTHONPATH=. python benchmarks/gpu.py --small      # tiny sizes, on any device: does it run?
 
 Needs PyTorch, transformers, safetensors, pandas, scipy and pytest, and no network. Writes gpu.json
 and gpu.md into the folder `--out`, anew after each part. A part that fails, or that is too slow,
-leaves its error there, and the next one starts."""
+leaves its error there, and the next one starts. The activations of the recipe are random numbers,
+23 GB in the folder `--scratch`; `--tokens` makes them fewer."""
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -16,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -29,10 +34,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("topk", "jumprelu", "standard", "atm")
 LARGE = dict(d_in=2304, widths=(16384, 65536), batches=(2048, 8192), square=8192, copied=2**30)
-LARGE |= dict(seconds=2.0, rows=16, context=1024, layer=12, words=1500, limit=420, part=60)
+LARGE |= dict(seconds=2.0, rows=16, context=1024, layer=12, words=1500, limit=480, part=60)
+LARGE |= dict(tokens=5_000_000, batch=2048, shard=2**18)
 SMALL = dict(d_in=32, widths=(64,), batches=(16,), square=64, copied=2**16)
 SMALL |= dict(seconds=0.0, rows=2, context=16, layer=1, words=150, limit=3600, part=600)
-TESTS = 150  # most seconds of the tests; `part` is that of any other part, `limit` that of all
+SMALL |= dict(tokens=600, batch=16, shard=256)
+TESTS, RECIPE = 150, 150  # most seconds of the tests and of the recipe; `part`: of any other part
+NEEDED = dict(tests=60, model=20, recipe=90)  # seconds that a part must have left; others: 5
+MARKERS = ("<!-- gpu: begin -->", "<!-- gpu: end -->")  # of the tables in README.md
+GOALS = dict(recipe=30, evaluation=20)  # seconds, fixed before the first run
+BOUNDS = dict(fp32=1e-3, bf16=0.1, scores=1e-2)  # largest differences from the CPU's fp32 numbers
 
 
 def synchronise(device):
@@ -78,6 +89,82 @@ def shares(seconds, operations, n_bytes, chip):
     )
 
 
+# --- the numbers of the CPU
+
+
+def world_trainer(method, device, precision, folder=None, steps=20):
+    "The trainer of a method in a small planted world, at its checkpoint if there is one."
+    from atm_sae.data.planted import PlantedWorld, WorldBatches, WorldConfig
+    from atm_sae.train.runs import make_trainer, recipe
+
+    world = WorldConfig(d_in=16, n_parents=4, n_free=20)
+    usual = dict(batch_size=64, log_every=100, precision=precision)
+    spec = recipe(method, world, 16, 64, 4, steps, 0, **usual)
+    batches = WorldBatches(PlantedWorld(world), 64, 0)
+    made = make_trainer(spec, batches, [0.1] * steps, device, folder)
+    made.restore_batches()
+    return made
+
+
+def trained(trainer, last):
+    "The weights after step `last`, as one vector on the CPU."
+    for step in range(trainer.steps, last):
+        trainer.step(trainer.read_batch(step + 1))
+    return torch.cat([w.detach().cpu().flatten() for w in trainer.sae.state_dict().values()])
+
+
+def compared(what, precision, difference, bound):
+    "A row of the table of equality."
+    return dict(
+        what=what,
+        precision=precision,
+        difference=difference,
+        bound=bound,
+        verdict="met" if difference <= bound else "NOT met",
+    )
+
+
+def equal_training(device):
+    "For each method and precision: norm of the difference of all weights, over their norm."
+    from atm_sae.methods import METHODS
+
+    rows = []
+    for method in (m for m in METHODS if m != "random"):
+        expected = trained(world_trainer(method, torch.device("cpu"), "fp32"), 20)
+        for precision in ("fp32", "bf16"):
+            found = trained(world_trainer(method, device, precision), 20)
+            difference = float((found - expected).norm() / expected.norm())
+            rows.append(compared(f"training, {method}", precision, difference, BOUNDS[precision]))
+    return rows
+
+
+def equal_resume(device):
+    "A training that was stopped and resumed on the device, against a whole one: no difference."
+    with tempfile.TemporaryDirectory() as folder:
+        whole = trained(world_trainer("topk+atm", device, "fp32"), 20)
+        stopped = world_trainer("topk+atm", device, "fp32", folder)
+        trained(stopped, 10)
+        stopped.save()
+        resumed = trained(world_trainer("topk+atm", device, "fp32", folder), 20)
+    return [compared("resumed training", "fp32", float((whole - resumed).abs().max()), 0.0)]
+
+
+def equal_scores(device):
+    "For each protocol: the largest difference of a score of a dictionary that absorbs by half."
+    from atm_sae.evals.absorption import PROTOCOLS, evaluate_absorption
+    from atm_sae.evals.constructed import absorbing_sae, letter_world, word_task
+
+    world, rows = letter_world(4, 64), []
+    sae, task = absorbing_sae(world, 0.5), word_task(world, n=20)
+    there = copy.deepcopy(sae).to(device)
+    for protocol in PROTOCOLS:
+        expected, found = (evaluate_absorption(s, task, protocol=protocol) for s in (sae, there))
+        pairs = ((getattr(r, name) for r in (expected, found)) for name in ("full", "fraction"))
+        difference = max(abs(a - b) for a, b in pairs)
+        rows.append(compared(f"absorption, {protocol}", "fp32", difference, BOUNDS["scores"]))
+    return rows
+
+
 # --- training
 
 
@@ -114,8 +201,8 @@ def hide_latents(masker):
     masker.warmup = masker.anneal = 0
 
 
-def training_step(method, d_in, d_sae, batch, device, sizes, chip):
-    """A row of the table of training steps.
+def training_step(method, d_in, d_sae, batch, device, sizes, chip, fast=True):
+    """A row of the table of training steps; `fast` takes the sparse code path where it is faster.
 
     Five matrix products of 2 * batch * d_in * d_sae operations: two forwards, three backwards. At
     least 28 bytes of traffic for each weight (Adam reads four numbers and writes three), and 6 for
@@ -124,7 +211,7 @@ def training_step(method, d_in, d_sae, batch, device, sizes, chip):
     from atm_sae.train.runs import make_trainer, recipe
 
     l0 = min(64, d_sae // 8)
-    usual = dict(batch_size=batch, log_every=100)
+    usual = dict(batch_size=batch, log_every=100, fast=fast)
     spec = recipe(method, WorldConfig(d_in=d_in), d_in, d_sae, l0, 10**5, 0, **usual)
     trainer = make_trainer(spec, ResidentBatches(d_in, batch, device), None, device)
     if trainer.masker is not None:
@@ -135,9 +222,61 @@ def training_step(method, d_in, d_sae, batch, device, sizes, chip):
     operations = 10 * batch * d_in * d_sae
     n_bytes = 28 * 2 * d_in * d_sae + 6 * batch * d_sae
     row = dict(method=method, d_sae=d_sae, batch=batch, samples_a_second=batch / seconds)
+    row["code_path"] = "sparse" if fast else "dense"
     if trainer.masker is not None:
         row["of_latents_hidden"] = trainer.masker.current_probability().mean().item()
     return row | shares(seconds, operations, n_bytes, chip)
+
+
+# --- the recipe of the paper
+
+
+def write_cache(folder, n, d_in, device, shard):
+    "An activation cache of `n` random rows in bfloat16, `shard` rows in a file."
+    from atm_sae.artefacts import write_json
+    from atm_sae.data.activations import ActivationCache, shard_name, write_shard
+
+    draws, shards = torch.Generator(device).manual_seed(0), []
+    for i, first in enumerate(range(0, n, shard)):
+        sizes = [min(2**16, left) for left in range(min(shard, n - first), 0, -(2**16))]
+        pieces = (torch.randn(m, d_in, generator=draws, device=device) for m in sizes)
+        rows, sha = write_shard(folder / shard_name(i), pieces, d_in, "bfloat16")
+        shards.append(dict(n=rows, sha256=sha))
+    about = dict(n=n, d_in=d_in, dtype="bfloat16", sha256="", shards=shards)
+    write_json(folder / "meta.json", about)
+    return ActivationCache.open(folder, verify=False)
+
+
+def train_from_cache(device, sizes, scratch):
+    "Seconds from the stored activations to a trained TopK SAE, once over all of them."
+    from atm_sae.data.batches import batches_for, cached_batches
+    from atm_sae.data.planted import WorldConfig
+    from atm_sae.sae.sae import SAE
+    from atm_sae.train.loop import train
+    from atm_sae.train.runs import recipe
+
+    d_in, d_sae, batch = sizes["d_in"], sizes["widths"][0], sizes["batch"]
+    steps, l0 = sizes["tokens"] // batch, min(64, d_sae // 8)
+    # the data of the recipe are not read: the batches are those of the cache
+    spec = recipe("topk", WorldConfig(d_in=d_in), d_in, d_sae, l0, steps, 0, batch)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        begin = time.perf_counter()
+        cache = write_cache(Path(folder), sizes["tokens"], d_in, device, sizes["shard"])
+        written = time.perf_counter() - begin
+        begin = time.perf_counter()
+        batches = batches_for(cached_batches(cache, batch, 0), device)
+        train(SAE(spec.sae).to(device), batches, spec.train, progress=False)
+        synchronise(device)
+        seconds = time.perf_counter() - begin
+    what = f"recipe: {sizes['tokens']:,} stored activations, one TopK SAE of {d_sae:,} latents"
+    row = dict(what=what, tokens_a_second=steps * batch / seconds, seconds=seconds)
+    return row | goal("recipe", seconds) | dict(seconds_to_write=written)
+
+
+def goal(name, seconds):
+    "The goal of a row and whether it is met; goals are those of the full sizes on a GPU."
+    met = "met" if seconds <= GOALS[name] else "NOT met"
+    return dict(goal=f"at most {GOALS[name]} s", verdict=met)
 
 
 # --- the model
@@ -265,16 +404,19 @@ class Parts:
     def __init__(self, out, device, small, sizes):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.found = dict(device=name, torch=torch.__version__, small=small, ceilings=None)
-        self.found |= dict(training=[], model=[], left_out=[], errors={}, seconds={})
+        self.found |= dict(equality=[], training=[], model=[], left_out=[], errors={}, seconds={})
         self.out, self.device, self.sizes = out, device, sizes
         self.begin = time.perf_counter()
 
     def run(self, name, function, seconds=None):
-        "What a part returns; None if it fails, is too slow, or starts after the limit."
+        "What a part returns; None if it fails, is too slow, or no longer fits into the budget."
         start, seconds = time.perf_counter(), seconds or self.sizes["part"]
-        if start - self.begin > self.sizes["limit"]:
-            self.found["left_out"].append(f"{name}: no time left")
+        left, needed = self.sizes["limit"] - (start - self.begin), NEEDED.get(name, 5)
+        if left < needed:
+            said = f"{name}: needs about {needed} s, {max(0, left):.0f} s are left"
+            self.found["left_out"].append(said)
             return None
+        seconds = min(seconds, left)
         signal.signal(signal.SIGALRM, partial(self.stop, seconds))
         signal.setitimer(signal.ITIMER_REAL, seconds)
         result = None
@@ -301,26 +443,34 @@ class Parts:
             torch.cuda.empty_cache()
 
 
-def measure(parts, device, sizes, small, tests):
+def measure(parts, device, sizes, small, tests, scratch):
     "All measurements, into `parts`: the most wanted ones first."
-    if tests:
-        parts.found["tests"] = parts.run("tests", lambda: run_tests(TESTS), TESTS + 30)
+    for part in (equal_training, equal_resume, equal_scores):
+        name = part.__name__.replace("_", " ")
+        parts.found["equality"] += parts.run(name, partial(part, device)) or []
         parts.write()
     chip = parts.found["ceilings"] = parts.run("ceilings", lambda: ceilings(device, sizes))
     parts.write()
     cases = [*product(sizes["widths"], sizes["batches"], METHODS)]
     for d_sae, batch, method in cases[: len(METHODS)]:  # the smallest size of each method
         measure_training(parts, method, d_sae, batch, device, sizes, chip)
+    row = parts.run("recipe", lambda: train_from_cache(device, sizes, scratch), RECIPE)
+    parts.found["model"] += [row] if row else []
     measure_model(parts, device, sizes, small, chip)
+    for d_sae, batch, method in cases[: len(METHODS)]:
+        measure_training(parts, method, d_sae, batch, device, sizes, chip, fast=False)
+    if tests:
+        parts.found["tests"] = parts.run("tests", lambda: run_tests(TESTS), TESTS + 30)
+        parts.write()
     for d_sae, batch, method in cases[len(METHODS) :]:
         measure_training(parts, method, d_sae, batch, device, sizes, chip)
 
 
-def measure_training(parts, method, d_sae, batch, device, sizes, chip):
+def measure_training(parts, method, d_sae, batch, device, sizes, chip, fast=True):
     "One row of the table of training steps."
-    case = f"{method}, {d_sae:,} latents, batches of {batch:,}"
-    step = partial(training_step, method, sizes["d_in"], d_sae, batch, device, sizes, chip)
-    row = parts.run(case, step)
+    case = f"{method}, {d_sae:,} latents, batches of {batch:,}{'' if fast else ', dense code path'}"
+    size = (method, sizes["d_in"], d_sae, batch)
+    row = parts.run(case, partial(training_step, *size, device, sizes, chip, fast))
     parts.found["training"] += [row] if row else []
     parts.write()
 
@@ -338,9 +488,17 @@ def measure_model(parts, device, sizes, small, chip):
         for protocol in ("exact", "saebench"):
             rows[f"absorption, {protocol}"] = partial(made.absorption, protocol)
         rows["loss recovered"] = made.loss_recovered
+    scored = ("reconstruction", "absorption, exact", "absorption, saebench", "loss recovered")
+    seconds = {}
     for name, function in rows.items():
         row = parts.run(name, function)
         parts.found["model"] += [row] if row else []
+        seconds |= {name: row["seconds"]} if row and name in scored else {}
+        parts.write()
+    if len(seconds) == len(scored):
+        whole = sum(seconds.values())
+        what = f"evaluation of one SAE of {sizes['widths'][0]:,} latents, all of these four"
+        parts.found["model"].append(dict(what=what, seconds=whole) | goal("evaluation", whole))
         parts.write()
 
 
@@ -352,7 +510,7 @@ def table(rows, columns):
             return ""
         if name.startswith("of_"):
             return f"{value:.0%}"
-        if name == "seconds":
+        if name in ("seconds", "difference", "bound"):
             return f"{value:.3g}"
         return f"{value:,.0f}" if isinstance(value, float) else f"{value:,}"
 
@@ -365,6 +523,12 @@ def table(rows, columns):
     return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(columns) + "|", *map(line, rows)])
 
 
+EQUALITY = (
+    "Against fp32 on the CPU, in a small planted world. *difference* of training: norm of the "
+    "difference of all weights after 20 steps, over their norm. bf16 is autocast."
+)
+
+
 def report(found):
     "The Markdown text of what has been measured so far."
     chip, ends = found["ceilings"], ("seconds", "of_operations", "of_bytes")
@@ -375,11 +539,15 @@ def report(found):
             f"{chip['bytes'] / 1e9:.3g} GB/s in a copy. *of operations* and *of bytes* are shares "
             "of these."
         )
-    training = ("method", "d_sae", "batch", "samples_a_second", *ends, "of_latents_hidden")
+    if found["equality"]:
+        columns = ("what", "precision", "difference", "bound", "verdict")
+        parts.append(f"{EQUALITY}\n\n{table(found['equality'], columns)}")
+    training = ("method", "d_sae", "batch", "code_path", "samples_a_second", *ends)
+    training += ("of_latents_hidden",)
     if found["training"]:
         parts.append(table(found["training"], training))
     if found["model"]:
-        parts.append(table(found["model"], ("what", "tokens_a_second", *ends)))
+        parts.append(table(found["model"], ("what", "tokens_a_second", *ends, "goal", "verdict")))
     if found.get("tests"):
         verdict = "passed" if found["tests"]["passed"] else "FAILED"
         parts.append(f"Tests marked `gpu`: {verdict}.\n\n```\n{found['tests']['said']}\n```")
@@ -390,18 +558,31 @@ def report(found):
 
 def main():
     parser = argparse.ArgumentParser(description="Results and speed on a GPU")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, on any device")
-    parser.add_argument("--no-tests", action="store_true", help="leave out `pytest -m gpu`")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of gpu.json and gpu.md")
+    add = parser.add_argument
+    add("--small", action="store_true", help="tiny sizes, on any device")
+    add("--no-tests", action="store_true", help="leave out `pytest -m gpu`")
+    add("--out", type=Path, default=Path("."), help="folder of gpu.json and gpu.md")
+    add("--budget", type=float, help="seconds; a part that no longer fits is left out")
+    add("--tokens", type=int, help="stored activations of the recipe")
+    add("--scratch", type=Path, help="folder of these activations (default: that of the system)")
+    add("--write", action="store_true", help="put the tables into README.md")
     args = parser.parse_args()
+    if args.small and args.write:
+        parser.error("the numbers of --small mean nothing: run without it to write them")
     if not args.small and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here: use --small to see whether the script runs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
+    asked = dict(tokens=args.tokens, limit=args.budget)
     sizes = SMALL if args.small else LARGE
+    sizes = sizes | {name: value for name, value in asked.items() if value is not None}
     parts = Parts(args.out, device, args.small, sizes)
-    measure(parts, device, sizes, args.small, not (args.small or args.no_tests))
+    measure(parts, device, sizes, args.small, not (args.small or args.no_tests), args.scratch)
     print(report(parts.found))
+    if args.write:
+        from common import write_readme
+
+        write_readme(report(parts.found), *MARKERS)
     if parts.found["errors"]:
         raise SystemExit(1)
 

@@ -1,6 +1,6 @@
 """Peak memory and seconds of scoring a wide SAE on many words, each protocol in its own process.
 
-python benchmarks/memory.py            # 65,536 latents, 50,000 words: some minutes, one thread
+python benchmarks/memory.py            # 65,536 latents, 100,000 words: some minutes, one thread
 python benchmarks/memory.py --quick    # tiny sizes: does it run?
 """
 
@@ -17,7 +17,7 @@ from atm_sae.core import generator
 from atm_sae.evals.absorption import PROTOCOLS, AbsorptionConfig, evaluate_absorption
 from atm_sae.evals.first_letter import LETTERS, FirstLetterTask
 
-FULL = dict(words=50_000, d_in=576, d_sae=65_536, l0=40)
+FULL = dict(words=100_000, d_in=576, d_sae=65_536, l0=40)
 QUICK = dict(words=600, d_in=64, d_sae=256, l0=8)
 
 
@@ -60,13 +60,20 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     sizes = QUICK if parser.parse_args().quick else FULL
     print(", ".join(f"{name} {value:,}" for name, value in sizes.items()) + "\n")
-    print("| protocol | letters | CPU s | peak MiB before | peak MiB | limit |", flush=True)
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| protocol | words | letters | CPU s | peak MiB before | peak MiB | limit |", flush=True)
+    print("|---|---|---|---|---|---|---|", flush=True)
     for protocol in PROTOCOLS:
         with new_process() as process:
             before, peak, seconds, letters = process.submit(measure, protocol, sizes).result()
         verdict = "met" if peak < MEMORY_MIB else "NOT met"
-        row = (protocol, letters, f"{seconds:.1f}", f"{before:,}", f"{peak:,}")
+        row = (
+            protocol,
+            f"{sizes['words']:,}",
+            letters,
+            f"{seconds:.1f}",
+            f"{before:,}",
+            f"{peak:,}",
+        )
         print(f"| {' | '.join(map(str, row))} | {MEMORY_MIB:,}: {verdict} |", flush=True)
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from atm_sae.methods import ARCHITECTURES
+from atm_sae.methods import ARCHITECTURES, METHODS
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -401,6 +401,17 @@ def other_modules(kept):
     return sorted(module for module, names in of.items() if not names & kept)
 
 
+def check_equality(rows):
+    "Every method in two precisions, a resumed run and two protocols; on the CPU fp32 is equal."
+    cases = [(row["what"], row["precision"]) for row in rows]
+    trained = [m for m in METHODS if m != "random"]
+    expected = [(f"training, {m}", kind) for m in trained for kind in ("fp32", "bf16")]
+    expected += [("resumed training", "fp32")]
+    expected += [(f"absorption, {protocol}", "fp32") for protocol in ("exact", "saebench")]
+    assert cases == expected and all(row["verdict"] == "met" for row in rows)
+    assert all((row["difference"] > 0) == (row["precision"] == "bf16") for row in rows)
+
+
 def test_gpu_benchmark_in_its_small_form_needs_few_packages(tmp_path):
     hidden = [name for name in other_modules(with_needs(NEEDED)) if name != "atm_sae"]
     assert {"joblib", "matplotlib", "sklearn", "nbformat", "papermill"} <= {*hidden}
@@ -409,12 +420,20 @@ def test_gpu_benchmark_in_its_small_form_needs_few_packages(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["method"] for row in found["training"]] == ["topk", "jumprelu", "standard", "atm"]
+    assert not found["errors"] and not found["left_out"]
+    measured = [(row["code_path"], row["method"]) for row in found["training"]]
+    methods = ("topk", "jumprelu", "standard", "atm")
+    assert measured == [(path, method) for path in ("sparse", "dense") for method in methods]
     assert 0.2 < found["training"][-1]["of_latents_hidden"] < 0.6
-    names = ["activations of layer 1", "reconstruction", "task of first letters"]
-    names += ["absorption, exact", "absorption, saebench", "loss recovered"]
-    assert [row["what"] for row in found["model"]] == names
-    assert not found["left_out"] and all(0 < v for v in found["ceilings"].values())
+    recipe, *names, whole = (row["what"] for row in found["model"])
+    assert names[:3] == ["activations of layer 1", "reconstruction", "task of first letters"]
+    assert names[3:] == ["absorption, exact", "absorption, saebench", "loss recovered"]
+    assert recipe == "recipe: 600 stored activations, one TopK SAE of 64 latents"
+    scored = [row["seconds"] for row in found["model"] if row["what"] in {*names[3:], names[1]}]
+    assert whole.startswith("evaluation of one SAE of 64 latents")
+    assert found["model"][-1]["seconds"] == pytest.approx(sum(scored)) and len(scored) == 4
+    check_equality(found["equality"])
+    assert all(0 < v for v in found["ceilings"].values())
     assert done.stdout == (tmp_path / "gpu.md").read_text() + "\n"
 
 
@@ -441,8 +460,36 @@ def test_a_part_that_fails_or_is_slow_does_not_stop_the_others(script, tmp_path)
     assert found["left_out"] == ["large: the device has too little memory"]
     assert [*found["seconds"]] == ["broken", "slow", "large", "good"]
     assert "FAILED: broken" in (tmp_path / "gpu.md").read_text()
-    parts.sizes["limit"] = -1
-    assert parts.run("late", lambda: 3) is None and "late: no time left" in parts.found["left_out"]
+    parts.sizes["limit"] = 30
+    assert parts.run("recipe", lambda: 3) is None and parts.run("short", lambda: 3) == 3
+    assert re.fullmatch(
+        r"recipe: needs about 90 s, (29|30) s are left", parts.found["left_out"][-1]
+    )
+
+
+def test_a_difference_is_compared_with_its_bound(script):
+    gpu = script("gpu")
+    for difference, verdict in ((0.05, "met"), (0.2, "NOT met"), (float("nan"), "NOT met")):
+        row = gpu.compared("training, topk", "bf16", difference, gpu.BOUNDS["bf16"])
+        assert row["verdict"] == verdict, difference
+
+
+def test_random_activations_are_a_cache(script, tmp_path):
+    gpu = script("gpu")
+    cache = gpu.write_cache(tmp_path, 600, 8, gpu.torch.device("cpu"), 256)
+    assert len(cache) == 600 and [len(shard) for shard in cache.shards] == [256, 256, 88]
+    rows = cache.rows(slice(0, 600))
+    assert abs(float(rows.mean())) < 0.1 and abs(float(rows.std()) - 1) < 0.1
+
+
+def test_the_tables_of_the_gpu_have_a_place_in_the_readme(script, tmp_path, monkeypatch):
+    common = script("common")
+    copied = tmp_path / "README.md"
+    copied.write_text(common.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(common, "README", copied)
+    common.write_readme("new tables", *script("gpu").MARKERS)
+    assert "new tables" in copied.read_text(encoding="utf-8")
+    assert "no GPU was available.\n<!-- gpu" not in copied.read_text(encoding="utf-8")
 
 
 def test_memory_benchmark_on_a_task_made_by_hand(script):

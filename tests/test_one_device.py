@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import fake_gpu as fake
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,12 @@ from atm_sae.data.batches import StreamBatches
 from atm_sae.data.lm import in_threads, next_token_losses, read_site, share_weights
 from atm_sae.data.planted import PlantedWorld, WorldBatches
 from atm_sae.data.text import TokenRows
-from atm_sae.evals.absorption import AbsorptionConfig, evaluate_absorption, integrated_effects
+from atm_sae.evals.absorption import (
+    AbsorptionConfig,
+    encode_words,
+    evaluate_absorption,
+    integrated_effects,
+)
 from atm_sae.evals.first_letter import TaskSpec, build_task, letter_indices, word_prompts
 from atm_sae.evals.metrics import (
     activation_frequency,
@@ -30,13 +36,15 @@ from atm_sae.evals.metrics import (
 )
 from atm_sae.evals.probing import ProbingTask, build_probing, score_probing
 from atm_sae.evals.reading import word_activations
-from atm_sae.evals.stability import read_without_learning
+from atm_sae.evals.stability import frozen_movement, movement, read_without_learning
 from atm_sae.evals.swap import swap_words
 from atm_sae.methods import METHODS
+from atm_sae.report import tables
+from atm_sae.report.tables import score_runs
 from atm_sae.sae.architectures import SAEConfig
 from atm_sae.sae.atm import ATMConfig, make_masker
 from atm_sae.sae.sae import SAE, calibrate_l0, random_sae
-from atm_sae.train.runs import make_trainer
+from atm_sae.train.runs import Run, SAEFile, get_run, make_trainer
 
 TOKENS = torch.randint(5, 900, (6, 20), generator=torch.Generator().manual_seed(0))
 
@@ -246,6 +254,40 @@ def test_planted_scores_stay_on_the_device():
             assert same(expected, measure(on_gpu, PlantedWorld(WORLD), 300))
 
 
+def file_run(tmp_path):
+    "A run whose SAE is read from its file each time that nothing holds it."
+    spec = small("topk")
+    SAE(spec.sae).requires_grad_(False).save(tmp_path / "sae")
+    return Run(spec, SAEFile(spec, tmp_path), None, tmp_path)
+
+
+def test_runs_are_scored_on_the_default_device(tmp_path, monkeypatch):
+    "The SAE is moved once, held while it is scored, and the caller's SAE stays where it is."
+    held, places = file_run(tmp_path), []
+
+    def score(run):
+        places.append((run.sae.W_dec.device.type, run.sae is run.sae))
+        return planted_metrics(run.sae, PlantedWorld(WORLD), 300)
+
+    own = held.sae
+    expected = score_runs(score, [held], "planted", progress=False)
+    monkeypatch.setattr(tables, "pick_device", lambda name: torch.device("cuda"))
+    with fake_gpu():
+        found = score_runs(score, [held] * 8, "planted", progress=False)
+    assert places == [("cpu", True)] + [("cuda", True)] * 8
+    assert own.W_dec.device.type == "cpu" and held.sae is own
+    (row,) = expected.select_dtypes("number").to_dict("records")
+    assert all(same(row, line) for line in found[[*row]].to_dict("records"))
+
+
+def test_frozen_movement_is_measured_on_the_device(cache):
+    run = get_run(small("atm"), progress=False)
+    expected = frozen_movement(run, (4, 8), 2)
+    with fake_gpu():
+        there = replace(run, source=copy.deepcopy(run.sae).to("cuda"))
+        assert same(expected, frozen_movement(there, (4, 8), 2))
+
+
 def copies(lm, batch_size, run):
     with fake_gpu() as counts:
         on_gpu = replace(lm, model=copy.deepcopy(lm.model).to("cuda"))
@@ -265,6 +307,16 @@ def test_a_batch_of_the_spliced_model_waits_for_the_gpu_a_few_times(lm, sae):
     one = copies(lm, 1, lambda lm, n: plain_pass(lm, TOKENS[:1]))
     passes = 4  # read the inputs, untouched, zeros, SAE
     assert six["reads"] - two["reads"] <= 4 * (passes * one["reads"] + 2)
+
+
+def test_a_batch_of_words_waits_for_the_gpu_four_times(sae, words):
+    "For the number of its entries, and for their values, columns and rows."
+    expected, _ = encode_words(sae, words.x, 100)
+    with fake_gpu() as counts:
+        found, _ = encode_words(copy.deepcopy(sae).to("cuda"), words.x, 100)
+        batches = -(-len(words.x) // 100)
+        assert counts["sizes"] == batches and counts["to_host"] == 3 * batches
+    assert (expected != found).nnz == 0 and (expected.indptr == found.indptr).all()
 
 
 def plain_pass(lm, rows):
@@ -336,3 +388,48 @@ def test_numbers_move_from_a_device_without_float64():
     assert with_float64(x) is x
     mps = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: x)
     assert with_float64(mps) is x
+
+
+# --- a device without float64
+
+
+@pytest.fixture
+def mps(monkeypatch):
+    "The fake GPU calls itself 'mps', and a float64 tensor there is an error."
+    make = GPUTensor.__new__
+
+    def checked(cls, held, requires_grad=False):
+        if held.dtype == torch.float64:
+            raise TypeError("MPS has no float64")
+        return make(cls, held, requires_grad)
+
+    def is_mps(device):
+        return device is not None and torch.device(device).type in ("cuda", "mps", "meta")
+
+    def as_meta(device):
+        return torch.device("meta") if is_mps(device) else device
+
+    monkeypatch.setattr(fake, "GPU", torch.device("mps", 0))
+    monkeypatch.setattr(fake, "_is_gpu", is_mps)
+    monkeypatch.setattr(fake, "_as_meta", as_meta)
+    monkeypatch.setattr(GPUTensor, "__new__", checked)
+
+
+def moves(x):
+    return movement(x[0], x[1])
+
+
+def test_float64_is_used_on_the_cpu_alone(mps):
+    sae = SAE(SAEConfig(8, 16, architecture="topk", k=3)).requires_grad_(False)
+    x = torch.rand(2, 16, generator=generator(0)) + 0.1
+    rows = torch.randn(50, 8, generator=generator(1))
+    world = PlantedWorld(WORLD)
+    expected = moves(x), reconstruction_metrics(sae, rows), planted_metrics(sae, world, 300)
+    expected += (synthsaebench_metrics(sae, world, 300),)
+    with fake_gpu():
+        with pytest.raises(TypeError, match="no float64"):
+            x.to("cuda").double()
+        there = copy.deepcopy(sae).to("cuda")
+        found = moves(x.to("cuda")), reconstruction_metrics(there, rows)
+        found += planted_metrics(there, world, 300), synthsaebench_metrics(there, world, 300)
+        assert same(expected, found)

@@ -5,16 +5,17 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 from atm_sae.data.lm import tiny_lm
-from atm_sae.evals import scores
+from atm_sae.evals import released, scores
 from atm_sae.evals.absorption import (
     AbsorptionConfig,
     WordNotRead,
     evaluate_absorption,
     find_protocol,
+    list_tasks,
     word_latents,
 )
 from atm_sae.evals.first_letter import build_task
-from atm_sae.evals.released import Released
+from atm_sae.evals.released import LETTER_SCHEDULE, RANKING_SCHEDULE, Released
 from atm_sae.evals.scores import get_absorption, scores_artefact
 from atm_sae.evals.swap import SwapResult
 from atm_sae.sae.sae import SAE, SAEConfig
@@ -122,3 +123,29 @@ def test_a_score_from_the_cache_warns_as_a_fresh_one(task):
 def test_no_task_gives_the_error_of_the_evaluator(task):
     with pytest.raises(ValueError, match="there is no task to score on"):
         get_absorption(make_sae(task), [])
+
+
+def test_probes_of_saebench_are_fitted_only_for_a_score_that_is_missing(task, monkeypatch):
+    fits, train = [], released.train_probes
+    monkeypatch.setattr(
+        released, "train_probes", lambda *given: (fits.append(given[2]), train(*given))[1]
+    )
+    short = Released(*(replace(s, epochs=1) for s in (LETTER_SCHEDULE, RANKING_SCHEDULE)))
+    few = AbsorptionConfig(min_letters=1, min_f1=-1.0)
+    first = replace(task, f1=task.f1)  # has no memo yet
+    for moved in (0.0, 0.1):
+        get_absorption(make_sae(task, moved), first, few, protocol=short)
+    assert fits == [short.letters, short.ranking, short.ranking]  # the letters' probes once
+    fits.clear()
+    get_absorption(make_sae(task), replace(task), few, protocol=short)  # a new task, no memo
+    assert not fits
+
+
+def test_one_task_or_several_and_their_latents_are_listed_alike(task):
+    latents = word_latents(make_sae(task), task)
+    for given in (task, latents, [task, latents], (latents,)):
+        listed, tasks = list_tasks(given)
+        expected = list(given) if isinstance(given, (list, tuple)) else [given]
+        assert all(a is b for a, b in zip(listed, expected, strict=True))
+        assert all(each is task for each in tasks) and len(tasks) == len(listed)
+    assert list_tasks([]) == ([], [])

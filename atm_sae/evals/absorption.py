@@ -8,6 +8,7 @@ __all__ = [
     "Indices",
     "PROTOCOLS",
     "METRIC_NAMES",
+    "Scored",
     "AbsorptionConfig",
     "full_absorption",
     "absorbed_projection",
@@ -30,6 +31,7 @@ __all__ = [
     "describe_sae",
     "WordNotRead",
     "warn_not_read",
+    "list_tasks",
     "evaluate_absorption",
     "best_single_latent_f1",
 ]
@@ -39,7 +41,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -58,7 +60,7 @@ from atm_sae.data.lm import (
     prefix_cache,
 )
 from .first_letter import LETTERS, FirstLetterTask
-from .metrics import Dictionary, Encoder, ordinary_rows
+from .metrics import Dictionary, Encoder, Watch, ordinary_rows
 from .probes import f1_score, fit_l1_probes, fit_logistic
 from .swap import SwapResult, block_inputs, swapped_logits
 from .released import Released
@@ -241,7 +243,9 @@ def main_latents(
     Y_test: Tensor,  # (letters, m) bool
     jump: float = 0.03,  # F1 by which each further latent must improve
 ) -> tuple[Tensor, Tensor, Tensor]:  # number and F1 (letters,), test words found (letters, m)
-    "Add latents as long as the F1 of a probe on them grows by `jump`; the first always counts."
+    """Add latents as long as the F1 of a probe on them grows by `jump`; the first always counts.
+
+    The probes are solved in float64 on the CPU, where the values must be."""
     number = torch.zeros(len(Y_test), dtype=torch.long)
     best = torch.full((len(Y_test),), -1.0, dtype=torch.float64)
     found = torch.zeros_like(Y_test)
@@ -367,10 +371,10 @@ _ENTRIES = 2**24  # of a dense array that is held at a time
 
 def _to_csr(z: Tensor) -> sparse.csr_matrix:
     "A dense tensor as a sparse matrix on the CPU; only the entries that are not zero are copied."
-    rows, columns = z.nonzero().unbind(1)
-    ends = rows.bincount(minlength=len(z)).cumsum(0)
+    rows, columns = z.nonzero().unbind(1)  # sync: how many entries there are
+    ends = (z != 0).sum(1).cumsum(0)
     parts = (z[rows, columns], columns.int(), F.pad(ends, (1, 0)).int())
-    on_cpu = tuple(part.cpu().numpy() for part in parts)  # sync: once a batch
+    on_cpu = tuple(part.cpu().numpy() for part in parts)  # sync: three copies a batch
     return sparse.csr_matrix(on_cpu, shape=tuple(z.shape))
 
 
@@ -379,11 +383,18 @@ def encode_words(
     sae: Encoder,  # anything with encode, W_dec, d_in
     x: Tensor,  # (n, d_in) activations
     batch_size: int = 1024,  # rows at a time, at most; fewer for a wide SAE
+    watch: Watch | None = None,  # is called with each batch of x and its latents, as encoded
 ) -> tuple[sparse.csr_matrix, Tensor]:  # latents (n, d_sae), unit decoder rows (d_sae, d_in)
     "Latents in units of length of the unit decoder rows. ValueError if one is NaN or infinite."
     W_dec = sae.W_dec.detach()
     norm, batch = W_dec.float().norm(dim=1), max(1, min(batch_size, _ENTRIES // len(W_dec)))
-    parts = [_to_csr(sae.encode(part.to(W_dec)).float() * norm) for part in x.split(batch)]
+    parts = []
+    for part in x.split(batch):
+        part = part.to(W_dec)
+        latents = sae.encode(part)
+        if watch is not None:
+            watch(part, latents)
+        parts.append(_to_csr(latents.float() * norm))
     z = sparse.vstack(parts, format="csr")
     bad = int((~np.isfinite(z.data)).sum())
     if bad:
@@ -444,6 +455,7 @@ def word_latents(
     sae: Encoder,  # anything with encode, W_dec (d_sae, d_in)
     task: FirstLetterTask | WordLatents,  # latents that are there already are returned
     batch_size: int = 1024,  # words encoded at a time
+    watch: Watch | None = None,  # of `encode_words`
 ) -> WordLatents:
     """Encode the words of a task whose activation is no outlier.
 
@@ -455,7 +467,7 @@ def word_latents(
     _check_fits(sae, task)
     ordinary = ordinary_rows(sae, task.x)
     x = task.x if ordinary.all() else task.x[ordinary]
-    return WordLatents(sae, task, ordinary, *encode_words(sae, x, batch_size))
+    return WordLatents(sae, task, ordinary, *encode_words(sae, x, batch_size, watch))
 
 
 # %% ../../nbs/evals/absorption.ipynb #cell-43
@@ -472,6 +484,7 @@ def _ranked(
     ranked = protocol.rank(z[train], letter, counts, task.seed, config.max_k, config.l1_share)
     for j, i in enumerate(counts):
         if not len(ranked[j]):
+            # sync: for a letter without a ranked latent
             ranked[j] = np.array([int((W_dec @ task.directions[i].to(W_dec)).argmax())])
     columns, values = z.tocsc(), torch.zeros(len(counts), len(train), config.max_k)
     for value, latents in zip(values, ranked):
@@ -503,6 +516,7 @@ def _score_words(
         fraction=absorption_fraction(dense, c, chosen, A, config),
         absorber=others.argmax(1),
     )
+    # sync: eight copies for the words of a letter, or a part of them
     return pd.DataFrame({k: v.cpu().numpy() for k, v in table.items()})
 
 
@@ -750,12 +764,21 @@ def _setting(tasks: list[FirstLetterTask], n_outliers: int, protocol: str) -> di
     )
 
 
+Scored: TypeAlias = FirstLetterTask | WordLatents  # a task, or the latents of its words
+
+
+def list_tasks(
+    tasks: Scored | Sequence[Scored],  # one, or several
+) -> tuple[list[Scored], list[FirstLetterTask]]:
+    "What was given, as a list, and the task of each."
+    given = [tasks] if isinstance(tasks, FirstLetterTask | WordLatents) else list(tasks)
+    return given, [each.task if isinstance(each, WordLatents) else each for each in given]
+
+
 @one_thread()
 def evaluate_absorption(
     sae: Encoder,  # anything with encode, W_dec (d_sae, d_in)
-    tasks: FirstLetterTask
-    | WordLatents
-    | Sequence[FirstLetterTask | WordLatents],  # one, or one for each evaluation seed
+    tasks: Scored | Sequence[Scored],  # one, or one for each evaluation seed
     config: AbsorptionConfig = SAEBENCH_THRESHOLDS,
     lm: LM | None = None,  # the tasks' LM: adds the third score, the rate of Chanin et al.
     batch_size: int = 1024,  # words encoded at a time
@@ -767,8 +790,7 @@ def evaluate_absorption(
     The result's `config["n_outliers"]` counts these, over all tasks. Warns with `WordNotRead`
     where the model does not read the word (`config["swap"]`).
     ValueError if it does not fit the task, or too few letters have a good probe."""
-    given = [tasks] if isinstance(tasks, FirstLetterTask | WordLatents) else list(tasks)
-    whole = [each.task if isinstance(each, WordLatents) else each for each in given]
+    given, whole = list_tasks(tasks)
     _check_tasks(whole)
     for task in whole:
         _check_fits(sae, task)

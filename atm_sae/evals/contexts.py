@@ -60,6 +60,7 @@ def read_passages(
     "Run the model over rows of tokens. ValueError at a NaN or an infinity."
     size = default_batch_size(lm, tokens.shape[1])
     x = [
+        # sync: a batch in one copy
         token_activations(lm, rows, layer, "float32", i * size, site).cpu()
         for i, rows in enumerate(tokens.split(size))
     ]

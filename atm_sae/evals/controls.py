@@ -25,10 +25,9 @@ from torch import Tensor
 
 from ..core import generator
 from ..data.planted import PlantedWorld
-from .absorption import evaluate_absorption
+from .absorption import evaluate_absorption, word_latents
 from .constructed import absorbing_sae
 from .first_letter import FirstLetterTask
-from .metrics import ordinary_rows
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 
 
@@ -91,8 +90,10 @@ def score_and_truth(
     own: bool = True,  # latent i is letter i; False: the truth is not known, and NaN
 ) -> dict[str, float]:
     "L0, scores, error of the full score, counted truth, and how words were missed."
-    result, z = evaluate_absorption(sae, task), sae.encode(task.x)
-    ordinary = ordinary_rows(sae, task.x)
+    encoded: list[Tensor] = []
+    latents = word_latents(sae, task, watch=lambda x, z: encoded.append(z))
+    result, z = evaluate_absorption(sae, latents), torch.cat(encoded).cpu()
+    task = latents.ordinary_part(task)
     words, rows = result.words, pd.Index(task.words.text).get_indexer(result.words.text)
     z_own = np.full(len(rows), np.nan)
     if own:
@@ -107,7 +108,7 @@ def score_and_truth(
     )
     shares = pd.DataFrame(kinds).astype(float).groupby(words.letter).mean().mean()
     return dict(
-        l0=float((z[ordinary] > 0).sum(1).float().mean()),
+        l0=float((z > 0).sum(1).float().mean()),
         full=result.full,
         error=result.full - shares.exact,
         fraction=result.fraction,

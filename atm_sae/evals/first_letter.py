@@ -156,7 +156,9 @@ def fit_letter_probes(
     letter: Tensor,  # (n,) 0..25
     l2: float = 1.0,  # strength of the penalty, in units of the inputs' spread
 ) -> tuple[Tensor, Tensor]:  # W (26, d_in), b (26,); zero, -1 for a letter without words
-    "One probe for each letter. ValueError if all activations are equal."
+    """One probe for each letter, fitted in float64 on the device of x, not MPS.
+
+    ValueError if all activations are equal."""
     scale = float(x.double().var(0).mean().sqrt())
     if not scale > 0:
         raise ValueError(
@@ -282,6 +284,7 @@ def task_from_activations(
     """Split the words, fit the probes, score them on the test words; outliers are left out of both.
 
     Computed on the device of x; the task is on the CPU. ValueError if x is not finite."""
+    # MPS has no float64, so the probes of its activations are fitted on the CPU
     x = with_float64(check_activations(x, None, "activations at the words")).float()
     letter = letter_indices(words.letter)
     split = stratified_split(letter, seed)

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = [
+    "Watch",
     "Dictionary",
     "Encoder",
     "Autoencoder",
     "outlier_limit",
     "ordinary_rows",
     "rows_key",
+    "ReconstructionSums",
+    "reconstruction_sums",
     "reconstruction_metrics",
     "activation_frequency",
     "SplicedReference",
@@ -104,7 +107,7 @@ def ordinary_rows(
     "Which activations are no outliers for this SAE. ValueError if all are outliers."
     limit = outlier_limit(sae, x)
     ordinary = ~is_outlier(x, limit)
-    if len(x) and not ordinary.any():  # sync
+    if len(x) and not ordinary.any():  # sync: once for all rows
         raise ValueError(
             f"all {len(x)} activations are outliers: their norms exceed the SAE's limit of "
             f"{limit:.4g}: are they of the model and layer that it was trained on?"
@@ -123,6 +126,7 @@ def rows_key(
 def _batch_sums(x: Tensor, z: Tensor, x_hat: Tensor) -> dict[str, Any]:
     "The sums over one batch that the averages need."
     active = z != 0
+    # MPS has no float64, so its batches are summed on the CPU
     x, z, x_hat = (with_float64(v).double() for v in (x, z, x_hat))
     return dict(
         n=len(x),
@@ -152,16 +156,65 @@ def _measured(sae: Dictionary, x: Tensor) -> Tensor:
     return x if ordinary.all() else x[ordinary]
 
 
+Watch = Callable[[Tensor, Tensor], None]  # is called with x (n, d_in) and latents (n, d_sae)
+
+
+@dataclass
+class ReconstructionSums:
+    "Sums over batches of encoded tokens, for all averages that one pass can give."
+
+    sae: Autoencoder
+    n_outliers: int = 0  # tokens that were left out
+    total: dict[str, Any] = field(default_factory=dict)  # of `_batch_sums`
+
+    @torch.no_grad()
+    def add(self, x: Tensor, z: Tensor) -> None:
+        "Add a batch: activations (n, d_in) and their latents (n, d_sae), on the SAE's device."
+        for k, v in _batch_sums(x, z, self.sae.decode(z)).items():
+            self.total[k] = self.total.get(k, 0) + v
+
+    def frequency(self) -> Tensor:
+        "The share of tokens on which each latent is active, (d_sae,)."
+        return self.total["active"].cpu() / self.total["n"]
+
+    def metrics(self, saebench_tokens: int = 2048) -> dict[str, float]:
+        "The averages of `reconstruction_metrics`. ValueError for tokens that are all alike."
+        s = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.total.items()}
+        n, variance = s["n"], s["x2"] / s["n"] - (s["x"] / s["n"]).square().sum()
+        if not variance > 1e-12 * s["x2"] / n:
+            raise ValueError(
+                f"the {n} activations are all alike: there is no variance to explain; "
+                "give more tokens"
+            )
+        mse, fvu = float(s["e2"] / n), float(s["e2"] / n / variance)
+        return dict(
+            mse=mse,
+            mse_saebench=mse / saebench_tokens,
+            cosine=float(s["cosine"] / n),
+            explained_variance=1 - fvu,
+            fvu=fvu,
+            l0=float(s["l0"] / n),
+            l1=float(s["l1"] / n),
+            dead_share=float((s["active"] == 0).double().mean()),  # on the CPU, even from MPS
+            shrinkage=float(s["x_hat2"] / s["dot"]) if s["dot"] else float("nan"),
+            n_tokens=int(n),
+            n_outliers=self.n_outliers,
+        )
+
+
 @torch.no_grad()
-def _sums(sae: Autoencoder, x: Tensor, batch_size: int) -> dict[str, Any]:
-    "`_batch_sums` over all rows of x, on the CPU."
-    total: dict[str, Any] = {}
-    for part in x.split(batch_size):
+def reconstruction_sums(
+    sae: Autoencoder,  # anything with encode, decode, W_dec
+    x: Tensor,  # (n, d_in) held-out activations, special tokens left out
+    batch_size: int = 4096,  # rows at a time
+) -> ReconstructionSums:
+    "The sums over all rows that are no outliers, each encoded once."
+    measured = _measured(sae, x)
+    sums = ReconstructionSums(sae, len(x) - len(measured))
+    for part in measured.split(batch_size):
         part = part.to(sae.W_dec)
-        z = sae.encode(part)
-        for k, v in _batch_sums(part, z, sae.decode(z)).items():
-            total[k] = total.get(k, 0) + v
-    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in total.items()}
+        sums.add(part, sae.encode(part))
+    return sums
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-15
@@ -172,27 +225,7 @@ def reconstruction_metrics(
     saebench_tokens: int = 2048,  # tokens in a batch of SAEBench, by which its MSE is divided
 ) -> dict[str, float]:
     "Averages over tokens of reconstruction and sparsity; outliers are left out and counted."
-    measured = _measured(sae, x)
-    s = _sums(sae, measured, batch_size)
-    n, variance = s["n"], s["x2"] / s["n"] - (s["x"] / s["n"]).square().sum()
-    if not variance > 1e-12 * s["x2"] / n:
-        raise ValueError(
-            f"the {n} activations are all alike: there is no variance to explain; give more tokens"
-        )
-    mse, fvu = float(s["e2"] / n), float(s["e2"] / n / variance)
-    return dict(
-        mse=mse,
-        mse_saebench=mse / saebench_tokens,
-        cosine=float(s["cosine"] / n),
-        explained_variance=1 - fvu,
-        fvu=fvu,
-        l0=float(s["l0"] / n),
-        l1=float(s["l1"] / n),
-        dead_share=float((s["active"] == 0).double().mean()),
-        shrinkage=float(s["x_hat2"] / s["dot"]) if s["dot"] else float("nan"),
-        n_tokens=n,
-        n_outliers=len(x) - n,
-    )
+    return reconstruction_sums(sae, x, batch_size).metrics(saebench_tokens)
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-21
@@ -533,16 +566,26 @@ def _direction_cosines(sae: Dictionary, world: World) -> Tensor:
 
 @torch.no_grad()
 def _planted_sample(
-    sae: Autoencoder, world: World, n: int, seed: int, batch_size: int = 4096
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Fresh samples x; of its ordinary rows: which features are on, active latents; cosines."
+    sae: Autoencoder,
+    world: World,
+    n: int,
+    seed: int,
+    watch: Watch | None = None,
+    batch_size: int = 4096,
+) -> tuple[Tensor, Tensor, Tensor]:
+    "Of fresh samples that are no outliers: which features are on, active latents; cosines."
     cosines = _direction_cosines(sae, world)
     drawn = ((x, a > 0) for x, a in _samples(world, n, seed))
     x, on = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     ordinary = ordinary_rows(sae, x)
-    parts = x[ordinary].split(batch_size)
-    active = torch.cat([(sae.encode(part.to(sae.W_dec)) > 1e-8).cpu() for part in parts])
-    return x, on if ordinary.all() else on[ordinary], active, cosines
+    active = []
+    for part in x[ordinary].split(batch_size):
+        part = part.to(sae.W_dec)
+        z = sae.encode(part)
+        if watch is not None:
+            watch(part, z)
+        active.append((z > 1e-8).cpu())  # sync: a batch in one copy
+    return on if ordinary.all() else on[ordinary], torch.cat(active), cosines
 
 
 # %% ../../nbs/evals/metrics.ipynb #cell-41
@@ -553,7 +596,7 @@ def planted_table(
     seed: int = 0,  # of these samples
 ) -> pd.DataFrame:
     "A row for each planted feature: its latent, absorption, miss rate, best detector."
-    _, on, active, cosines = _planted_sample(sae, world, n, seed)
+    on, active, cosines = _planted_sample(sae, world, n, seed)
     table = pd.DataFrame(dict(kind=_feature_kinds(world), rate=world.rates.numpy()))
     table.insert(0, "feature", range(world.n_features))
     rows, _ = _planted_rows(world, active, on, cosines)
@@ -567,10 +610,12 @@ def planted_metrics(
     seed: int = 0,  # of these samples
 ) -> dict[str, float]:
     "Absorption and recovery on planted features: means over the rows of `planted_table`."
-    x, on, active, cosines = _planted_sample(sae, world, n, seed)
+    sums = ReconstructionSums(sae)
+    on, active, cosines = _planted_sample(sae, world, n, seed, sums.add)
+    sums.n_outliers = n - len(on)
     rows, mcc = _planted_rows(world, active, on, cosines)
     found = best_detectors(active, on)
-    usual = reconstruction_metrics(sae, x)
+    usual = sums.metrics()
     parents = world.is_parent.numpy()
     return dict(
         {k: float(rows[k].mean()) for k in ("absorption", "miss_rate", "excess_cosine")},
@@ -608,12 +653,13 @@ def _detection_sums(
         part = x.to(sae.W_dec)
         z = sae.encode(part)
         x_hat = sae.decode(z)
-        active, on = (z != 0).cpu(), a[:, feature] > 0
+        active, on = (z != 0).cpu(), a[:, feature] > 0  # sync: a batch in one copy
+        shrunk = x_hat.norm(dim=1) / part.norm(dim=1).clamp(min=1e-6)
         sums = _batch_sums(part, z, x_hat) | dict(
             both=(active & on).sum(0),
             n_feature=on.sum(0),
             true_l0=(a > 0).sum(),
-            ratio=(x_hat.norm(dim=1) / part.norm(dim=1).clamp(min=1e-6)).double().sum(),
+            ratio=with_float64(shrunk).double().sum(),  # on the CPU if the device is MPS
         )
         for name, value in sums.items():
             total[name] = total.get(name, 0) + value
@@ -686,5 +732,6 @@ def late_movement(
 
 def importance_movement(before: Tensor | np.ndarray, after: Tensor | np.ndarray) -> float:
     "Mean absolute change of a vector (d_sae,), relative to its mean absolute value before."
-    before, after = torch.as_tensor(before).double(), torch.as_tensor(after).double()
+    # MPS has no float64, so numbers from there are compared on the CPU
+    before, after = (with_float64(torch.as_tensor(v)).double() for v in (before, after))
     return float((after - before).abs().mean() / before.abs().mean())

@@ -37,9 +37,9 @@ from torch.nn import functional as F
 def balanced_weights(
     y: Tensor,  # (..., n) bool, the labels
 ) -> Tensor:  # (..., n), with sum n, half of it on each class
-    "Weights of the samples. ValueError if a problem has only one class."
+    "Weights, float64, on the device of y, not MPS. ValueError if a problem has only one class."
     n, n_pos = y.shape[-1], y.sum(-1, keepdim=True)
-    alone = n_pos[(n_pos == 0) | (n_pos == n)]
+    alone = n_pos[(n_pos == 0) | (n_pos == n)]  # sync: how many there are
     if alone.numel():
         raise ValueError(
             f"a probe needs examples of both classes; {int(alone[0])} of the {n} are positive"
@@ -68,7 +68,7 @@ def _shorten(loss: Callable[[Tensor], Tensor], old: Tensor, slope: Tensor) -> tu
     while True:
         new = loss(size)
         far = (new > old - 1e-4 * size * slope + 1e-13 * old) & (size > 1e-6)
-        if not far.any():
+        if not far.any():  # sync: once for each halving
             return size, new
         size = torch.where(far, size / 2, size)
 
@@ -82,6 +82,7 @@ def fit_logistic(
 ) -> tuple[Tensor, Tensor]:  # w (..., d), b (...), both float64
     """Class-balanced logistic regression, by Newton's method with step halving.
 
+    Solved in float64 on the device of x. MPS has no float64: copy its inputs to the CPU first.
     ValueError if an input is not finite, RuntimeError if it does not converge."""
     if not torch.isfinite(x).all():
         raise ValueError("fit_logistic: inputs are NaN or infinite")
@@ -102,7 +103,7 @@ def fit_logistic(
         g, step = _newton_step(X, t, s, w, penalty)
         size, new = _shorten(partial(after, w, step), old, (g * step).sum(-1))
         better = old - new > tol * old
-        if not better.any():
+        if not better.any():  # sync: once a step
             return w[..., :-1], w[..., -1]
         w = torch.where(better[..., None], w - size[..., None] * step, w)
         old = torch.where(better, new, old)
@@ -119,7 +120,7 @@ def _near_curvature(X: Tensor, c: Tensor, gram: Tensor, penalty: Tensor) -> Tens
     for weight in c.T:
         large = weight > 2 * weight.mean()  # half of the samples at most
         others = weight[~large].mean()
-        part = X[large]
+        part = X[large]  # sync: how many are large
         H = (part * (weight[large] - others)[:, None]).T @ part + others * gram
         factor = torch.linalg.cholesky(H + torch.diag(penalty[:, 0] + 1e-10))
         inverses.append(torch.cholesky_inverse(factor).float())
@@ -144,7 +145,7 @@ def _conjugate_gradients(
     size = (r * z).sum(0)
     enough = precision**2 * size
     n_products = 0
-    while n_products < 200 and (going := size > enough).any():
+    while n_products < 200 and (going := size > enough).any():  # sync: once a product
         n_products += 1
         Hp = product(direction)
         along = torch.where(going, size / (direction * Hp).sum(0).clamp(min=tiny), 0)
@@ -219,6 +220,7 @@ def fit_l2_probes(
 ) -> tuple[Tensor, Tensor]:  # W (d, m), b (m,), both float64
     """Class-balanced logistic probes of many questions, to the optimum: `fit_logistic` for each.
 
+    Solved in float64 on the device of x. MPS has no float64: copy its inputs to the CPU first.
     ValueError if an input is not finite, RuntimeError if the optimum is not reached."""
     if not torch.isfinite(x).all():
         raise ValueError("fit_l2_probes: inputs are NaN or infinite")
@@ -236,7 +238,7 @@ def fit_l2_probes(
         lowered, n_products = problem.step(inverses)
         W[:, todo] = problem.W
         still = lowered > tol
-        if not still.any():
+        if not still.any():  # sync: once a step
             return W[:-1], W[-1]
         todo, problem, inverses = todo[still], problem.only(still), inverses[still]
     raise RuntimeError(f"{len(todo)} probes did not converge in 100 steps: raise l2")
@@ -244,7 +246,9 @@ def fit_l2_probes(
 
 # %% ../../nbs/evals/probes.ipynb #cell-19
 def f1_score(predicted: Tensor, actual: Tensor) -> Tensor:
-    "F1 of bool vectors (..., n), a tensor (...); 0 if nothing is predicted or there."
+    """F1 of bool vectors (..., n), a tensor (...); 0 if nothing is predicted or there.
+
+    Computed in float64 on their device, not MPS."""
     total = predicted.sum(-1) + actual.sum(-1)
     return 2 * (predicted & actual).sum(-1) / total.clamp(min=1).double()
 
@@ -420,7 +424,7 @@ def fit_l1_probes(
     tol: float = 1e-5,  # largest error of a weight, in units of the penalty; see kkt_error
     max_steps: int = 200,
 ) -> tuple[np.ndarray, np.ndarray]:  # W (d, m), b (m,)
-    """Balanced L1-regularised logistic probes, to the optimum.
+    """Balanced L1-regularised logistic probes, to the optimum. Solved in float64 on the CPU.
 
     ValueError for impossible inputs, RuntimeError if the optimum is not reached."""
     _check_l1(x, share)

@@ -434,6 +434,7 @@ def probe_accuracy(
         best = top_features(x_train, y_train, k)
         x_train, x_test = x_train[:, best], x_test[:, best]
     w, b = fit_probe(x_train, y_train)
+    # sync: one number for a probe
     return float(((_logits(x_test, w, b) > 0) == y_test).double().mean())
 
 
@@ -445,7 +446,7 @@ def _accuracies(
     ks: Sequence[int],
 ) -> list[dict[str, float]]:
     "For each task, the accuracies of probes on k features, and on all."
-    found, x = [], with_float64(x)
+    found, x = [], with_float64(x)  # on the CPU if the device is MPS, which has no float64
     on = partial(torch.tensor, device=x.device)
     for task in data.tasks:
         train = on([data.texts[text] for text in task.train_texts])

@@ -137,7 +137,7 @@ def train_probes(
     schedule: Schedule,
     g: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # W (d, m), b (m,)
-    "Train m logistic probes together, for a fixed number of steps."
+    "Train m logistic probes together, for a fixed number of steps, in float32 on the CPU."
     weight, y = positive_weights(Y), Y.float()
     W, b = first_weights(x.shape[1], Y.shape[1], g)
     adam = torch.optim.Adam([W, b], weight_decay=schedule.weight_decay, fused=True)

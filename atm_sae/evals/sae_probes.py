@@ -301,6 +301,7 @@ def _f1(predicted: np.ndarray, y: np.ndarray) -> float:
 def _latents(sae: Encoder, x: Tensor) -> Tensor:
     "(n, d_sae) latents as the SAE gives them, on the CPU."
     size = max(1, min(4096, 2**26 // len(sae.W_dec)))
+    # sync: a batch in one copy
     return torch.cat([sae.encode(part.to(sae.W_dec)).float().cpu() for part in x.split(size)])
 
 

@@ -511,7 +511,7 @@ def sae_probes_json(
 
 # %% ../../nbs/evals/saebench.ipynb #cell-38
 def _frequency_metrics(f: Tensor) -> dict[str, float]:
-    "Shares of latents that are active on more than 1% and 10% of tokens; f (d_sae,)."
+    "Shares of latents that are active on more than 1% and 10% of tokens; f (d_sae,), on the CPU."
     out: dict[str, float] = {}
     for percent in (1, 10):
         over, total = f > percent / 100, f.sum()

@@ -24,9 +24,10 @@ from atm_sae.evals.absorption import (
     AbsorptionConfig,
     AbsorptionProtocol,
     AbsorptionResult,
-    WordLatents,
+    Scored,
     evaluate_absorption,
     find_protocol,
+    list_tasks,
     warn_not_read,
 )
 from .first_letter import FirstLetterTask
@@ -120,23 +121,23 @@ def _load(folder: Path) -> AbsorptionResult:
 # %% ../../nbs/evals/scores.ipynb #cell-9
 def get_absorption(
     sae: SAE,
-    tasks: FirstLetterTask | WordLatents | Sequence[FirstLetterTask | WordLatents],
+    tasks: Scored | Sequence[Scored],  # one, or one for each evaluation seed
     config: AbsorptionConfig = SAEBENCH_THRESHOLDS,
     lm: LM | None = None,  # the tasks' LM: adds the third score, the ablation rate
     protocol: str | AbsorptionProtocol = "exact",  # or "saebench"
 ) -> AbsorptionResult:
     """The result of `evaluate_absorption` from the cache, or computed and put there.
 
-    An encoder that is not an `SAE` is scored anew. Errors and warnings are those of
-    `evaluate_absorption`."""
-    given = [tasks] if isinstance(tasks, FirstLetterTask | WordLatents) else list(tasks)
+    An encoder that is not an `SAE` is scored anew. The probes of the SAEBench protocol are fitted
+    at the first score that is not in the cache, once for a task in a process. Errors and warnings
+    are those of `evaluate_absorption`."""
+    given, whole = list_tasks(tasks)
 
     def score() -> AbsorptionResult:
         return evaluate_absorption(sae, given, config, lm, protocol=protocol)
 
     if not isinstance(sae, SAE) or not given:
         return score()
-    whole = [each.task if isinstance(each, WordLatents) else each for each in given]
     artefact = scores_artefact(sae, whole, config, lm, find_protocol(protocol))
     if artefact.exists():
         warn_not_read(whole[0])

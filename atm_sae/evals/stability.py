@@ -29,7 +29,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..core import generator, replace_outliers
+from ..core import generator, replace_outliers, with_float64
 from ..data.batches import Batches, data_batches
 from atm_sae.evals.metrics import (
     Autoencoder,
@@ -110,7 +110,8 @@ def movement(
     return dict(
         importance_movement=importance_movement(before, after),
         mask_movement=importance_movement(*hidden),
-        changed_sides=float((above[0] != above[1]).double().mean()),
+        # on the CPU if the device is MPS, which has no float64
+        changed_sides=float(with_float64(above[0] != above[1]).double().mean()),
     )
 
 
@@ -154,7 +155,7 @@ def read_without_learning(
     "The masker's importances after `steps` batches, which the SAE encodes but does not learn from."
     for _ in range(steps):
         x = next(batches).to(sae.W_dec)
-        x = replace_outliers(x, ~ordinary_rows(sae, x))
+        x = replace_outliers(x, ~ordinary_rows(sae, x))  # sync: is there an ordinary row?
         z = sae.encode(x)
         keep = masker.sample(draw, len(x))
         h = z * masker.factor(keep)
@@ -178,16 +179,15 @@ def frozen_movement(
     if not isinstance(spec, RunSpec) or spec.atm is None:
         raise ValueError(f"frozen_movement: {spec.method!r} has no mask, so no importance")
     rate = run.history.table[TWIN_RATES.get(spec.atm.control, "mask_rate")].iloc[-1:].tolist()
-    masker = make_masker(
-        spec.atm, spec.sae.d_sae, spec.train.steps, rates=rate, seed=spec.train.seed
-    )
+    sae, size = run.sae, (spec.sae.d_sae, spec.train.steps)
+    masker = make_masker(spec.atm, *size, device=sae.W_dec.device, rates=rate, seed=spec.train.seed)
     assert masker is not None  # there is a config
     batches = data_batches(spec.data, spec.train.batch_size, spec.seed)
     draw = generator(spec.seed, "stability")
     first = min(moments[0], first)
     masker.step = moments[0] - first  # where training was, for a mask that fades
-    before = read_without_learning(run.sae, masker, batches, first, draw)
-    after = read_without_learning(run.sae, masker, batches, moments[1] - moments[0], draw)
+    before = read_without_learning(sae, masker, batches, first, draw)
+    after = read_without_learning(sae, masker, batches, moments[1] - moments[0], draw)
     return {f"{name}_frozen": value for name, value in movement(before, after).items()}
 
 

@@ -55,7 +55,12 @@ from atm_sae.evals.absorption import (
 )
 from ..evals.contexts import Context, LatentContexts, Passages, top_contexts
 from ..evals.first_letter import LETTERS, FirstLetterTask
-from ..evals.metrics import Autoencoder, planted_table, reconstruction_metrics
+from atm_sae.evals.metrics import (
+    Autoencoder,
+    ReconstructionSums,
+    planted_table,
+    reconstruction_metrics,
+)
 from ..evals.swap import SwapResult
 from .page import templates
 from ..stats import format_number
@@ -282,10 +287,11 @@ def explore_letters(
     passages: Passages | None = None,  # text read at the task's layer and site: adds contexts
 ) -> Exploration:
     "Score an SAE on the first-letter task, and keep what the page shows. Errors of the scores."
-    latents = word_latents(sae, task)
+    sums = ReconstructionSums(sae)
+    latents = word_latents(sae, task, watch=sums.add)
     result = evaluate_absorption(sae, latents, config, lm, protocol=protocol)
     scored = latents.ordinary_part(find_protocol(protocol).task(task))
-    cosines = (latents.W_dec @ scored.directions.T).numpy()
+    cosines = (latents.W_dec @ scored.directions.T.to(latents.W_dec)).cpu().numpy()
     targets, items = [], []
     for row in result.letters.to_dict("records"):
         i, words = LETTERS.index(row["first_letter"]), result.words
@@ -301,7 +307,7 @@ def explore_letters(
         False,
         _letters_setting(result, passages),
         _letters_about(result, passages),
-        _letter_scores(result, reconstruction_metrics(sae, task.x)),
+        _letter_scores(result, sums.metrics()),
         tuple(targets),
         tuple(items),
         describe_latents(latents.z, scored.words.text.tolist(), near, None, contexts),

@@ -26,19 +26,22 @@ __all__ = [
 ]
 
 # %% ../../nbs/report/tables.ipynb #cell-2
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from ..artefacts import atomic_write
-from ..core import cache_dir
+from ..core import cache_dir, pick_device
 from ..methods import get_method, method_name
 from atm_sae.stats import (
     at_l0,
@@ -58,23 +61,35 @@ if TYPE_CHECKING:
 
 
 # %% ../../nbs/report/tables.ipynb #cell-5
-def _score_numbered(score: Callable[["Run"], Any], job: tuple[int, "Run"]) -> Any:
+def _on_device(run: "Run", device: torch.device) -> "Run":
+    "The run with its SAE on a device. On the CPU, where SAEs are read, it is the run itself."
+    if device.type == "cpu":
+        return run
+    # the new run holds the copy, since the old one may read its SAE from a file each time
+    return replace(run, source=copy.deepcopy(run.sae).to(device))
+
+
+def _score_numbered(
+    score: Callable[["Run"], Any], device: torch.device, job: tuple[int, "Run"]
+) -> Any:
     "What `score` measures on the run of a numbered job."
-    return score(job[1])
+    return score(_on_device(job[1], device))
 
 
 def score_runs(
     score: Callable[["Run"], dict[str, Any] | pd.DataFrame],  # a dict, or several rows
     runs: Iterable["Run"],  # of `run_grid`
     world: str,  # what they were trained on
-    workers: int = 2,  # processes, at most
+    workers: int = 2,  # processes, at most; one on a GPU
     progress: bool = True,  # a bar over the runs
+    device: str = "auto",  # where the SAEs are scored, see `pick_device`
 ) -> pd.DataFrame:
     "Rows of world, method, sparsity, seed and what `score` measures, in the order of the runs."
-    runs = list(runs)
-    numbered, processes = list(enumerate(runs)), max(1, min(workers, len(runs) // 4))
+    runs, place = list(runs), pick_device(device)
+    processes = max(1, min(workers, len(runs) // 4)) if place.type == "cpu" else 1
+    numbered = list(enumerate(runs))
     found: dict[int, Any] = {}
-    outcomes = run_jobs(partial(_score_numbered, score), numbered, processes)
+    outcomes = run_jobs(partial(_score_numbered, score, place), numbered, processes)
     for outcome in tqdm(outcomes, total=len(runs), desc="scores", disable=not progress):
         if outcome.error is not None:
             raise outcome.error
