@@ -36,7 +36,7 @@ from atm_sae.methods import METHODS
 from atm_sae.sae.architectures import SAEConfig
 from atm_sae.sae.atm import ATMConfig, make_masker
 from atm_sae.sae.sae import SAE, calibrate_l0, random_sae
-from atm_sae.train.runs import make_trainer
+from atm_sae.train.runs import make_trainer, measure_l0, untrained_sae
 
 TOKENS = torch.randint(5, 900, (6, 20), generator=torch.Generator().manual_seed(0))
 
@@ -149,6 +149,30 @@ def test_a_run_on_a_gpu_is_resumed(tmp_path):
         assert all(isinstance(v, GPUTensor) for v in resumed.sae.state_dict().values())
         state = {name: weight.cpu() for name, weight in whole.sae.state_dict().items()}
         assert same(state, dict(resumed.sae.state_dict()))
+
+
+def test_the_untrained_control_is_made_on_the_device(lm):
+    "Of batches of the host, and of a stream whose batches are on the GPU."
+
+    def stream(model):
+        return StreamBatches(model, TokenRows(TOKENS), 1, batch_size=20, seed=0, buffer=50)
+
+    spec = small("random")
+    wide = replace(spec, sae=replace(spec.sae, d_in=32))
+    here = stream(lm)
+    expected = [
+        untrained_sae(spec, WorldBatches(PlantedWorld(WORLD), 32, 0)),
+        untrained_sae(wide, here),
+    ]
+    fresh = [next(here)]
+    with fake_gpu():
+        there = stream(replace(lm, model=copy.deepcopy(lm.model).to("cuda")))
+        planted = WorldBatches(PlantedWorld(WORLD), 32, 0)
+        found = [untrained_sae(spec, planted, "cuda"), untrained_sae(wide, there, "cuda")]
+        for a, b in zip(expected, found):
+            assert isinstance(b.threshold, GPUTensor)
+            assert same(dict(a.state_dict()), dict(b.state_dict()))
+        assert measure_l0(expected[1], fresh) == measure_l0(found[1], [next(there)])
 
 
 # --- model and evaluation

@@ -368,12 +368,18 @@ def make_trainer(
     return trainer
 
 
-def untrained_sae(spec: RunSpec, batches: Batches) -> SAE:
-    "The untrained control: centred on four batches, with the threshold that gives its L0 there."
+def untrained_sae(
+    spec: RunSpec,
+    batches: Batches,  # on any device
+    device: str | torch.device = "cpu",  # where the SAE is
+) -> SAE:
+    """The untrained control: centred on four batches, with the threshold that gives its L0 there.
+
+    ValueError without a target L0."""
     if spec.sae.target_l0 is None:
         raise ValueError("the untrained control needs a target L0")
-    x = torch.cat([next(batches) for _ in range(4)])
-    return calibrate_l0(random_sae(spec.sae), x, spec.sae.target_l0, centre=True)
+    x = torch.cat([next(batches) for _ in range(4)]).to(device)
+    return calibrate_l0(random_sae(spec.sae).to(device), x, spec.sae.target_l0, centre=True)
 
 
 def fresh_activations(
@@ -526,7 +532,7 @@ def _make_members(
     if first.trained:
         results = _train_members(members, batches, device, progress, ranks)
     else:
-        results = [(untrained_sae(first, batches), History())]
+        results = [(untrained_sae(first, batches, pick_device(device)), History())]
     errors = {m.artefact.key: r for m, r in zip(members, results) if isinstance(r, Exception)}
     if len(errors) == len(members):
         return errors
