@@ -44,6 +44,7 @@ from atm_sae.data.text import (
     pack_tokens,
 )
 from atm_sae.methods import METHODS, twin_method
+from atm_sae.train import runs
 from atm_sae.train.loop import state_hash
 from atm_sae.train.runs import get_run, is_complete, recipe, run_folder, run_grid, train_many
 
@@ -491,6 +492,24 @@ def test_many_saes_on_one_pass(buffer, make_all, spec, monkeypatch, tmp_path):
     for a, b in zip(many, alone):
         assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
         assert a.l0 == b.l0
+
+
+@pytest.mark.parametrize("buffer, make_all", [(0, run_grid), (400, run_grid), (400, train_many)])
+def test_one_device_for_models_activations_and_runs(buffer, make_all, spec, monkeypatch):
+    "Models run and SAEs are trained on the device that is asked for; nothing else chooses one."
+    asked = []
+
+    def pick(name="auto"):
+        asked.append(str(name))
+        return torch.device("cpu")
+
+    for place in (module, runs):
+        monkeypatch.setattr(place, "pick_device", pick)
+    specs = [run_spec(spec, method, buffer) for method in ("topk", "topk+dropout", "random")]
+    options = dict(workers=1, progress=False) if make_all is run_grid else {}
+    make_all(specs, device="cuda:1", **options)
+    held_out_activations(specs[0].data, 20, device="cuda:1")
+    assert {*asked} == {"cuda:1"}
 
 
 def test_two_saes_killed_on_one_stream_resume_to_the_bit(spec, monkeypatch, tmp_path):

@@ -350,10 +350,11 @@ def stream_activations(
     spec: ActivationSpec,  # with a buffer
     batch_size: int,  # activations a batch
     seed: int,  # of the order
+    device: str = "auto",  # where the model runs
 ) -> StreamBatches:
     "Batches of a specification that keeps nothing on disk; all ranks call it."
     ranks = Ranks.join()  # before the model: it says which device is this rank's
-    lm = load_model(spec)
+    lm = load_model(spec, device)
     rows, name = token_rows(spec, lm), activation_key(spec, lm=lm)
     settings = (spec.layer, batch_size, seed, spec.buffer, spec.dtype)
     return StreamBatches(lm, rows, *settings, name=name, ranks=ranks, site=spec.site)
@@ -375,14 +376,15 @@ def held_out_activations(
     spec: ActivationSpec,  # what SAEs are trained on
     n: int,  # rows; all there are if fewer
     lm: LM | None = None,  # its model, if it is loaded already
-) -> Tensor:  # (n, d_in) float32
+    device: str = "auto",  # where the model runs, if it is not loaded
+) -> Tensor:  # (n, d_in) float32, on the CPU
     "Activations that no SAE of this specification is trained on."
     if not spec.text and not spec.buffer:
-        return held_out(get_activations(spec, lm=lm), n)
+        return held_out(get_activations(spec, lm=lm, device=device), n)
     n_tokens = min(spec.n_tokens, n + n // 8 + spec.context)  # special tokens are no activations
     buffer = 0 if spec.text else spec.buffer  # only a stream of the default text is split
     others = replace(spec, held_out=True, buffer=buffer, n_tokens=n_tokens, replaced=0.0)
-    return held_out(get_activations(others, lm=lm), n, start=0.0)
+    return held_out(get_activations(others, lm=lm, device=device), n, start=0.0)
 
 
 # %% ../../nbs/data/batches.ipynb #cell-29
@@ -432,6 +434,7 @@ def data_batches(
     data: PlantedConfig | ActivationSpec,
     batch_size: int,
     seed: int,  # of the order of the batches
+    device: str = "auto",  # where the model runs
 ) -> Batches:
     "Batches of a planted world, of a cache, or (with a buffer) of a stream."
     if isinstance(data, WorldConfig):
@@ -439,7 +442,7 @@ def data_batches(
     if isinstance(data, TreeWorldConfig):
         return tree_batches(data, batch_size, seed)
     if isinstance(data, ActivationSpec) and data.buffer:
-        return stream_activations(data, batch_size, seed)
+        return stream_activations(data, batch_size, seed, device)
     if isinstance(data, ActivationSpec):
-        return cached_batches(get_activations(data), batch_size, seed)
+        return cached_batches(get_activations(data, device=device), batch_size, seed)
     raise TypeError(f"data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}")

@@ -157,6 +157,7 @@ _MASK = ("sae.atm.make_masker", "sae.atm.contribution")  # of no account without
 
 def _data_parts(
     data: PlantedConfig | ActivationSpec,
+    device: str,  # where its model runs
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     "Kind of the data, what of it belongs to the specification, inputs and sources."
     if isinstance(data, WorldConfig):
@@ -167,12 +168,12 @@ def _data_parts(
         raise TypeError(
             f"data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}"
         )
-    artefact = activation_artefact(data)
+    artefact = activation_artefact(data, device=device)
     if data.buffer:
         inputs = dict(artefact.inputs) | {"device of the model": artefact.device}
         parts = {"inputs": inputs, "sources": artefact.sources}
         return "stream", {"data": artefact.spec}, parts
-    content = artefact.content() or get_activations(data).meta["sha256"]
+    content = artefact.content() or get_activations(data, device=device).meta["sha256"]
     return "cache", {}, {"inputs": {"activations": content}, "sources": artefact.sources}
 
 
@@ -191,8 +192,8 @@ def run_artefact(
     spec: RunSpec,
     device: str = "auto",  # where it is trained
 ) -> Artefact:
-    "Key and folder of a run. The activations that it is trained on are made if need be."
-    kind, settings, parts = _data_parts(spec.data)
+    "Key and folder of a run. The activations that it is trained on are made there if need be."
+    kind, settings, parts = _data_parts(spec.data, device)
     trained = ("train.runs.make_trainer", "train.loop.train_together")
     makers = [*(trained if spec.trained else ("train.runs.untrained_sae",))]
     makers.append("train.runs.save_history")
@@ -303,11 +304,12 @@ def grid(
     steps: int,  # optimiser steps
     # {method: its own arguments}; variants need them, a dropout control takes its twin's
     tuned: dict[str, dict[str, Any]] | None = None,
+    device: str = "auto",  # where the model runs: an lm_dtype of 'auto' depends on it
     **settings: Any,  # further arguments of `recipe`
 ) -> list[RunSpec]:
     "The recipes of every method at every L0 with every seed."
     if isinstance(data, ActivationSpec):
-        data = with_dtype(data)  # the record of a run names the dtype itself
+        data = with_dtype(data, device=device)  # the record of a run names the dtype itself
     d_in = model_width(data.model) if isinstance(data, ActivationSpec) else data.d_in
     tuned = tuned or {}
     for method in tuned:
@@ -527,7 +529,7 @@ def _make_members(
 ) -> dict[str, Exception]:
     "Train runs on one pass over their batches, and write their folders; {key: error}."
     start, first = time.monotonic(), members[0].spec
-    batches = data_batches(first.data, first.train.batch_size, first.seed)
+    batches = data_batches(first.data, first.train.batch_size, first.seed, device)
     _check_data(members, batches)
     if first.trained:
         results = _train_members(members, batches, device, progress, ranks)
@@ -693,7 +695,7 @@ def _load(spec: RunSpec, device: str = "auto", log: str | Path | None = None) ->
     artefact = run_artefact(spec, device)
     artefact.opened()
     if isinstance(spec.data, ActivationSpec) and not spec.data.buffer:
-        activation_artefact(spec.data).opened()
+        activation_artefact(spec.data, device=device).opened()
     folder = artefact.folder
     l0 = read_json(folder / "run.json").get("l0", math.nan)
     history = load_history(folder)
@@ -770,15 +772,17 @@ def group_runs(
     specs: Iterable[RunSpec],
     workers: int = 1,  # processes that make groups at the same time
     share: bool = False,  # True: whatever the data are; False: streams only
-    memory: int | None = None,  # bytes for all workers; None: half of the free memory
+    memory: int | None = None,  # bytes for all workers; None: half of the device's free memory
+    device: str = "auto",  # where the runs are trained
 ) -> list[list[RunSpec]]:
     "Runs in groups, each for one pass over its data: large ones, but one at least for each worker."
     found: dict[str, list[RunSpec]] = defaultdict(list)
     for spec in specs:
         is_stream = isinstance(spec.data, ActivationSpec) and spec.data.buffer > 0
-        found[pass_key(spec) if share or is_stream else spec.key].append(spec)
+        key = pass_key(spec) if share or is_stream else run_artefact(spec, device).key
+        found[key].append(spec)
     if memory is None:
-        free = torch.tensor(free_memory(pick_device("auto")))
+        free = torch.tensor(free_memory(pick_device(device)))
         memory = int(Ranks.join().low(free)) // 2  # all ranks make the same groups
     parts = -(-workers // max(1, len(found)))
     return [group for group in found.values() for group in _split(group, parts, memory // workers)]
@@ -788,11 +792,14 @@ class FailedRun(RuntimeError):
     "The training of some runs failed; the message names them."
 
 
-def _failure(specs: Sequence[RunSpec], error: Exception) -> FailedRun:
+def _failure(specs: Sequence[RunSpec], error: Exception, device: str = "auto") -> FailedRun:
     "An error that names the run, or those that were being made when a worker was lost."
     if isinstance(error, FailedRun):
         return error
-    names = " or ".join(f'run "{spec.name}" ({spec.key})' for spec in specs) or "a run"
+    names = (
+        " or ".join(f'run "{spec.name}" ({run_artefact(spec, device).key})' for spec in specs)
+        or "a run"
+    )
     return FailedRun(f"{names} failed: {type(error).__name__}: {error}")
 
 
@@ -806,8 +813,8 @@ def _train(
     try:
         errors = _make(specs, progress, device, log)
     except Exception as e:
-        raise _failure(specs, e) from e
-    failures = {i: _failure([specs[i]], e) for i, e in enumerate(errors) if e is not None}
+        raise _failure(specs, e, device) from e
+    failures = {i: _failure([specs[i]], e, device) for i, e in enumerate(errors) if e is not None}
     if failures:
         text = "\n".join(map(str, failures.values()))
         raise FailedRun(text) from errors[min(failures)]
@@ -816,7 +823,8 @@ def _train(
 def _missing(specs: Sequence[RunSpec], device: str = "auto") -> dict[str, RunSpec]:
     "{key: spec} of the runs that have yet to be made, with the twins of dropout controls first."
     twins = [twin for twin in map(twin_spec, specs) if twin is not None]
-    return {spec.key: spec for spec in [*twins, *specs] if not is_complete(spec, device)}
+    found = {run_artefact(spec, device).key: spec for spec in [*twins, *specs]}
+    return {key: spec for key, spec in found.items() if not is_complete(spec, device)}
 
 
 def _stages(specs: Sequence[RunSpec], device: str = "auto") -> list[list[RunSpec]]:
@@ -840,7 +848,7 @@ def train_many(
     if log is not None:
         check_log(log)
     for stage in _stages(specs, device):
-        for group in group_runs(stage, share=True):
+        for group in group_runs(stage, share=True, device=device):
             _train(group, progress, device, log)
     runs = [_load_or_make(spec, progress, device, log) for spec in specs]
     warn_missed(runs)
@@ -850,21 +858,24 @@ def train_many(
 # %% ../../nbs/train/runs.ipynb #cell-30
 def _train_and_send(
     jobs: Sequence[tuple[RunSpec, str]],  # specifications with their keys
+    device: str = "auto",  # where to train
 ) -> tuple[dict[str, dict[str, bytes]], FailedRun | None]:
     """Make runs in a worker with another disk. Returns the files of the complete ones,
     {key: {name: content}}, and the error of the others."""
     for spec, key in jobs:
-        if spec.key != key:
+        own = run_artefact(spec, device).key
+        if own != key:
             raise RuntimeError(
-                f"the worker has other code, packages, data or devices (key {spec.key}, here "
+                f"the worker has other code, packages, data or devices (key {own}, here "
                 f"{key}): install the same atm-sae on all machines"
             )
     failed = None
     try:
-        _train([spec for spec, _ in jobs])
+        _train([spec for spec, _ in jobs], device=device)
     except FailedRun as e:
         failed = e
-    folders = {key: run_folder(spec) for spec, key in jobs if is_complete(spec)}
+    done = [(spec, key) for spec, key in jobs if is_complete(spec, device)]
+    folders = {key: run_folder(spec, device) for spec, key in done}
     files = {
         key: {name: (folder / name).read_bytes() for name in RUN_FILES}
         for key, folder in folders.items()
@@ -872,9 +883,9 @@ def _train_and_send(
     return files, failed
 
 
-def receive_run(spec: RunSpec, files: Mapping[str, bytes]) -> None:
+def receive_run(spec: RunSpec, files: Mapping[str, bytes], device: str = "auto") -> None:
     "Write the files of a run that was made elsewhere. Other files than those of a run are ignored."
-    artefact = run_artefact(spec)
+    artefact = run_artefact(spec, device)
     with artefact.lock():
         if artefact.exists():  # the worker has the same disk
             return
@@ -892,22 +903,24 @@ def _make_groups(
     workers: int,
     executor: str | None,
     log: str | Path | None,
+    device: str,
 ) -> Generator[Outcome[Sequence[RunSpec], None], None, None]:
     "Make groups of runs that do not depend on each other; yields the outcome of each."
     chosen = find_executor(executor)
     if Ranks.join().size > 1:  # a rank starts no workers
-        yield from run_jobs(partial(_train, log=log), groups, workers=1)
+        yield from run_jobs(partial(_train, device=device, log=log), groups, workers=1)
     elif not chosen.is_remote:
-        yield from run_jobs(partial(_train, log=log), groups, workers, chosen)
+        yield from run_jobs(partial(_train, device=device, log=log), groups, workers, chosen)
     else:
-        jobs = [[(spec, spec.key) for spec in group] for group in groups]
-        for outcome in run_jobs(_train_and_send, jobs, workers, chosen):
+        jobs = [[(spec, run_artefact(spec, device).key) for spec in group] for group in groups]
+        train = partial(_train_and_send, device=device)
+        for outcome in run_jobs(train, jobs, workers, chosen):
             error = outcome.error
             if outcome.result is not None:
                 files, error = outcome.result
                 for spec, key in outcome.item:
                     if key in files:
-                        receive_run(spec, files[key])
+                        receive_run(spec, files[key], device)
             yield Outcome([spec for spec, _ in outcome.item], error=error)
 
 
@@ -917,6 +930,7 @@ def run_grid(
     progress: bool = True,  # a bar over the runs
     executor: str | None = None,  # see `find_executor`; None: ATM_SAE_EXECUTOR, else processes
     log: str | Path | None = None,  # folder of TensorBoard logs, one folder in it for each run
+    device: str = "auto",  # where to train the runs that have yet to be made
 ) -> list[Run]:
     """The runs of `specs`, in their order, made if need be. FailedRun names a run that failed.
 
@@ -926,21 +940,22 @@ def run_grid(
     find_executor(executor)  # an unknown one is refused before anything runs
     if log is not None:
         check_log(log)
-    stages = _stages(specs)
+    stages = _stages(specs, device)
     missing = sum(map(len, stages))
     with tqdm(total=missing, desc="runs", disable=not (progress and missing)) as bar:
         for stage in stages:
-            outcomes = _make_groups(group_runs(stage, workers), workers, executor, log)
+            groups = group_runs(stage, workers, device=device)
+            outcomes = _make_groups(groups, workers, executor, log, device)
             try:
                 for outcome in outcomes:
                     if outcome.error is not None:
                         outcomes.close()
-                        raise _failure(outcome.item, outcome.error) from outcome.error
+                        raise _failure(outcome.item, outcome.error, device) from outcome.error
                     bar.set_postfix_str(outcome.item[-1].name, refresh=False)
                     bar.update(len(outcome.item))
             except LostWorker as e:
-                raise _failure([spec for group in e.items for spec in group], e) from e
-    runs = [_load_or_make(spec, log=log) for spec in specs]
+                raise _failure([spec for group in e.items for spec in group], e, device) from e
+    runs = [_load_or_make(spec, device=device, log=log) for spec in specs]
     warn_missed(runs)
     return runs
 
