@@ -46,6 +46,7 @@ __all__ = [
 
 # %% ../../nbs/train/runs.ipynb #cell-2
 import math
+import os
 import time
 import warnings
 import weakref
@@ -98,7 +99,7 @@ from ..sae.atm import CONTROLS, ATMConfig, make_masker
 from ..sae.formats import from_pretrained, sae_checksum
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 from ..stats import L0_SLACK, misses_l0
-from .executors import LostWorker, Outcome, find_executor, run_jobs
+from .executors import Executor, LostWorker, Outcome, find_executor, run_jobs
 from .loop import History, TrainConfig, Trainer, train_together, unflatten
 from .training_log import TrainingLog, check_log
 
@@ -898,6 +899,32 @@ def receive_run(spec: RunSpec, files: Mapping[str, bytes], device: str = "auto")
             _seal(artefact, part)
 
 
+def _gpu_names(device: str) -> list[str]:
+    "The GPUs that a device stands for, as CUDA_VISIBLE_DEVICES names them; none if it is no GPU."
+    where = pick_device(device)
+    if where.type != "cuda":
+        return []
+    visible, n = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    names = visible.split(",")[:n] if visible else [*map(str, range(n))]
+    return names if where.index is None else [names[where.index]]
+
+
+def _check_workers(workers: int, gpus: Sequence[str], executor: Executor) -> None:
+    "ValueError if workers of this machine would share a GPU."
+    if not gpus or workers == 1 or executor.address or Ranks.join().size > 1:
+        return
+    if executor.is_remote:
+        raise ValueError(
+            "the workers of a Dask cluster that starts on this machine would share a GPU: choose "
+            "the executor 'processes', or workers=1"
+        )
+    if workers > len(gpus):
+        raise ValueError(
+            f"{workers} workers need a GPU each, and there are {len(gpus)}: choose "
+            f"workers={len(gpus)}, or device='cpu'"
+        )
+
+
 def _make_groups(
     groups: Sequence[Sequence[RunSpec]],
     workers: int,
@@ -910,11 +937,12 @@ def _make_groups(
     if Ranks.join().size > 1:  # a rank starts no workers
         yield from run_jobs(partial(_train, device=device, log=log), groups, workers=1)
     elif not chosen.is_remote:
-        yield from run_jobs(partial(_train, device=device, log=log), groups, workers, chosen)
+        train = partial(_train, device=device, log=log)
+        yield from run_jobs(train, groups, workers, chosen, _gpu_names(device))
     else:
         jobs = [[(spec, run_artefact(spec, device).key) for spec in group] for group in groups]
-        train = partial(_train_and_send, device=device)
-        for outcome in run_jobs(train, jobs, workers, chosen):
+        send = partial(_train_and_send, device=device)
+        for outcome in run_jobs(send, jobs, workers, chosen):
             error = outcome.error
             if outcome.result is not None:
                 files, error = outcome.result
@@ -926,7 +954,9 @@ def _make_groups(
 
 def run_grid(
     specs: Iterable[RunSpec],
-    workers: int = 2,  # processes, each with one thread; 1: this process
+    # processes, each with one thread and a GPU of its own if it uses one; 1: this process; None: a
+    # process for each GPU, or two without GPUs
+    workers: int | None = None,
     progress: bool = True,  # a bar over the runs
     executor: str | None = None,  # see `find_executor`; None: ATM_SAE_EXECUTOR, else processes
     log: str | Path | None = None,  # folder of TensorBoard logs, one folder in it for each run
@@ -935,9 +965,13 @@ def run_grid(
     """The runs of `specs`, in their order, made if need be. FailedRun names a run that failed.
 
     Runs that read the same stream are trained on one pass over it, see `group_runs`.
+    ValueError for more workers than GPUs.
     Warns with `MissedL0` of those that missed their target L0."""
     specs = list(specs)
-    find_executor(executor)  # an unknown one is refused before anything runs
+    gpus = _gpu_names(device)
+    workers = workers or len(gpus) or 2
+    # an unknown executor, or too many workers, are refused before anything runs
+    _check_workers(workers, gpus, find_executor(executor))
     if log is not None:
         check_log(log)
     stages = _stages(specs, device)
