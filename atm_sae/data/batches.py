@@ -151,6 +151,8 @@ class AheadBatches:
         device: torch.device,
         n: int = 2,  # batches that wait at most
     ) -> None:
+        if device.type == "cuda" and device.index is None:  # of this thread, not of the reader's
+            device = torch.device("cuda", torch.cuda.current_device())
         self.batches, self.device, self.n = batches, device, n
         self._copies: torch.cuda.Stream | None = None  # copies run beside the training step
         self._start()
@@ -172,6 +174,8 @@ class AheadBatches:
 
     def _read(self) -> Iterator[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]]:
         "Each batch on the device, the event after its copy, and the reader's state after it."
+        if self.device.type == "cuda":  # each thread has a current device of its own
+            torch.cuda.set_device(self.device)
         for x in self.batches:
             yield *self._copy(x), self.batches.state_dict()
 
