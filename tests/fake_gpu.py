@@ -34,6 +34,8 @@ class GPUTensor(torch.Tensor):
             device="meta",  # the autograd engine then needs no driver
             requires_grad=requires_grad,
         )
+        if held.dtype == torch.float64 and not has_float64:
+            raise TypeError("this device has no float64")
         tensor.held = held
         return tensor
 
@@ -77,6 +79,7 @@ class GPUTensor(torch.Tensor):
         return _run(operation, args, kwargs or {})
 
 
+has_float64 = True  # of the fake GPU; see `fake_gpu`
 counts: Counter[str] = Counter()  # of copies and reads since `FakeGPU` was entered
 
 
@@ -206,8 +209,15 @@ class _Mode(TorchDispatchMode):
 
 
 @contextmanager
-def fake_gpu() -> Iterator[Counter[str]]:
-    "Inside, 'cuda' is the fake GPU. Gives the counts: to_gpu, to_host, reads, sizes."
+def fake_gpu(float64: bool = True) -> Iterator[Counter[str]]:
+    """Inside, 'cuda' is the fake GPU. Gives the counts: to_gpu, to_host, reads, sizes.
+
+    Without `float64` a tensor of that type on it is a TypeError, as on Apple's GPU."""
+    global has_float64
     counts.clear()
-    with _Mode(), _Names():
-        yield counts
+    has_float64 = float64
+    try:
+        with _Mode(), _Names():
+            yield counts
+    finally:
+        has_float64 = True

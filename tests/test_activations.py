@@ -616,6 +616,14 @@ def test_an_error_of_reading_ahead_reaches_the_training(cache, monkeypatch):
         [next(ahead) for _ in range(4)]
 
 
+def test_a_closed_reader_gives_no_batch(cache):
+    ahead = AheadBatches(CacheBatches(cache, 50, seed=3), torch.device("cpu"))
+    next(ahead)
+    ahead.close()
+    with pytest.raises(RuntimeError, match="these batches are closed, .*: make a new reader"):
+        next(ahead)
+
+
 @pytest.mark.parametrize("asked", ["cuda", "cuda:1"])
 def test_the_reading_thread_uses_the_gpu_of_its_sae(asked, cache, monkeypatch):
     "Also where 'cuda' means the current device of the thread that trains."

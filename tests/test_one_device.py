@@ -1,7 +1,9 @@
 "Everything runs on the device of the SAE and the model, proved on a GPU without hardware."
 
 import copy
+import gc
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -173,6 +175,38 @@ def test_the_untrained_control_is_made_on_the_device(lm):
             assert isinstance(b.threshold, GPUTensor)
             assert same(dict(a.state_dict()), dict(b.state_dict()))
         assert measure_l0(expected[1], fresh) == measure_l0(found[1], [next(there)])
+
+
+def test_a_trainer_is_freed_without_the_garbage_collector():
+    "The memory of one pass is free before the next: nothing refers back to the trainer."
+    steps("topk+atm", "cpu", 1)  # PyTorch's import of its compiler holds the first optimiser
+    gc.collect()
+    gc.disable()
+    try:
+        trainer, _ = steps("topk+atm", "cpu", 12)
+        held = [trainer, trainer.optimiser, trainer.sae, trainer.sae.W_dec, trainer.batches]
+        refs = [weakref.ref(thing) for thing in held]
+        del trainer, held
+        assert [ref() for ref in refs] == [None] * 5
+    finally:
+        gc.enable()
+
+
+def test_training_takes_a_device_without_float64(monkeypatch):
+    "Weights are compared, and the L0 is measured, where float64 numbers can be."
+    spec = small("topk+atm", precision="fp32", fast=False)
+    two = SimpleNamespace(size=2, low=lambda sums: sums, high=lambda sums: sums)
+    with fake_gpu(float64=False):
+        with pytest.raises(TypeError, match="no float64"):
+            torch.ones(2).to("cuda").double()
+        batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+        trainer = make_trainer(spec, batches, None, torch.device("cuda"))
+        for step in range(6):
+            trainer.step(trainer.read_batch(step + 1))
+        assert measure_l0(trainer.sae, [next(batches)]) > 0
+        monkeypatch.setattr(GPUTensor, "device", property(lambda tensor: torch.device("mps")))
+        trainer.ranks = two
+        trainer.check_weights()
 
 
 # --- model and evaluation

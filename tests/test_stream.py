@@ -9,6 +9,7 @@ import shutil
 import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,7 @@ from atm_sae.data.activations import (
     read_ahead,
 )
 from atm_sae.data.batches import (
+    AheadBatches,
     StreamBatches,
     held_out_activations,
     held_out_tokens,
@@ -492,6 +494,33 @@ def test_many_saes_on_one_pass(buffer, make_all, spec, monkeypatch, tmp_path):
     for a, b in zip(many, alone):
         assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
         assert a.l0 == b.l0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("buffer", [0, 400])
+def test_readers_are_closed_when_training_ends(buffer, fails, spec, monkeypatch):
+    "After success and after an error: of a stream, and of a cache that is read ahead."
+    readers, make = [], runs.data_batches
+
+    def remember(reader):
+        readers.append(reader)
+        return reader
+
+    def ahead(batches, device):
+        return remember(AheadBatches(batches, device)) if buffer == 0 else batches
+
+    def fail(*args, **more):
+        raise OSError("no disk")
+
+    monkeypatch.setattr(runs, "batches_for", ahead)
+    monkeypatch.setattr(runs, "data_batches", lambda *a: remember(make(*a)) if buffer else make(*a))
+    if fails:
+        monkeypatch.setattr(runs, "train_together", fail)
+    with pytest.raises(OSError, match="no disk") if fails else nullcontext():
+        get_run(run_spec(spec, "topk", buffer))
+    (used,) = readers
+    with pytest.raises(RuntimeError, match="these batches are closed"):
+        next(used)
 
 
 @pytest.mark.parametrize("buffer, make_all", [(0, run_grid), (400, run_grid), (400, train_many)])

@@ -17,6 +17,7 @@ __all__ = [
     "tree_batches",
     "cached_batches",
     "data_batches",
+    "close_batches",
 ]
 
 # %% ../../nbs/data/batches.ipynb #cell-2
@@ -142,6 +143,9 @@ class CacheBatches:
 
 
 # %% ../../nbs/data/batches.ipynb #cell-19
+_CLOSED = "these batches are closed, because training has ended or failed: make a new reader"
+
+
 class AheadBatches:
     "The batches of a cache, read and copied to a device in a thread, `n` ahead."
 
@@ -193,7 +197,10 @@ class AheadBatches:
         return self
 
     def __next__(self) -> Tensor:
-        x, arrived, self._state = next(self._ahead)
+        item = next(self._ahead, None)
+        if item is None:
+            raise RuntimeError(_CLOSED)
+        x, arrived, self._state = item
         if arrived is not None:
             training = torch.cuda.current_stream(self.device)
             training.wait_event(arrived)
@@ -211,7 +218,7 @@ class AheadBatches:
         self._start()
 
     def close(self) -> None:
-        "End the thread. The next batch is an error."
+        "End the thread. The next batch is a RuntimeError."
         self._ahead.close()
 
 
@@ -282,6 +289,12 @@ class StreamBatches:
 
         self.place = self.text.state_dict()
         self._pieces = read_ahead(pieces())
+        self._closed = False
+
+    def close(self) -> None:
+        "End the thread. The next batch is a RuntimeError."
+        self._pieces.close()
+        self._closed = True
 
     def _run(self) -> Tensor:
         "Activations of the next rows of tokens, (n, d_in); each rank computes its part."
@@ -314,6 +327,8 @@ class StreamBatches:
         return self
 
     def __next__(self) -> Tensor:
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         if not len(self.buffer):
             self.buffer = self._take(self.size).clone()
         if self.drawn + self.batch_size > len(self.order):
@@ -345,7 +360,7 @@ class StreamBatches:
         self.order, self.drawn = state["order"].to(device), int(state["drawn"])
         self.rest, self._used = state["rest"].to(device, copy=True), 0
         self.generator.set_state(state["generator"])
-        self._pieces.close()
+        self.close()
         self.text.load_state_dict(state["place"])
         self._start()
 
@@ -450,3 +465,9 @@ def data_batches(
     if isinstance(data, ActivationSpec):
         return cached_batches(get_activations(data, device=device), batch_size, seed)
     raise TypeError(f"data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}")
+
+
+def close_batches(batches: Batches) -> None:
+    "End the thread of a reader that has one."
+    if isinstance(batches, (AheadBatches, StreamBatches)):
+        batches.close()

@@ -87,6 +87,7 @@ from atm_sae.data.batches import (
     Batches,
     CacheBatches,
     batches_for,
+    close_batches,
     data_batches,
     held_out,
 )
@@ -404,7 +405,8 @@ def measure_l0(
     limit = math.inf if sae.max_norm is None else sae.max_norm
     ordinary = [x[~is_outlier(x, limit)] for x in fresh]
     counts = [(sae.encode(x.to(sae.W_dec.device)) != 0).sum(1) for x in ordinary]
-    return torch.cat(counts).double().mean().item()
+    # on the CPU, because not every device has float64 (MPS)
+    return torch.cat(counts).cpu().double().mean().item()
 
 
 # %% ../../nbs/train/runs.ipynb #cell-20
@@ -506,9 +508,13 @@ def _train_members(
             if ranks.size > 1:  # another rank may have had no error
                 raise
             results[i] = e
-    if trainers:
-        for i, error in zip(trainers, train_together([*trainers.values()], progress)):
-            results[i] = error or (trainers[i].sae, trainers[i].history)
+    try:
+        errors = train_together([*trainers.values()], progress) if trainers else []
+    finally:
+        if reader is not batches:
+            close_batches(reader)
+    for i, error in zip(trainers, errors):
+        results[i] = error or (trainers[i].sae, trainers[i].history)
     return [results[i] for i in range(len(members))]
 
 
@@ -531,15 +537,17 @@ def _make_members(
     "Train runs on one pass over their batches, and write their folders; {key: error}."
     start, first = time.monotonic(), members[0].spec
     batches = data_batches(first.data, first.train.batch_size, first.seed, device)
-    _check_data(members, batches)
-    if first.trained:
-        results = _train_members(members, batches, device, progress, ranks)
-    else:
-        results = [(untrained_sae(first, batches, pick_device(device)), History())]
-    errors = {m.artefact.key: r for m, r in zip(members, results) if isinstance(r, Exception)}
-    if len(errors) == len(members):
-        return errors
-    fresh = fresh_activations(batches)  # by all ranks: they share the work of a stream
+    with ExitStack() as stack:
+        stack.callback(close_batches, batches)
+        _check_data(members, batches)
+        if first.trained:
+            results = _train_members(members, batches, device, progress, ranks)
+        else:
+            results = [(untrained_sae(first, batches, pick_device(device)), History())]
+        errors = {m.artefact.key: r for m, r in zip(members, results) if isinstance(r, Exception)}
+        if len(errors) == len(members):
+            return errors
+        fresh = fresh_activations(batches)  # by all ranks: they share the work of a stream
     l0 = [None if isinstance(r, Exception) else measure_l0(r[0], fresh) for r in results]
     seconds = (time.monotonic() - start) / len(members)  # the share of each run
     for member, result, reached in zip(members, results, l0):
