@@ -95,9 +95,9 @@ def test_the_fake_gpu_counts_copies_and_reads():
 # --- training
 
 
-def steps(method, device, n, counts=None):
+def steps(method, device, n, counts=None, **more):
     "The trainer of a method after `n` steps, and what each step copied."
-    spec = small(method, log_every=12, precision="fp32", fast=False)
+    spec = small(method, log_every=12, precision="fp32", fast=False, **more)
     batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
     trainer = make_trainer(spec, batches, [0.1] * 40, torch.device(device))
     copied = []
@@ -110,17 +110,40 @@ def steps(method, device, n, counts=None):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
 def test_training_stays_on_the_device(method):
-    "The numbers of the CPU's dense path; between readings the batch and the draws are copied."
+    "The numbers of the CPU's dense path; between readings the batch alone is copied."
     expected, _ = steps(method, "cpu", 12)
     with fake_gpu() as counts:
         trainer, copied = steps(method, "cuda", 12, counts)
         found = {name: weight.cpu() for name, weight in trainer.sae.state_dict().items()}
     assert same(dict(expected.sae.state_dict()), found)
     assert same([*map(list, expected.history.rows)], [*map(list, trainer.history.rows)])
-    draws = trainer.masker is not None
-    assert copied[1:9] == [dict(to_gpu=1 + draws)] * 8
-    assert copied[10] == dict(to_gpu=1 + draws, sizes=1)  # the dead latents
-    assert copied[11] == dict(to_gpu=1 + draws, to_host=2, reads=2)  # a row of the history
+    assert copied[1:9] == [dict(to_gpu=1)] * 8
+    assert copied[10] == dict(to_gpu=1, sizes=1)  # the dead latents
+    assert copied[11] == dict(to_gpu=1, to_host=2, reads=2)  # a row of the history
+
+
+def test_chunks_of_rows_are_drawn_on_the_device():
+    expected, _ = steps("ortsae", "cpu", 12, chunk=4)
+    with fake_gpu() as counts:
+        trainer, copied = steps("ortsae", "cuda", 12, counts, chunk=4)
+        assert same(dict(expected.sae.state_dict()), dict(trainer.sae.state_dict()))
+    assert copied[5]["to_gpu"] == 1  # the batch; step 5 compares rows
+
+
+def test_a_checkpoint_of_another_device_is_refused(tmp_path):
+    "A generator's state belongs to its kind of device."
+    spec = small("topk+atm", precision="fp32", fast=False)
+
+    def trainer(device):
+        batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+        return make_trainer(spec, batches, None, torch.device(device), tmp_path)
+
+    with fake_gpu():
+        made = trainer("cuda")
+        made.step(made.read_batch(1))
+        made.save()
+    with pytest.raises(ValueError, match="checkpoint was made on cuda, and the SAE is on cpu"):
+        trainer("cpu")
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "standard"])

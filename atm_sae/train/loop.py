@@ -338,7 +338,7 @@ class Trainer:
         self.start = state_hash(sae.state_dict()) if sae.is_trained else None
         self.history = History()
         self.optimiser = torch.optim.Adam([*sae.parameters()], lr=config.lr, fused=True)
-        self.generator = generator(config.seed, "mask")
+        self.generator = generator(config.seed, "mask", device=device)
         self.control = make_control(sae.architecture, device)
         # samples since each latent was last active, and the indices of the dead ones
         self.inactive_for = torch.zeros(sae.config.d_sae, device=device)
@@ -578,6 +578,7 @@ class Trainer:
             sae=self.sae.state_dict(),
             optimiser=moments,
             generator=self.generator.get_state(),
+            device=self.generator.device.type,  # the generator's state belongs to it
             batches=self.batches.state_dict(),
             inactive_for=self.inactive_for,
             dead=self.dead,
@@ -596,8 +597,15 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Continue from a saved state. The position of the batches is not restored here."
+        """Continue from a saved state. The position of the batches is not restored here.
+
+        ValueError for the state of another kind of device: the masks could not be drawn on."""
         device = self.sae.W_enc.device
+        if state["device"] != device.type:
+            raise ValueError(
+                f"the checkpoint was made on {state['device']}, and the SAE is on {device.type}, "
+                "where other masks are drawn: train on the first device, or into another folder"
+            )
         self.steps = state["steps"]
         self.sae.load_state_dict(state["sae"])
         self.load_moments(state["optimiser"])
