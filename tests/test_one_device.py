@@ -35,9 +35,19 @@ from atm_sae.evals.reading import word_activations
 from atm_sae.evals.stability import read_without_learning
 from atm_sae.evals.swap import swap_words
 from atm_sae.methods import METHODS
-from atm_sae.sae.architectures import SAEConfig
-from atm_sae.sae.atm import ATMConfig, make_masker
+from atm_sae.sae.architectures import MaskedBatch, SAEConfig
+from atm_sae.sae.atm import (
+    EFFECTS,
+    ATMConfig,
+    contribution,
+    frequency,
+    magnitude,
+    make_masker,
+)
+from atm_sae.sae.losses import step as step_of
 from atm_sae.sae.sae import SAE, calibrate_l0, random_sae
+from atm_sae.sae.sparse import ActiveSet, DenseSet
+from atm_sae.train.loop import L0Control
 from atm_sae.train.runs import make_trainer, measure_l0, untrained_sae
 
 TOKENS = torch.randint(5, 900, (6, 20), generator=torch.Generator().manual_seed(0))
@@ -230,6 +240,41 @@ def test_training_takes_a_device_without_float64(monkeypatch):
         monkeypatch.setattr(GPUTensor, "device", property(lambda tensor: torch.device("mps")))
         trainer.ranks = two
         trainer.check_weights()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_statistics_of_half_precision_are_added_up_in_single(sparse):
+    "1,001 of 1,024 samples are active: bfloat16 has no such number."
+    z = (torch.arange(1024) < 1001).bfloat16()[:, None] * torch.tensor([1.0, 3.0]).bfloat16()
+    active, values = DenseSet(1024), z
+    if sparse:
+        rows, cols = z.nonzero().unbind(1)
+        active, values = ActiveSet(rows, cols, 1024, 2), z[rows, cols]
+    share = frequency(values, active)
+    assert share.dtype == torch.float32 and share.tolist() == [1001 / 1024] * 2
+    assert magnitude(values, active).tolist() == [1001 / 1024, 3003 / 1024]
+    control = L0Control(2.0)
+    control.observe(share.sum())
+    assert control.error.dtype == torch.float32
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_contributions_of_half_precision_are_in_single(effect):
+    h, grad = torch.tensor([[1.0078125]]).bfloat16(), torch.tensor([[-1.0078125]]).bfloat16()
+    found = contribution(h, grad, torch.tensor([[1.0]]), DenseSet(1), effect=effect)
+    square = 1.0078125**2  # bfloat16 has no such number
+    expected = {"exact": 2 * square, "first-order": square, "norm": square}[effect]
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_l0_penalty_of_half_precision_counts_in_single():
+    sae = SAE(SAEConfig(8, 16, architecture="jumprelu", target_l0=3))
+    pre = torch.ones(1001, 1).bfloat16()
+    count = step_of(pre, torch.zeros(1), 0.2)
+    assert count.dtype == torch.bfloat16
+    batch = MaskedBatch(pre, pre, DenseSet(1001), SimpleNamespace(threshold=torch.zeros(1)))
+    single = MaskedBatch(pre.float(), pre, DenseSet(1001), batch.weights)
+    assert sae.architecture.penalty(batch) == sae.architecture.penalty(single)
 
 
 # --- model and evaluation

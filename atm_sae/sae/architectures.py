@@ -44,7 +44,7 @@ from atm_sae.sae.losses import (
     topk,
     window,
 )
-from .sparse import ActiveSet, DenseSet, ThresholdGradient, count_active
+from .sparse import ActiveSet, DenseSet, ThresholdGradient, count_active, sum_dtype
 
 
 # %% ../../nbs/sae/architectures.ipynb #cell-5
@@ -482,7 +482,8 @@ class JumpReLU(SAEArchitecture):
         if isinstance(active, ActiveSet):
             count = count_active(active, threshold, bandwidth)
         else:
-            count = step(batch.pre, threshold, bandwidth).sum()
+            active_places = step(batch.pre, threshold, bandwidth)
+            count = active_places.sum(dtype=sum_dtype(active_places))
         l0 = count / active.batch
         if ranks.size > 1:
             l0 = l0 + (ranks.mean(l0) - l0.detach())
