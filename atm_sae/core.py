@@ -204,7 +204,7 @@ def check_activations(
 ) -> Tensor:
     "`x` itself, if `check_rows` accepts it and it is finite; else a TypeError or ValueError."
     check_rows(x, d_in, name)
-    if not torch.isfinite(x.sum()):
+    if not torch.isfinite(x.sum()):  # sync: the host waits for one number of each batch
         _check_finite(x, name)
     return x
 

@@ -308,6 +308,7 @@ class StreamBatches:
         longest = -(-tokens.numel() // self.ranks.size)
         filled = torch.cat([x, x.new_zeros(longest - len(x), self.d_in)])
         parts = self.ranks.gather(filled).split(longest)
+        # sync: the host waits for the lengths of the parts
         lengths = self.ranks.gather(torch.tensor([len(x)], device=x.device)).tolist()
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
 

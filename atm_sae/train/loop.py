@@ -508,6 +508,7 @@ class Trainer:
         "Importance and mask probability now, (d_sae,) each; empty without a masker."
         if self.masker is None:
             return {}
+        # sync: two copies, at the few steps of `snapshot_steps`
         return dict(
             importance=self.masker.importance().cpu().clone(),
             probability=self.masker.mask_probability().cpu().clone(),
@@ -516,6 +517,7 @@ class Trainer:
     def check(self) -> None:
         """FloatingPointError if values are not finite, ValueError for a batch of outliers alone,
         RuntimeError if the ranks' weights differ."""
+        # sync: at each row of the history and each checkpoint
         bad_batch, bad_loss = (int(v) for v in self.ranks.high(self.not_finite).tolist())
         if bad_batch >= 0:
             raise FloatingPointError(
