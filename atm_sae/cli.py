@@ -276,12 +276,13 @@ def _specs(
     l0: Sequence[float],
     seeds: Sequence[int],
     settings: Mapping[str, Any],  # fields of the configurations, and sizes
+    device: str,
 ) -> "list[RunSpec]":
     "The RunSpecs of a train command; ValueError for a setting of no configuration."
     from atm_sae.train.runs import grid
 
     try:
-        return grid(methods, data, l0, seeds, **settings)
+        return grid(methods, data, l0, seeds, device=device, **settings)
     except TypeError as e:
         raise ValueError(f"--set {e}") from e
 
@@ -326,6 +327,7 @@ def _train_all(
     progress: bool,
     executor: str | None,
     log: Path | None,
+    device: str,
 ) -> "Sequence[Run]":
     "The runs of the specs: loaded, or trained. One run has a bar of steps, several a bar of runs."
     from atm_sae.train.runs import MissedL0, get_run, run_grid
@@ -334,13 +336,14 @@ def _train_all(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissedL0)  # the command says it of the L0 that it prints
         if len(specs) == 1 and not elsewhere:
-            return [get_run(specs[0], progress, log=log)]
-        return run_grid(specs, workers, progress, executor, log)
+            return [get_run(specs[0], progress, device, log)]
+        return run_grid(specs, workers, progress, executor, log, device)
 
 
 # %% ../nbs/cli.ipynb #cell-22
-def _reconstruction(sae: "SAE", data: Data) -> dict[str, float]:
-    "Planted metrics, or reconstruction on held-out activations."
+def _reconstruction(sae: "SAE", data: Data, device: str) -> dict[str, float]:
+    "Planted metrics, or reconstruction on held-out activations, measured on a device."
+    from atm_sae.core import pick_device
     from atm_sae.data.activations import ActivationSpec
     from atm_sae.data.batches import held_out_activations
     from atm_sae.data.synthsaebench import TreeWorld, planted_world
@@ -350,8 +353,9 @@ def _reconstruction(sae: "SAE", data: Data) -> dict[str, float]:
         synthsaebench_metrics,
     )
 
+    sae.to(pick_device(device))
     if isinstance(data, ActivationSpec):
-        return reconstruction_metrics(sae, held_out_activations(data, 20_000))
+        return reconstruction_metrics(sae, held_out_activations(data, 20_000, device=device))
     world = planted_world(data)
     found = planted_metrics(sae, world)
     found |= dict(explained_variance=1 - found["fvu"])
@@ -361,14 +365,15 @@ def _reconstruction(sae: "SAE", data: Data) -> dict[str, float]:
     return found
 
 
-def _run_row(spec: "RunSpec", run: "Run", folder: Path | None) -> dict[str, Any]:
+def _run_row(spec: "RunSpec", run: "Run", folder: Path | None, device: str) -> dict[str, Any]:
     "One trained run as the command reports it."
     assert run.folder is not None  # a pretrained SAE alone has none
     sae = _copy_run(run.folder, folder) if folder else run.folder / "sae"
-    about = dict(method=spec.method, l0=spec.l0, seed=spec.seed, key=spec.key, sae=str(sae))
+    key = run.folder.name
+    about = dict(method=spec.method, l0=spec.l0, seed=spec.seed, key=key, sae=str(sae))
     history = run.history
     outliers = dict(n=history.n_outliers, of=_tokens(run), max_norm=history.max_norm)
-    return about | dict(outliers=outliers, metrics=_reconstruction(run.sae, spec.data))
+    return about | dict(outliers=outliers, metrics=_reconstruction(run.sae, spec.data, device))
 
 
 def _tokens(run: "Run") -> int:
@@ -407,12 +412,12 @@ def _say_missed(saes: Iterable[tuple[str, str, float | None, float | None]]) -> 
             print(f"atm-sae: {said}", file=sys.stderr)
 
 
-def _read_activations(data: Data, progress: bool) -> None:
+def _read_activations(data: Data, progress: bool, device: str) -> None:
     "Make the activations, with a bar, before training asks for them. A stream has none."
     from atm_sae.data.activations import ActivationSpec, get_activations
 
     if isinstance(data, ActivationSpec) and not data.buffer:
-        get_activations(data, progress=progress)
+        get_activations(data, progress=progress, device=device)
 
 
 # %% ../nbs/cli.ipynb #cell-24
@@ -471,6 +476,8 @@ _DATA_HELP = (
     "`planted`, `planted:synthsaebench-16k`, or a model: its name, folder, or id on the Hub."
 )
 _SITE_HELP = "Of the block: resid_pre, attn_out, mlp_out or resid_post."
+_DEVICE_HELP = "Where the SAEs and the language model run; auto: the GPU, if there is one."
+_Device = Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")]
 _EXAMPLE = "--data planted --l0 4 --d-sae 200 --steps 2000 --seed 0 --seed 1 --out saes"
 
 
@@ -493,28 +500,33 @@ def train(
     set_: _Settings = [],  # noqa: B006  typer copies it
     workers: Annotated[int, _option("Processes for several runs.", TRAINING, min=1)] = 1,
     executor: _Executor = None,
+    device: _Device = "auto",
     out: Annotated[Path | None, _option("Copy each SAE to a folder in this one.", OUTPUT)] = None,
     log: _Log = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     "Train one SAE, or every method at every L0 with every seed. A stopped run resumes."
+    from atm_sae.core import pick_device
     from atm_sae.data.lm import Site
+    from atm_sae.train.runs import run_artefact
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     progress = first and not quiet
+    pick_device(device)  # one that is not there is refused before anything is read
     settings = _settings(set_)
     source = _data(data, Site(layer, site), settings)
     sizes = dict(d_sae=d_sae, steps=steps, batch_size=batch_size)
     more = {} if lr is None else dict(lr=lr)
-    _read_activations(source, progress)
-    specs = _specs(method, source, l0, seed, settings | sizes | more)
+    _read_activations(source, progress, device)
+    specs = _specs(method, source, l0, seed, settings | sizes | more, device)
     folders = _out_folders(specs, out if first else None)
     for spec, folder in zip(specs, folders, strict=True):
         if folder:
-            _check_out(folder, spec.key)
-    runs = _train_all(specs, workers, progress, executor, log)
-    rows = [_run_row(*made) for made in zip(specs, runs, folders, strict=True)]  # by all ranks
+            _check_out(folder, run_artefact(spec, device).key)
+    runs = _train_all(specs, workers, progress, executor, log, device)
+    made = zip(specs, runs, folders, strict=True)
+    rows = [_run_row(*one, device) for one in made]  # by all ranks
     if first:
         show = _print_json if as_json else _show_runs
         show(rows)
@@ -713,7 +725,7 @@ def _core(s: Subject, data: "ActivationSpec", lm: "LM", o: Options) -> dict[str,
     from atm_sae.evals.saebench import core_json
 
     # activations of compiled blocks have other last bits than those of `lm`
-    x = held_out_activations(data, 20_000, None if data.lm_compile else lm)
+    x = held_out_activations(data, 20_000, None if data.lm_compile else lm, o.device)
     tokens = held_out_tokens(data, lm, 16_384)
     plain = reconstruction_metrics(s.sae, x)
     spliced = spliced_metrics(s.sae, lm, data.layer, tokens, site=data.site)
@@ -813,7 +825,7 @@ def _planted(
             f"--metrics {probes[0]}: the planted world has no texts to probe; "
             "ask for core or absorption"
         )
-    found = _reconstruction(s.sae, data)
+    found = _reconstruction(s.sae, data, o.device)
     absorption = dict(full=found["absorption"], miss_rate=found["miss_rate"])
     core = ["explained_variance", "fvu", "l0", "dead_share", "mcc", "f1", "n_outliers"]
     core += [name for name in found if name.startswith("synthsaebench_")]
@@ -918,7 +930,6 @@ _SAE_PROBES_HELP = "The wheel or folder of sae-probes; by default where it is in
 _TOKENS_HELP = "Tokens to run, of which the last tenth measures; for SAEs without a record."
 _PROTOCOL_HELP = "Probes of absorption: exact, or saebench, as SAEBench 0.6.0 trains them."
 _WORDS_HELP = "Score absorption on a random part of the model's words, at most so many."
-_DEVICE_HELP = "Where the SAEs and the language model run; auto: the GPU, if there is one."
 _SUBFOLDER_HELP = "Folder of the SAE within a repository."
 _SAEBENCH_HELP = "Write SAEBench's files below this folder."
 _REVISION_HELP = "Branch, tag or commit of a repository."
@@ -934,7 +945,6 @@ _Spaced = Annotated[bool, typer.Option("--spaced", help=_SPACED_HELP)]
 _Model = Annotated[str | None, _option(_MODEL_HELP, PLACE)]
 _Layer = Annotated[int | None, _option("By default the SAE's.", PLACE)]
 _SiteKind = Annotated[str | None, _option(_SITE_KIND_HELP, PLACE)]
-_Device = Annotated[str, _option(_DEVICE_HELP, metavar="auto|cpu|cuda|cuda:1|mps")]
 
 
 @app.command(epilog=f"Example: atm-sae evaluate {_EVALUATE}")

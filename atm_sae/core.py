@@ -107,10 +107,10 @@ def seed_everything(seed: int) -> torch.Generator:
 
 
 # %% ../nbs/core/core.ipynb #cell-20
-def generator(seed: int, *names: object) -> torch.Generator:
-    "A CPU generator whose stream belongs to `(seed, *names)` alone."
+def generator(seed: int, *names: object, device: str | torch.device = "cpu") -> torch.Generator:
+    "A generator on a device, whose stream belongs to `(seed, *names)` and the kind of device."
     digest = hashlib.sha256(json.dumps([int(seed), *map(str, names)]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 # %% ../nbs/core/core.ipynb #cell-25
@@ -204,7 +204,7 @@ def check_activations(
 ) -> Tensor:
     "`x` itself, if `check_rows` accepts it and it is finite; else a TypeError or ValueError."
     check_rows(x, d_in, name)
-    if not torch.isfinite(x.sum()):
+    if not torch.isfinite(x.sum()):  # sync: the host waits for one number of each batch
         _check_finite(x, name)
     return x
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -34,6 +35,8 @@ class GPUTensor(torch.Tensor):
             device="meta",  # the autograd engine then needs no driver
             requires_grad=requires_grad,
         )
+        if held.dtype == torch.float64 and not has_float64:
+            raise TypeError("this device has no float64")
         tensor.held = held
         return tensor
 
@@ -77,6 +80,25 @@ class GPUTensor(torch.Tensor):
         return _run(operation, args, kwargs or {})
 
 
+has_float64 = True  # of the fake GPU; see `fake_gpu`
+
+
+class GPUGenerator(torch.Generator):
+    "A generator of the fake GPU, with the numbers of the host's."
+
+    @property
+    def device(self) -> torch.device:
+        return GPU
+
+
+class AnyGenerator(torch.Generator):
+    "Stands for torch.Generator inside `fake_gpu`."
+
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
+        return GPUGenerator() if _is_gpu(device) else HostGenerator()
+
+
+HostGenerator = torch.Generator  # PyTorch's own class
 counts: Counter[str] = Counter()  # of copies and reads since `FakeGPU` was entered
 
 
@@ -98,9 +120,6 @@ def _check_devices(operation: Any, leaves: list[Any], where: Any) -> None:
     hosts = [t for t in leaves if isinstance(t, torch.Tensor) and not isinstance(t, GPUTensor)]
     is_index = "index" in operation.name() or "gather" in operation.name()
     mixed = [t for t in hosts if t.ndim or is_index]
-    generators = [g for g in leaves if isinstance(g, torch.Generator) and g.device == HOST]
-    if where and generators:
-        raise RuntimeError(f"{operation}: a generator of the host draws on the GPU")
     if where and mixed:
         shapes = [tuple(t.shape) for t in mixed]
         raise RuntimeError(f"{operation}: tensors {shapes} are on the host, others on the GPU")
@@ -164,12 +183,22 @@ class _Names(TorchFunctionMode):
     ) -> Any:
         if function is torch.Tensor.to and len(args) > 1 and args[1] == "cuda":
             args = (args[0], "meta", *args[2:])
+        _check_generator(function, args, kwargs or {})
         args, kwargs = tree_map_only(torch.device, _as_meta, (args, kwargs or {}))
         if _is_gpu(kwargs.get("device")):
             kwargs = kwargs | dict(device="meta")
         if function in _MAKERS:
             return _made(function, args, kwargs)
         return function(*args, **kwargs)
+
+
+def _check_generator(function: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    "RuntimeError if a generator of the host draws on the GPU, or the other way round."
+    draws = kwargs.get("generator")
+    on_gpu = _is_gpu(kwargs.get("device")) or isinstance(next(iter(args), None), GPUTensor)
+    if draws is not None and on_gpu != isinstance(draws, GPUGenerator):
+        place, other = ("host", "GPU") if on_gpu else ("GPU", "host")
+        raise RuntimeError(f"{function}: a generator of the {place} draws on the {other}")
 
 
 _MAKERS = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
@@ -206,8 +235,15 @@ class _Mode(TorchDispatchMode):
 
 
 @contextmanager
-def fake_gpu() -> Iterator[Counter[str]]:
-    "Inside, 'cuda' is the fake GPU. Gives the counts: to_gpu, to_host, reads, sizes."
+def fake_gpu(float64: bool = True) -> Iterator[Counter[str]]:
+    """Inside, 'cuda' is the fake GPU. Gives the counts: to_gpu, to_host, reads, sizes.
+
+    Without `float64` a tensor of that type on it is a TypeError, as on Apple's GPU."""
+    global has_float64
     counts.clear()
-    with _Mode(), _Names():
-        yield counts
+    has_float64 = float64
+    try:
+        with patch.object(torch, "Generator", AnyGenerator), _Mode(), _Names():
+            yield counts
+    finally:
+        has_float64 = True

@@ -616,11 +616,35 @@ def test_an_error_of_reading_ahead_reaches_the_training(cache, monkeypatch):
         [next(ahead) for _ in range(4)]
 
 
+def test_a_closed_reader_gives_no_batch(cache):
+    ahead = AheadBatches(CacheBatches(cache, 50, seed=3), torch.device("cpu"))
+    next(ahead)
+    ahead.close()
+    with pytest.raises(RuntimeError, match="these batches are closed, .*: make a new reader"):
+        next(ahead)
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:1"])
+def test_the_reading_thread_uses_the_gpu_of_its_sae(asked, cache, monkeypatch):
+    "Also where 'cuda' means the current device of the thread that trains."
+    used, here = [], threading.get_ident()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: used.append((threading.get_ident(), device))
+    )
+    monkeypatch.setattr(AheadBatches, "_copy", lambda reader, x: (x, None))
+    ahead = AheadBatches(CacheBatches(cache, 50, seed=3), torch.device(asked))
+    next(ahead)
+    ahead.close()
+    ((thread, device),) = used
+    assert thread != here and device == ahead.device == torch.device("cuda", 1)
+
+
 def test_only_a_cache_is_read_ahead_and_only_for_a_gpu(cache):
     reader, world = CacheBatches(cache, 50, seed=3), planted_batches(WorldConfig(), 8, 0)
     assert batches_for(reader, torch.device("cpu")) is reader
     assert batches_for(world, torch.device("cuda")) is world
-    ahead = batches_for(reader, torch.device("cuda"))
+    ahead = batches_for(reader, torch.device("cuda", 0))
     assert isinstance(ahead, AheadBatches) and ahead.batches is reader
 
 

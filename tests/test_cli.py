@@ -424,7 +424,9 @@ def test_outliers_are_said(monkeypatch, tmp_path):
             x[x.norm(dim=1).argmax()] *= 150
             return x
 
-    monkeypatch.setattr(runs, "data_batches", lambda _, n, seed: Loud(PlantedWorld(WORLD), n, seed))
+    monkeypatch.setattr(
+        runs, "data_batches", lambda _, n, seed, device: Loud(PlantedWorld(WORLD), n, seed)
+    )
     out = done("train", "topk", *SMALL, "--out", tmp_path / "mine", "-q")
     said = "topk, seed 0: left out 40 of 1,280 activations as outliers, norm above "
     assert out.splitlines()[2].startswith(said) and len(out.splitlines()) == 3
@@ -804,6 +806,29 @@ def test_one_device_for_models_activations_and_saes(model, foreign, letters, mon
     (row,) = json.loads(done("evaluate", foreign[1], *args, "--json"))
     assert {*asked} == {"cuda:1"} and moved == [torch.device("cpu")]
     assert row["core"]["n_tokens"] > 0
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_device_of_training(n, monkeypatch):
+    "One run or several are trained and measured on the device of `--device`."
+    from atm_sae import core
+
+    asked = []
+
+    def pick(name="auto"):
+        asked.append(str(name))
+        return torch.device("cpu")
+
+    for module in (core, runs):
+        monkeypatch.setattr(module, "pick_device", pick)
+    methods = ["topk", "jumprelu"][:n]
+    rows = json.loads(done("train", *methods, *SMALL, "--device", "cuda:1", "--json", "-q"))
+    assert len(rows) == n and {*asked} == {"cuda:1"}
+
+
+def test_a_device_that_is_not_there_is_refused_before_training():
+    said = fails("train", "topk", *SMALL, "--device", "cuda:99")
+    assert "device 'cuda:99' is not available here" in said
 
 
 @pytest.fixture

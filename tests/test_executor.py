@@ -13,6 +13,7 @@ from functools import partial
 
 import distributed
 import pytest
+import torch
 from dask import config as dask_config
 from small import WORLD, small, weights
 
@@ -558,3 +559,38 @@ def test_a_single_run_obeys_the_environment(far, dask, monkeypatch):
     monkeypatch.setenv("ATM_SAE_EXECUTOR", dask)
     done("train", "topk", *SMALL, "-q")
     assert made_by(far[0]) | made_by(far[1]) == {cli_spec().key}
+
+
+def gpu_of(folder, number):
+    "Process and GPU of a job that ends when two jobs have begun. To be called in a worker."
+    (folder / str(number)).touch()
+    while len([*folder.iterdir()]) < 2:
+        time.sleep(0.01)
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_each_worker_has_a_gpu_of_its_own(tmp_path):
+    jobs = run_jobs(partial(gpu_of, tmp_path), range(6), workers=2, gpus=["3", "5"])
+    found = {o.result for o in jobs}
+    assert len(found) == 2 and {gpu for _, gpu in found} == {"3", "5"}
+    assert len({process for process, _ in found}) == 2
+
+
+@pytest.mark.parametrize("visible, names", [(None, ["0", "1"]), ("4,7", ["4", "7"])])
+def test_more_workers_than_gpus_are_refused(visible, names, monkeypatch):
+    monkeypatch.setattr(runs, "pick_device", lambda name="auto": torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    made = []
+    monkeypatch.setattr(runs, "_stages", lambda specs, device: [["one stage"]])
+    monkeypatch.setattr(runs, "group_runs", lambda stage, workers, device: [[workers]])
+    monkeypatch.setattr(runs, "run_jobs", lambda *args: made.append(args[2:]) or iter(()))
+    with pytest.raises(ValueError, match="3 workers need a GPU each, and there are 2: choose work"):
+        run_grid([], workers=3, progress=False)
+    with pytest.raises(ValueError, match="would share a GPU: choose the executor 'processes'"):
+        run_grid([], workers=2, progress=False, executor="dask")
+    assert made == []
+    run_grid([], progress=False)  # a process for each GPU
+    assert made == [(2, Executor(), names)]

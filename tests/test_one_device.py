@@ -1,7 +1,9 @@
 "Everything runs on the device of the SAE and the model, proved on a GPU without hardware."
 
 import copy
+import gc
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -41,10 +43,20 @@ from atm_sae.evals.swap import swap_words
 from atm_sae.methods import METHODS
 from atm_sae.report import tables
 from atm_sae.report.tables import score_runs
-from atm_sae.sae.architectures import SAEConfig
-from atm_sae.sae.atm import ATMConfig, make_masker
+from atm_sae.sae.architectures import MaskedBatch, SAEConfig
+from atm_sae.sae.atm import (
+    EFFECTS,
+    ATMConfig,
+    contribution,
+    frequency,
+    magnitude,
+    make_masker,
+)
+from atm_sae.sae.losses import step as step_of
 from atm_sae.sae.sae import SAE, calibrate_l0, random_sae
-from atm_sae.train.runs import Run, SAEFile, get_run, make_trainer
+from atm_sae.sae.sparse import ActiveSet, DenseSet
+from atm_sae.train.loop import L0Control
+from atm_sae.train.runs import Run, SAEFile, get_run, make_trainer, measure_l0, untrained_sae
 
 TOKENS = torch.randint(5, 900, (6, 20), generator=torch.Generator().manual_seed(0))
 
@@ -101,9 +113,9 @@ def test_the_fake_gpu_counts_copies_and_reads():
 # --- training
 
 
-def steps(method, device, n, counts=None):
+def steps(method, device, n, counts=None, **more):
     "The trainer of a method after `n` steps, and what each step copied."
-    spec = small(method, log_every=12, precision="fp32", fast=False)
+    spec = small(method, log_every=12, precision="fp32", fast=False, **more)
     batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
     trainer = make_trainer(spec, batches, [0.1] * 40, torch.device(device))
     copied = []
@@ -116,17 +128,40 @@ def steps(method, device, n, counts=None):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
 def test_training_stays_on_the_device(method):
-    "The numbers of the CPU's dense path; between readings the batch and the draws are copied."
+    "The numbers of the CPU's dense path; between readings the batch alone is copied."
     expected, _ = steps(method, "cpu", 12)
     with fake_gpu() as counts:
         trainer, copied = steps(method, "cuda", 12, counts)
         found = {name: weight.cpu() for name, weight in trainer.sae.state_dict().items()}
     assert same(dict(expected.sae.state_dict()), found)
     assert same([*map(list, expected.history.rows)], [*map(list, trainer.history.rows)])
-    draws = trainer.masker is not None
-    assert copied[1:9] == [dict(to_gpu=1 + draws)] * 8
-    assert copied[10] == dict(to_gpu=1 + draws, sizes=1)  # the dead latents
-    assert copied[11] == dict(to_gpu=1 + draws, to_host=2, reads=2)  # a row of the history
+    assert copied[1:9] == [dict(to_gpu=1)] * 8
+    assert copied[10] == dict(to_gpu=1, sizes=1)  # the dead latents
+    assert copied[11] == dict(to_gpu=1, to_host=2, reads=2)  # a row of the history
+
+
+def test_chunks_of_rows_are_drawn_on_the_device():
+    expected, _ = steps("ortsae", "cpu", 12, chunk=4)
+    with fake_gpu() as counts:
+        trainer, copied = steps("ortsae", "cuda", 12, counts, chunk=4)
+        assert same(dict(expected.sae.state_dict()), dict(trainer.sae.state_dict()))
+    assert copied[5]["to_gpu"] == 1  # the batch; step 5 compares rows
+
+
+def test_a_checkpoint_of_another_device_is_refused(tmp_path):
+    "A generator's state belongs to its kind of device."
+    spec = small("topk+atm", precision="fp32", fast=False)
+
+    def trainer(device):
+        batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+        return make_trainer(spec, batches, None, torch.device(device), tmp_path)
+
+    with fake_gpu():
+        made = trainer("cuda")
+        made.step(made.read_batch(1))
+        made.save()
+    with pytest.raises(ValueError, match="checkpoint was made on cuda, and the SAE is on cpu"):
+        trainer("cpu")
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "standard"])
@@ -157,6 +192,97 @@ def test_a_run_on_a_gpu_is_resumed(tmp_path):
         assert all(isinstance(v, GPUTensor) for v in resumed.sae.state_dict().values())
         state = {name: weight.cpu() for name, weight in whole.sae.state_dict().items()}
         assert same(state, dict(resumed.sae.state_dict()))
+
+
+def test_the_untrained_control_is_made_on_the_device(lm):
+    "Of batches of the host, and of a stream whose batches are on the GPU."
+
+    def stream(model):
+        return StreamBatches(model, TokenRows(TOKENS), 1, batch_size=20, seed=0, buffer=50)
+
+    spec = small("random")
+    wide = replace(spec, sae=replace(spec.sae, d_in=32))
+    here = stream(lm)
+    expected = [
+        untrained_sae(spec, WorldBatches(PlantedWorld(WORLD), 32, 0)),
+        untrained_sae(wide, here),
+    ]
+    fresh = [next(here)]
+    with fake_gpu():
+        there = stream(replace(lm, model=copy.deepcopy(lm.model).to("cuda")))
+        planted = WorldBatches(PlantedWorld(WORLD), 32, 0)
+        found = [untrained_sae(spec, planted, "cuda"), untrained_sae(wide, there, "cuda")]
+        for a, b in zip(expected, found):
+            assert isinstance(b.threshold, GPUTensor)
+            assert same(dict(a.state_dict()), dict(b.state_dict()))
+        assert measure_l0(expected[1], fresh) == measure_l0(found[1], [next(there)])
+
+
+def test_a_trainer_is_freed_without_the_garbage_collector():
+    "The memory of one pass is free before the next: nothing refers back to the trainer."
+    steps("topk+atm", "cpu", 1)  # PyTorch's import of its compiler holds the first optimiser
+    gc.collect()
+    gc.disable()
+    try:
+        trainer, _ = steps("topk+atm", "cpu", 12)
+        held = [trainer, trainer.optimiser, trainer.sae, trainer.sae.W_dec, trainer.batches]
+        refs = [weakref.ref(thing) for thing in held]
+        del trainer, held
+        assert [ref() for ref in refs] == [None] * 5
+    finally:
+        gc.enable()
+
+
+def test_training_takes_a_device_without_float64(monkeypatch):
+    "Weights are compared, and the L0 is measured, where float64 numbers can be."
+    spec = small("topk+atm", precision="fp32", fast=False)
+    two = SimpleNamespace(size=2, low=lambda sums: sums, high=lambda sums: sums)
+    with fake_gpu(float64=False):
+        with pytest.raises(TypeError, match="no float64"):
+            torch.ones(2).to("cuda").double()
+        batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
+        trainer = make_trainer(spec, batches, None, torch.device("cuda"))
+        for step in range(6):
+            trainer.step(trainer.read_batch(step + 1))
+        assert measure_l0(trainer.sae, [next(batches)]) > 0
+        monkeypatch.setattr(GPUTensor, "device", property(lambda tensor: torch.device("mps")))
+        trainer.ranks = two
+        trainer.check_weights()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_statistics_of_half_precision_are_added_up_in_single(sparse):
+    "1,001 of 1,024 samples are active: bfloat16 has no such number."
+    z = (torch.arange(1024) < 1001).bfloat16()[:, None] * torch.tensor([1.0, 3.0]).bfloat16()
+    active, values = DenseSet(1024), z
+    if sparse:
+        rows, cols = z.nonzero().unbind(1)
+        active, values = ActiveSet(rows, cols, 1024, 2), z[rows, cols]
+    share = frequency(values, active)
+    assert share.dtype == torch.float32 and share.tolist() == [1001 / 1024] * 2
+    assert magnitude(values, active).tolist() == [1001 / 1024, 3003 / 1024]
+    control = L0Control(2.0)
+    control.observe(share.sum())
+    assert control.error.dtype == torch.float32
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_contributions_of_half_precision_are_in_single(effect):
+    h, grad = torch.tensor([[1.0078125]]).bfloat16(), torch.tensor([[-1.0078125]]).bfloat16()
+    found = contribution(h, grad, torch.tensor([[1.0]]), DenseSet(1), effect=effect)
+    square = 1.0078125**2  # bfloat16 has no such number
+    expected = {"exact": 2 * square, "first-order": square, "norm": square}[effect]
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_l0_penalty_of_half_precision_counts_in_single():
+    sae = SAE(SAEConfig(8, 16, architecture="jumprelu", target_l0=3))
+    pre = torch.ones(1001, 1).bfloat16()
+    count = step_of(pre, torch.zeros(1), 0.2)
+    assert count.dtype == torch.bfloat16
+    batch = MaskedBatch(pre, pre, DenseSet(1001), SimpleNamespace(threshold=torch.zeros(1)))
+    single = MaskedBatch(pre.float(), pre, DenseSet(1001), batch.weights)
+    assert sae.architecture.penalty(batch) == sae.architecture.penalty(single)
 
 
 # --- model and evaluation

@@ -9,6 +9,7 @@ import shutil
 import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,7 @@ from atm_sae.data.activations import (
     read_ahead,
 )
 from atm_sae.data.batches import (
+    AheadBatches,
     StreamBatches,
     held_out_activations,
     held_out_tokens,
@@ -44,6 +46,7 @@ from atm_sae.data.text import (
     pack_tokens,
 )
 from atm_sae.methods import METHODS, twin_method
+from atm_sae.train import runs
 from atm_sae.train.loop import state_hash
 from atm_sae.train.runs import get_run, is_complete, recipe, run_folder, run_grid, train_many
 
@@ -491,6 +494,51 @@ def test_many_saes_on_one_pass(buffer, make_all, spec, monkeypatch, tmp_path):
     for a, b in zip(many, alone):
         assert weights(a.sae) == weights(b.sae) and a.history.table.equals(b.history.table)
         assert a.l0 == b.l0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("buffer", [0, 400])
+def test_readers_are_closed_when_training_ends(buffer, fails, spec, monkeypatch):
+    "After success and after an error: of a stream, and of a cache that is read ahead."
+    readers, make = [], runs.data_batches
+
+    def remember(reader):
+        readers.append(reader)
+        return reader
+
+    def ahead(batches, device):
+        return remember(AheadBatches(batches, device)) if buffer == 0 else batches
+
+    def fail(*args, **more):
+        raise OSError("no disk")
+
+    monkeypatch.setattr(runs, "batches_for", ahead)
+    monkeypatch.setattr(runs, "data_batches", lambda *a: remember(make(*a)) if buffer else make(*a))
+    if fails:
+        monkeypatch.setattr(runs, "train_together", fail)
+    with pytest.raises(OSError, match="no disk") if fails else nullcontext():
+        get_run(run_spec(spec, "topk", buffer))
+    (used,) = readers
+    with pytest.raises(RuntimeError, match="these batches are closed"):
+        next(used)
+
+
+@pytest.mark.parametrize("buffer, make_all", [(0, run_grid), (400, run_grid), (400, train_many)])
+def test_one_device_for_models_activations_and_runs(buffer, make_all, spec, monkeypatch):
+    "Models run and SAEs are trained on the device that is asked for; nothing else chooses one."
+    asked = []
+
+    def pick(name="auto"):
+        asked.append(str(name))
+        return torch.device("cpu")
+
+    for place in (module, runs):
+        monkeypatch.setattr(place, "pick_device", pick)
+    specs = [run_spec(spec, method, buffer) for method in ("topk", "topk+dropout", "random")]
+    options = dict(workers=1, progress=False) if make_all is run_grid else {}
+    make_all(specs, device="cuda:1", **options)
+    held_out_activations(specs[0].data, 20, device="cuda:1")
+    assert {*asked} == {"cuda:1"}
 
 
 def test_two_saes_killed_on_one_stream_resume_to_the_bit(spec, monkeypatch, tmp_path):

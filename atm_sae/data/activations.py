@@ -621,23 +621,28 @@ def text_of(spec: ActivationSpec, texts: Sequence[str] | None = None) -> str:
     return documents_checksum(spec.text) if spec.text else docs_checksum()
 
 
-def with_dtype(spec: ActivationSpec, lm: LM | None = None) -> ActivationSpec:
-    "The same specification with the dtype that 'auto' means: of the model, or on this machine."
+def with_dtype(
+    spec: ActivationSpec,
+    lm: LM | None = None,  # its model, if it is loaded already
+    device: str = "auto",  # where the model runs, if it is not loaded
+) -> ActivationSpec:
+    "The same specification with the dtype that 'auto' means: of the model, or on the device."
     if spec.lm_dtype != "auto":
         return spec
     if lm:
         return replace(spec, lm_dtype=str(lm.model.dtype).removeprefix("torch."))
-    return replace(spec, lm_dtype=resolve_dtype(spec.model, "auto", pick_device()))
+    return replace(spec, lm_dtype=resolve_dtype(spec.model, "auto", pick_device(device)))
 
 
 def activation_artefact(
     spec: ActivationSpec,
     texts: Sequence[str] | None = None,  # documents instead of the specification's
     lm: LM | None = None,  # the model, if it is loaded already
+    device: str = "auto",  # where the model runs, if it is not loaded
 ) -> Artefact:
     "The artefact of a specification; where model and text lie is not part of its key."
     checksum = lm.checksum if lm else model_checksum(spec.model)
-    spec = with_dtype(spec, lm)
+    spec = with_dtype(spec, lm, device)
     if lm and str(lm.model.dtype).removeprefix("torch.") != spec.lm_dtype:
         raise ValueError(
             f"the model computes in {lm.model.dtype}, but {spec.lm_dtype} is asked for"
@@ -647,7 +652,7 @@ def activation_artefact(
         replace(spec, model="", text=""),
         tuple(f"data.activations.{maker}" for maker in _MAKERS),
         dict(model=checksum, text=text_of(spec, texts)),
-        device=(lm.device if lm else pick_device()).type,
+        device=(lm.device if lm else pick_device(device)).type,
         dtype=spec.lm_dtype,
         sources=dict(model=spec.model) | ({} if texts is not None else dict(text=spec.text)),
     )
@@ -676,9 +681,12 @@ def _open_verified(folder: Path) -> ActivationCache:
     return ActivationCache.open(folder, verify=False)
 
 
-def load_model(spec: ActivationSpec) -> LM:
-    "The model of a specification, on the device that `pick_device` gives."
-    lm = load_lm(spec.model, spec.lm_dtype, pick_device())
+def load_model(
+    spec: ActivationSpec,
+    device: str = "auto",  # see `pick_device`
+) -> LM:
+    "The model of a specification, on a device."
+    lm = load_lm(spec.model, spec.lm_dtype, pick_device(device))
     wanted = model_checksum(spec.model)
     if lm.checksum != wanted:
         raise ValueError(
@@ -718,11 +726,12 @@ def get_activations(
     lm: LM | None = None,  # the model, if it is loaded already
     batch_size: int | None = None,  # rows to run at a time; None: what suits the device
     progress: bool = False,  # show a bar while building
+    device: str = "auto",  # where the model runs, if it is not loaded
 ) -> ActivationCache:
     "The activations of a specification, opened or built first; all ranks call it."
     ranks = Ranks.join()  # before the model: it says which device is this rank's
-    spec = with_dtype(spec, lm)
-    artefact = activation_artefact(spec, texts, lm)
+    spec = with_dtype(spec, lm, device)
+    artefact = activation_artefact(spec, texts, lm, device)
     ranks.agree("the activations", artefact.key)
 
     def exists() -> bool:
@@ -733,7 +742,7 @@ def get_activations(
     if not exists():
         with one_maker(artefact.lock(), ranks):
             if not exists():  # no other run has built it meanwhile
-                lm = lm or load_model(spec)
+                lm = lm or load_model(spec, device)
                 cache = build_cache(
                     lm,
                     token_rows(spec, lm, texts),

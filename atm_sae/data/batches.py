@@ -17,6 +17,7 @@ __all__ = [
     "tree_batches",
     "cached_batches",
     "data_batches",
+    "close_batches",
 ]
 
 # %% ../../nbs/data/batches.ipynb #cell-2
@@ -142,6 +143,9 @@ class CacheBatches:
 
 
 # %% ../../nbs/data/batches.ipynb #cell-19
+_CLOSED = "these batches are closed, because training has ended or failed: make a new reader"
+
+
 class AheadBatches:
     "The batches of a cache, read and copied to a device in a thread, `n` ahead."
 
@@ -151,6 +155,8 @@ class AheadBatches:
         device: torch.device,
         n: int = 2,  # batches that wait at most
     ) -> None:
+        if device.type == "cuda" and device.index is None:  # of this thread, not of the reader's
+            device = torch.device("cuda", torch.cuda.current_device())
         self.batches, self.device, self.n = batches, device, n
         self._copies: torch.cuda.Stream | None = None  # copies run beside the training step
         self._start()
@@ -172,6 +178,8 @@ class AheadBatches:
 
     def _read(self) -> Iterator[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]]:
         "Each batch on the device, the event after its copy, and the reader's state after it."
+        if self.device.type == "cuda":  # each thread has a current device of its own
+            torch.cuda.set_device(self.device)
         for x in self.batches:
             yield *self._copy(x), self.batches.state_dict()
 
@@ -189,7 +197,10 @@ class AheadBatches:
         return self
 
     def __next__(self) -> Tensor:
-        x, arrived, self._state = next(self._ahead)
+        item = next(self._ahead, None)
+        if item is None:
+            raise RuntimeError(_CLOSED)
+        x, arrived, self._state = item
         if arrived is not None:
             training = torch.cuda.current_stream(self.device)
             training.wait_event(arrived)
@@ -207,7 +218,7 @@ class AheadBatches:
         self._start()
 
     def close(self) -> None:
-        "End the thread. The next batch is an error."
+        "End the thread. The next batch is a RuntimeError."
         self._ahead.close()
 
 
@@ -278,6 +289,12 @@ class StreamBatches:
 
         self.place = self.text.state_dict()
         self._pieces = read_ahead(pieces())
+        self._closed = False
+
+    def close(self) -> None:
+        "End the thread. The next batch is a RuntimeError."
+        self._pieces.close()
+        self._closed = True
 
     def _run(self) -> Tensor:
         "Activations of the next rows of tokens, (n, d_in); each rank computes its part."
@@ -291,6 +308,7 @@ class StreamBatches:
         longest = -(-tokens.numel() // self.ranks.size)
         filled = torch.cat([x, x.new_zeros(longest - len(x), self.d_in)])
         parts = self.ranks.gather(filled).split(longest)
+        # sync: the host waits for the lengths of the parts
         lengths = self.ranks.gather(torch.tensor([len(x)], device=x.device)).tolist()
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
 
@@ -310,6 +328,8 @@ class StreamBatches:
         return self
 
     def __next__(self) -> Tensor:
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         if not len(self.buffer):
             self.buffer = self._take(self.size).clone()
         if self.drawn + self.batch_size > len(self.order):
@@ -341,7 +361,7 @@ class StreamBatches:
         self.order, self.drawn = state["order"].to(device), int(state["drawn"])
         self.rest, self._used = state["rest"].to(device, copy=True), 0
         self.generator.set_state(state["generator"])
-        self._pieces.close()
+        self.close()
         self.text.load_state_dict(state["place"])
         self._start()
 
@@ -350,10 +370,11 @@ def stream_activations(
     spec: ActivationSpec,  # with a buffer
     batch_size: int,  # activations a batch
     seed: int,  # of the order
+    device: str = "auto",  # where the model runs
 ) -> StreamBatches:
     "Batches of a specification that keeps nothing on disk; all ranks call it."
     ranks = Ranks.join()  # before the model: it says which device is this rank's
-    lm = load_model(spec)
+    lm = load_model(spec, device)
     rows, name = token_rows(spec, lm), activation_key(spec, lm=lm)
     settings = (spec.layer, batch_size, seed, spec.buffer, spec.dtype)
     return StreamBatches(lm, rows, *settings, name=name, ranks=ranks, site=spec.site)
@@ -375,14 +396,15 @@ def held_out_activations(
     spec: ActivationSpec,  # what SAEs are trained on
     n: int,  # rows; all there are if fewer
     lm: LM | None = None,  # its model, if it is loaded already
-) -> Tensor:  # (n, d_in) float32
+    device: str = "auto",  # where the model runs, if it is not loaded
+) -> Tensor:  # (n, d_in) float32, on the CPU
     "Activations that no SAE of this specification is trained on."
     if not spec.text and not spec.buffer:
-        return held_out(get_activations(spec, lm=lm), n)
+        return held_out(get_activations(spec, lm=lm, device=device), n)
     n_tokens = min(spec.n_tokens, n + n // 8 + spec.context)  # special tokens are no activations
     buffer = 0 if spec.text else spec.buffer  # only a stream of the default text is split
     others = replace(spec, held_out=True, buffer=buffer, n_tokens=n_tokens, replaced=0.0)
-    return held_out(get_activations(others, lm=lm), n, start=0.0)
+    return held_out(get_activations(others, lm=lm, device=device), n, start=0.0)
 
 
 # %% ../../nbs/data/batches.ipynb #cell-29
@@ -432,6 +454,7 @@ def data_batches(
     data: PlantedConfig | ActivationSpec,
     batch_size: int,
     seed: int,  # of the order of the batches
+    device: str = "auto",  # where the model runs
 ) -> Batches:
     "Batches of a planted world, of a cache, or (with a buffer) of a stream."
     if isinstance(data, WorldConfig):
@@ -439,7 +462,13 @@ def data_batches(
     if isinstance(data, TreeWorldConfig):
         return tree_batches(data, batch_size, seed)
     if isinstance(data, ActivationSpec) and data.buffer:
-        return stream_activations(data, batch_size, seed)
+        return stream_activations(data, batch_size, seed, device)
     if isinstance(data, ActivationSpec):
-        return cached_batches(get_activations(data), batch_size, seed)
+        return cached_batches(get_activations(data, device=device), batch_size, seed)
     raise TypeError(f"data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}")
+
+
+def close_batches(batches: Batches) -> None:
+    "End the thread of a reader that has one."
+    if isinstance(batches, (AheadBatches, StreamBatches)):
+        batches.close()

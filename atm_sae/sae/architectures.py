@@ -44,7 +44,7 @@ from atm_sae.sae.losses import (
     topk,
     window,
 )
-from .sparse import ActiveSet, DenseSet, ThresholdGradient, count_active
+from .sparse import ActiveSet, DenseSet, ThresholdGradient, count_active, sum_dtype
 
 
 # %% ../../nbs/sae/architectures.ipynb #cell-5
@@ -397,13 +397,14 @@ def nested_share(architecture: SAEArchitecture) -> Tensor | None:
 def nearest_rows(
     rows: Tensor,  # (d_sae, d_in) unit rows
     chunk: int,  # number of rows that are compared with each other
-    draws: torch.Generator,  # divides the rows into chunks, if there is more than one
+    # divides the rows into chunks, if there is more than one; on the device of the rows
+    draws: torch.Generator,
 ) -> Tensor:
     "(d_sae,) index of the row with the largest cosine to each row, within its chunk."
     n = len(rows)
     order = torch.arange(n, device=rows.device)
-    if n > chunk:  # drawn on the CPU: the chunks are the same on all devices
-        order = torch.randperm(n, generator=draws).to(rows.device)
+    if n > chunk:
+        order = torch.randperm(n, generator=draws, device=rows.device)
     nearest = torch.empty_like(order)
     with torch.no_grad():
         for places in order.split(chunk):
@@ -430,7 +431,7 @@ class OrtSAE(BatchTopK):
         if step % self.config.ortho_every:
             return super().own_loss(x, batch, step)
         rows = normalize(batch.weights.W_dec, dim=1)
-        draws = generator(self.config.seed, f"chunks of step {step}")
+        draws = generator(self.config.seed, f"chunks of step {step}", device=rows.device)
         nearest = nearest_rows(rows.detach(), self.config.chunk, draws)
         cosine = (rows * rows[nearest]).sum(1)
         return self.config.ortho_coef * cosine.square().mean()
@@ -481,7 +482,8 @@ class JumpReLU(SAEArchitecture):
         if isinstance(active, ActiveSet):
             count = count_active(active, threshold, bandwidth)
         else:
-            count = step(batch.pre, threshold, bandwidth).sum()
+            active_places = step(batch.pre, threshold, bandwidth)
+            count = active_places.sum(dtype=sum_dtype(active_places))
         l0 = count / active.batch
         if ranks.size > 1:
             l0 = l0 + (ranks.mean(l0) - l0.detach())

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..core import generator
-from .sparse import DenseSet, LatentSet
+from .sparse import DenseSet, LatentSet, sum_dtype
 
 
 # %% ../../nbs/sae/atm.ipynb #cell-8
@@ -71,10 +71,11 @@ def contribution(
 ) -> Tensor:
     "Growth of |e|^2 of each sample if one latent alone were set to zero, shaped like h."
     square = active.at(W_dec.norm(dim=1).square() * (1 if share is None else share))
+    wide = h.to(sum_dtype(h))  # products of bfloat16 numbers would be rounded to bfloat16
     if effect == "first-order":
-        return grad_h * h * -active.batch
+        return grad_h * wide * -active.batch
     if effect == "norm":
-        return h * h * square
+        return wide * wide * square
     return (h * square).add_(grad_h, alpha=-active.batch).mul_(h)
 
 

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "SPARSE_BELOW",
+    "sum_dtype",
     "LatentSet",
     "DenseSet",
     "ActiveSet",
@@ -30,6 +31,11 @@ from ..ranks import Ranks
 
 
 # %% ../../nbs/sae/sparse.ipynb #cell-4
+def sum_dtype(values: Tensor) -> torch.dtype:
+    "The type in which values are added up: float32 at least, also for bfloat16 of autocast."
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 class LatentSet(Protocol):
     "Which latents of which samples a tensor of values holds."
 
@@ -41,7 +47,7 @@ class LatentSet(Protocol):
         "The entries of a (d_sae,) or (batch, d_sae) tensor that belong to the values."
 
     def mean(self, values: Tensor) -> Tensor:
-        "(d_sae,) mean over the batch; a place without a value counts as 0."
+        "(d_sae,) mean over the batch, float32 at least; a place without a value counts as 0."
 
 
 class DenseSet:
@@ -54,7 +60,7 @@ class DenseSet:
         return t
 
     def mean(self, values: Tensor) -> Tensor:
-        return values.sum(0) / self.batch
+        return values.sum(0, dtype=sum_dtype(values)) / self.batch
 
     def decode(self, h: Tensor, W_dec: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         "(batch, d_in): the latents from `start` to `stop`, times their rows of `W_dec`."
@@ -87,6 +93,7 @@ class ActiveSet:
         return t.index_select(0, self.cols) if t.ndim == 1 else t[self.rows, self.cols]
 
     def mean(self, values: Tensor) -> Tensor:
+        values = values.to(sum_dtype(values))
         return values.new_zeros(self.d_sae).index_add(0, self.cols, values) / self.batch
 
     def decode(self, h: Tensor, W_dec: Tensor, start: int = 0, stop: int | None = None) -> Tensor:

@@ -37,6 +37,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
@@ -131,22 +133,41 @@ def run_in_turn(
 _FUNCTION = "function.pickle"  # of the jobs, in the folder that the workers share
 
 
-def _end_with(parent: int, folder: str) -> None:
-    "End this process and remove a folder when the process `parent` has ended."
+def _end_with(parent: int, folder: str, gpu: BaseFileLock | None) -> None:
+    "End this process and remove a folder when the process `parent` has ended; keep its GPU's lock."
 
-    def watch() -> None:
+    def watch(held: BaseFileLock | None) -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, args=(gpu,), daemon=True).start()
 
 
-def _start_worker(parent: int, environment: dict[str, str], folder: str) -> None:
-    "Set the environment of a new worker to that of its parent, and end it with its parent."
+def _take_gpu(gpus: Sequence[str], folder: Path) -> BaseFileLock | None:
+    """Let this process see one GPU that no other worker has; its lock ends with the process.
+
+    Waits where all are taken: a worker that replaces another begins before the other has ended."""
+    while gpus:
+        for gpu in gpus:
+            lock = FileLock(folder / f"{gpu}.gpu")
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+                return lock
+        time.sleep(0.1)
+    return None
+
+
+def _start_worker(
+    parent: int, environment: dict[str, str], folder: str, gpus: Sequence[str]
+) -> None:
+    """Set the environment of a new worker to that of its parent, and end it with its parent.
+
+    It runs before the worker reads a function, and so before CUDA counts its devices."""
     os.environ.update({k: v for k, v in environment.items() if not k.endswith("_THREADS")})
-    _end_with(parent, folder)
+    _end_with(parent, folder, _take_gpu(gpus, Path(folder)))
 
 
 @lru_cache(maxsize=1)
@@ -181,7 +202,10 @@ def _lost_worker(error: BrokenProcessPool, items: Sequence[Any], folder: Path) -
 
 
 def run_in_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    gpus: Sequence[str] = (),  # see `run_jobs`
 ) -> Generator[Outcome[Item, Result], None, None]:
     """Jobs in processes of this machine, each with one thread. LostWorker if one is killed.
 
@@ -200,7 +224,7 @@ def run_in_processes(
         pre_dispatch="all",
         inner_max_num_threads=1,
         initializer=_start_worker,
-        initargs=(os.getpid(), dict(os.environ), scratch.name),
+        initargs=(os.getpid(), dict(os.environ), scratch.name, tuple(gpus)),
     )
     with (folder / _FUNCTION).open("wb") as file:
         dump(function, file)  # as loky pickles jobs: lambdas and functions of a notebook too
@@ -292,11 +316,13 @@ def run_jobs(
     items: Sequence[Item],
     workers: int = 2,  # number of processes; ignored if a Dask scheduler at an address is used
     executor: Executor | None = None,  # None: processes
+    # names of GPUs, as in CUDA_VISIBLE_DEVICES: each process sees one of its own; (): all see all
+    gpus: Sequence[str] = (),
 ) -> Generator[Outcome[Item, Result], None, None]:
     "The outcome of each job, in the order in which they end."
     if executor is not None and executor.kind == "dask" and items:
         yield from run_on_dask(function, items, workers, executor.address)
     elif min(workers, len(items)) > 1:
-        yield from run_in_processes(function, items, min(workers, len(items)))
+        yield from run_in_processes(function, items, min(workers, len(items)), gpus)
     else:
         yield from run_in_turn(function, items)

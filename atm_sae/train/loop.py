@@ -40,7 +40,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..artefacts import atomic_write, stable_hash
@@ -51,6 +50,7 @@ from atm_sae.core import (
     is_outlier,
     norm_limit,
     replace_outliers,
+    with_float64,
 )
 from ..data.batches import Batches
 from ..ranks import ALONE, Ranks
@@ -337,10 +337,8 @@ class Trainer:
         # the configuration
         self.start = state_hash(sae.state_dict()) if sae.is_trained else None
         self.history = History()
-        groups = [dict(params=[*sae.parameters()], initial_lr=config.lr)]
-        self.optimiser = torch.optim.Adam(groups, lr=config.lr, fused=True)
-        self.schedule = self.make_schedule()
-        self.generator = generator(config.seed, "mask")
+        self.optimiser = torch.optim.Adam([*sae.parameters()], lr=config.lr, fused=True)
+        self.generator = generator(config.seed, "mask", device=device)
         self.control = make_control(sae.architecture, device)
         # samples since each latent was last active, and the indices of the dead ones
         self.inactive_for = torch.zeros(sae.config.d_sae, device=device)
@@ -353,12 +351,6 @@ class Trainer:
         self.only_outliers = torch.full((), -1.0, device=device)
         share = nested_share(sae.architecture)
         self.nested_share = None if share is None else share.to(device)
-
-    def make_schedule(self) -> LambdaLR:
-        "The learning rate from the present step on."
-        return LambdaLR(
-            self.optimiser, lambda i: lr_factor(i, self.config), last_epoch=self.steps - 1
-        )
 
     def read_batch(self, step: int) -> Tensor:
         "The next batch of step `step`, counted from 1, (batch, d_in), on the device of the SAE."
@@ -443,9 +435,10 @@ class Trainer:
             self.average_gradients()
         self.sae.project_decoder_gradient()
         torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.grad_clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.lr * lr_factor(self.steps, self.config)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self.schedule.step()
         self.sae.constrain()
 
     def average_gradients(self) -> None:
@@ -515,6 +508,7 @@ class Trainer:
         "Importance and mask probability now, (d_sae,) each; empty without a masker."
         if self.masker is None:
             return {}
+        # sync: two copies, at the few steps of `snapshot_steps`
         return dict(
             importance=self.masker.importance().cpu().clone(),
             probability=self.masker.mask_probability().cpu().clone(),
@@ -523,6 +517,7 @@ class Trainer:
     def check(self) -> None:
         """FloatingPointError if values are not finite, ValueError for a batch of outliers alone,
         RuntimeError if the ranks' weights differ."""
+        # sync: at each row of the history and each checkpoint
         bad_batch, bad_loss = (int(v) for v in self.ranks.high(self.not_finite).tolist())
         if bad_batch >= 0:
             raise FloatingPointError(
@@ -546,7 +541,8 @@ class Trainer:
         "RuntimeError if the ranks' weights are not the same."
         if self.ranks.size == 1:
             return
-        sums = torch.stack([p.detach().double().sum() for p in self.sae.parameters()])
+        weights = (with_float64(p.detach()) for p in self.sae.parameters())
+        sums = torch.stack([weight.double().sum() for weight in weights])
         if not torch.equal(self.ranks.low(sums), self.ranks.high(sums)):
             raise RuntimeError(
                 f"the ranks disagree about the weights after step {self.steps}: start again from "
@@ -584,6 +580,7 @@ class Trainer:
             sae=self.sae.state_dict(),
             optimiser=moments,
             generator=self.generator.get_state(),
+            device=self.generator.device.type,  # the generator's state belongs to it
             batches=self.batches.state_dict(),
             inactive_for=self.inactive_for,
             dead=self.dead,
@@ -602,12 +599,18 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Continue from a saved state. The position of the batches is not restored here."
+        """Continue from a saved state. The position of the batches is not restored here.
+
+        ValueError for the state of another kind of device: the masks could not be drawn on."""
         device = self.sae.W_enc.device
+        if state["device"] != device.type:
+            raise ValueError(
+                f"the checkpoint was made on {state['device']}, and the SAE is on {device.type}, "
+                "where other masks are drawn: train on the first device, or into another folder"
+            )
         self.steps = state["steps"]
         self.sae.load_state_dict(state["sae"])
         self.load_moments(state["optimiser"])
-        self.schedule = self.make_schedule()
         self.generator.set_state(state["generator"])
         self.inactive_for = state["inactive_for"].to(device)
         self.dead = state["dead"].to(device)

@@ -46,6 +46,7 @@ __all__ = [
 
 # %% ../../nbs/train/runs.ipynb #cell-2
 import math
+import os
 import time
 import warnings
 import weakref
@@ -86,6 +87,7 @@ from atm_sae.data.batches import (
     Batches,
     CacheBatches,
     batches_for,
+    close_batches,
     data_batches,
     held_out,
 )
@@ -98,7 +100,7 @@ from ..sae.atm import CONTROLS, ATMConfig, make_masker
 from ..sae.formats import from_pretrained, sae_checksum
 from ..sae.sae import SAE, SAEConfig, calibrate_l0, random_sae
 from ..stats import L0_SLACK, misses_l0
-from .executors import LostWorker, Outcome, find_executor, run_jobs
+from .executors import Executor, LostWorker, Outcome, find_executor, run_jobs
 from .loop import History, TrainConfig, Trainer, train_together, unflatten
 from .training_log import TrainingLog, check_log
 
@@ -157,6 +159,7 @@ _MASK = ("sae.atm.make_masker", "sae.atm.contribution")  # of no account without
 
 def _data_parts(
     data: PlantedConfig | ActivationSpec,
+    device: str,  # where its model runs
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     "Kind of the data, what of it belongs to the specification, inputs and sources."
     if isinstance(data, WorldConfig):
@@ -167,12 +170,12 @@ def _data_parts(
         raise TypeError(
             f"data must be a WorldConfig or an ActivationSpec, not {type(data).__name__}"
         )
-    artefact = activation_artefact(data)
+    artefact = activation_artefact(data, device=device)
     if data.buffer:
         inputs = dict(artefact.inputs) | {"device of the model": artefact.device}
         parts = {"inputs": inputs, "sources": artefact.sources}
         return "stream", {"data": artefact.spec}, parts
-    content = artefact.content() or get_activations(data).meta["sha256"]
+    content = artefact.content() or get_activations(data, device=device).meta["sha256"]
     return "cache", {}, {"inputs": {"activations": content}, "sources": artefact.sources}
 
 
@@ -191,8 +194,8 @@ def run_artefact(
     spec: RunSpec,
     device: str = "auto",  # where it is trained
 ) -> Artefact:
-    "Key and folder of a run. The activations that it is trained on are made if need be."
-    kind, settings, parts = _data_parts(spec.data)
+    "Key and folder of a run. The activations that it is trained on are made there if need be."
+    kind, settings, parts = _data_parts(spec.data, device)
     trained = ("train.runs.make_trainer", "train.loop.train_together")
     makers = [*(trained if spec.trained else ("train.runs.untrained_sae",))]
     makers.append("train.runs.save_history")
@@ -303,11 +306,12 @@ def grid(
     steps: int,  # optimiser steps
     # {method: its own arguments}; variants need them, a dropout control takes its twin's
     tuned: dict[str, dict[str, Any]] | None = None,
+    device: str = "auto",  # where the model runs: an lm_dtype of 'auto' depends on it
     **settings: Any,  # further arguments of `recipe`
 ) -> list[RunSpec]:
     "The recipes of every method at every L0 with every seed."
     if isinstance(data, ActivationSpec):
-        data = with_dtype(data)  # the record of a run names the dtype itself
+        data = with_dtype(data, device=device)  # the record of a run names the dtype itself
     d_in = model_width(data.model) if isinstance(data, ActivationSpec) else data.d_in
     tuned = tuned or {}
     for method in tuned:
@@ -368,12 +372,18 @@ def make_trainer(
     return trainer
 
 
-def untrained_sae(spec: RunSpec, batches: Batches) -> SAE:
-    "The untrained control: centred on four batches, with the threshold that gives its L0 there."
+def untrained_sae(
+    spec: RunSpec,
+    batches: Batches,  # on any device
+    device: str | torch.device = "cpu",  # where the SAE is
+) -> SAE:
+    """The untrained control: centred on four batches, with the threshold that gives its L0 there.
+
+    ValueError without a target L0."""
     if spec.sae.target_l0 is None:
         raise ValueError("the untrained control needs a target L0")
-    x = torch.cat([next(batches) for _ in range(4)])
-    return calibrate_l0(random_sae(spec.sae), x, spec.sae.target_l0, centre=True)
+    x = torch.cat([next(batches) for _ in range(4)]).to(device)
+    return calibrate_l0(random_sae(spec.sae).to(device), x, spec.sae.target_l0, centre=True)
 
 
 def fresh_activations(
@@ -395,7 +405,8 @@ def measure_l0(
     limit = math.inf if sae.max_norm is None else sae.max_norm
     ordinary = [x[~is_outlier(x, limit)] for x in fresh]
     counts = [(sae.encode(x.to(sae.W_dec.device)) != 0).sum(1) for x in ordinary]
-    return torch.cat(counts).double().mean().item()
+    # on the CPU, because not every device has float64 (MPS)
+    return torch.cat(counts).cpu().double().mean().item()
 
 
 # %% ../../nbs/train/runs.ipynb #cell-20
@@ -497,9 +508,13 @@ def _train_members(
             if ranks.size > 1:  # another rank may have had no error
                 raise
             results[i] = e
-    if trainers:
-        for i, error in zip(trainers, train_together([*trainers.values()], progress)):
-            results[i] = error or (trainers[i].sae, trainers[i].history)
+    try:
+        errors = train_together([*trainers.values()], progress) if trainers else []
+    finally:
+        if reader is not batches:
+            close_batches(reader)
+    for i, error in zip(trainers, errors):
+        results[i] = error or (trainers[i].sae, trainers[i].history)
     return [results[i] for i in range(len(members))]
 
 
@@ -521,16 +536,18 @@ def _make_members(
 ) -> dict[str, Exception]:
     "Train runs on one pass over their batches, and write their folders; {key: error}."
     start, first = time.monotonic(), members[0].spec
-    batches = data_batches(first.data, first.train.batch_size, first.seed)
-    _check_data(members, batches)
-    if first.trained:
-        results = _train_members(members, batches, device, progress, ranks)
-    else:
-        results = [(untrained_sae(first, batches), History())]
-    errors = {m.artefact.key: r for m, r in zip(members, results) if isinstance(r, Exception)}
-    if len(errors) == len(members):
-        return errors
-    fresh = fresh_activations(batches)  # by all ranks: they share the work of a stream
+    batches = data_batches(first.data, first.train.batch_size, first.seed, device)
+    with ExitStack() as stack:
+        stack.callback(close_batches, batches)
+        _check_data(members, batches)
+        if first.trained:
+            results = _train_members(members, batches, device, progress, ranks)
+        else:
+            results = [(untrained_sae(first, batches, pick_device(device)), History())]
+        errors = {m.artefact.key: r for m, r in zip(members, results) if isinstance(r, Exception)}
+        if len(errors) == len(members):
+            return errors
+        fresh = fresh_activations(batches)  # by all ranks: they share the work of a stream
     l0 = [None if isinstance(r, Exception) else measure_l0(r[0], fresh) for r in results]
     seconds = (time.monotonic() - start) / len(members)  # the share of each run
     for member, result, reached in zip(members, results, l0):
@@ -687,7 +704,7 @@ def _load(spec: RunSpec, device: str = "auto", log: str | Path | None = None) ->
     artefact = run_artefact(spec, device)
     artefact.opened()
     if isinstance(spec.data, ActivationSpec) and not spec.data.buffer:
-        activation_artefact(spec.data).opened()
+        activation_artefact(spec.data, device=device).opened()
     folder = artefact.folder
     l0 = read_json(folder / "run.json").get("l0", math.nan)
     history = load_history(folder)
@@ -764,15 +781,17 @@ def group_runs(
     specs: Iterable[RunSpec],
     workers: int = 1,  # processes that make groups at the same time
     share: bool = False,  # True: whatever the data are; False: streams only
-    memory: int | None = None,  # bytes for all workers; None: half of the free memory
+    memory: int | None = None,  # bytes for all workers; None: half of the device's free memory
+    device: str = "auto",  # where the runs are trained
 ) -> list[list[RunSpec]]:
     "Runs in groups, each for one pass over its data: large ones, but one at least for each worker."
     found: dict[str, list[RunSpec]] = defaultdict(list)
     for spec in specs:
         is_stream = isinstance(spec.data, ActivationSpec) and spec.data.buffer > 0
-        found[pass_key(spec) if share or is_stream else spec.key].append(spec)
+        key = pass_key(spec) if share or is_stream else run_artefact(spec, device).key
+        found[key].append(spec)
     if memory is None:
-        free = torch.tensor(free_memory(pick_device("auto")))
+        free = torch.tensor(free_memory(pick_device(device)))
         memory = int(Ranks.join().low(free)) // 2  # all ranks make the same groups
     parts = -(-workers // max(1, len(found)))
     return [group for group in found.values() for group in _split(group, parts, memory // workers)]
@@ -782,11 +801,14 @@ class FailedRun(RuntimeError):
     "The training of some runs failed; the message names them."
 
 
-def _failure(specs: Sequence[RunSpec], error: Exception) -> FailedRun:
+def _failure(specs: Sequence[RunSpec], error: Exception, device: str = "auto") -> FailedRun:
     "An error that names the run, or those that were being made when a worker was lost."
     if isinstance(error, FailedRun):
         return error
-    names = " or ".join(f'run "{spec.name}" ({spec.key})' for spec in specs) or "a run"
+    names = (
+        " or ".join(f'run "{spec.name}" ({run_artefact(spec, device).key})' for spec in specs)
+        or "a run"
+    )
     return FailedRun(f"{names} failed: {type(error).__name__}: {error}")
 
 
@@ -800,8 +822,8 @@ def _train(
     try:
         errors = _make(specs, progress, device, log)
     except Exception as e:
-        raise _failure(specs, e) from e
-    failures = {i: _failure([specs[i]], e) for i, e in enumerate(errors) if e is not None}
+        raise _failure(specs, e, device) from e
+    failures = {i: _failure([specs[i]], e, device) for i, e in enumerate(errors) if e is not None}
     if failures:
         text = "\n".join(map(str, failures.values()))
         raise FailedRun(text) from errors[min(failures)]
@@ -810,7 +832,8 @@ def _train(
 def _missing(specs: Sequence[RunSpec], device: str = "auto") -> dict[str, RunSpec]:
     "{key: spec} of the runs that have yet to be made, with the twins of dropout controls first."
     twins = [twin for twin in map(twin_spec, specs) if twin is not None]
-    return {spec.key: spec for spec in [*twins, *specs] if not is_complete(spec, device)}
+    found = {run_artefact(spec, device).key: spec for spec in [*twins, *specs]}
+    return {key: spec for key, spec in found.items() if not is_complete(spec, device)}
 
 
 def _stages(specs: Sequence[RunSpec], device: str = "auto") -> list[list[RunSpec]]:
@@ -834,7 +857,7 @@ def train_many(
     if log is not None:
         check_log(log)
     for stage in _stages(specs, device):
-        for group in group_runs(stage, share=True):
+        for group in group_runs(stage, share=True, device=device):
             _train(group, progress, device, log)
     runs = [_load_or_make(spec, progress, device, log) for spec in specs]
     warn_missed(runs)
@@ -844,21 +867,24 @@ def train_many(
 # %% ../../nbs/train/runs.ipynb #cell-30
 def _train_and_send(
     jobs: Sequence[tuple[RunSpec, str]],  # specifications with their keys
+    device: str = "auto",  # where to train
 ) -> tuple[dict[str, dict[str, bytes]], FailedRun | None]:
     """Make runs in a worker with another disk. Returns the files of the complete ones,
     {key: {name: content}}, and the error of the others."""
     for spec, key in jobs:
-        if spec.key != key:
+        own = run_artefact(spec, device).key
+        if own != key:
             raise RuntimeError(
-                f"the worker has other code, packages, data or devices (key {spec.key}, here "
+                f"the worker has other code, packages, data or devices (key {own}, here "
                 f"{key}): install the same atm-sae on all machines"
             )
     failed = None
     try:
-        _train([spec for spec, _ in jobs])
+        _train([spec for spec, _ in jobs], device=device)
     except FailedRun as e:
         failed = e
-    folders = {key: run_folder(spec) for spec, key in jobs if is_complete(spec)}
+    done = [(spec, key) for spec, key in jobs if is_complete(spec, device)]
+    folders = {key: run_folder(spec, device) for spec, key in done}
     files = {
         key: {name: (folder / name).read_bytes() for name in RUN_FILES}
         for key, folder in folders.items()
@@ -866,9 +892,9 @@ def _train_and_send(
     return files, failed
 
 
-def receive_run(spec: RunSpec, files: Mapping[str, bytes]) -> None:
+def receive_run(spec: RunSpec, files: Mapping[str, bytes], device: str = "auto") -> None:
     "Write the files of a run that was made elsewhere. Other files than those of a run are ignored."
-    artefact = run_artefact(spec)
+    artefact = run_artefact(spec, device)
     with artefact.lock():
         if artefact.exists():  # the worker has the same disk
             return
@@ -881,60 +907,97 @@ def receive_run(spec: RunSpec, files: Mapping[str, bytes]) -> None:
             _seal(artefact, part)
 
 
+def _gpu_names(device: str) -> list[str]:
+    "The GPUs that a device stands for, as CUDA_VISIBLE_DEVICES names them; none if it is no GPU."
+    where = pick_device(device)
+    if where.type != "cuda":
+        return []
+    visible, n = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    names = visible.split(",")[:n] if visible else [*map(str, range(n))]
+    return names if where.index is None else [names[where.index]]
+
+
+def _check_workers(workers: int, gpus: Sequence[str], executor: Executor) -> None:
+    "ValueError if workers of this machine would share a GPU."
+    if not gpus or workers == 1 or executor.address or Ranks.join().size > 1:
+        return
+    if executor.is_remote:
+        raise ValueError(
+            "the workers of a Dask cluster that starts on this machine would share a GPU: choose "
+            "the executor 'processes', or workers=1"
+        )
+    if workers > len(gpus):
+        raise ValueError(
+            f"{workers} workers need a GPU each, and there are {len(gpus)}: choose "
+            f"workers={len(gpus)}, or device='cpu'"
+        )
+
+
 def _make_groups(
     groups: Sequence[Sequence[RunSpec]],
     workers: int,
     executor: str | None,
     log: str | Path | None,
+    device: str,
 ) -> Generator[Outcome[Sequence[RunSpec], None], None, None]:
     "Make groups of runs that do not depend on each other; yields the outcome of each."
     chosen = find_executor(executor)
     if Ranks.join().size > 1:  # a rank starts no workers
-        yield from run_jobs(partial(_train, log=log), groups, workers=1)
+        yield from run_jobs(partial(_train, device=device, log=log), groups, workers=1)
     elif not chosen.is_remote:
-        yield from run_jobs(partial(_train, log=log), groups, workers, chosen)
+        train = partial(_train, device=device, log=log)
+        yield from run_jobs(train, groups, workers, chosen, _gpu_names(device))
     else:
-        jobs = [[(spec, spec.key) for spec in group] for group in groups]
-        for outcome in run_jobs(_train_and_send, jobs, workers, chosen):
+        jobs = [[(spec, run_artefact(spec, device).key) for spec in group] for group in groups]
+        send = partial(_train_and_send, device=device)
+        for outcome in run_jobs(send, jobs, workers, chosen):
             error = outcome.error
             if outcome.result is not None:
                 files, error = outcome.result
                 for spec, key in outcome.item:
                     if key in files:
-                        receive_run(spec, files[key])
+                        receive_run(spec, files[key], device)
             yield Outcome([spec for spec, _ in outcome.item], error=error)
 
 
 def run_grid(
     specs: Iterable[RunSpec],
-    workers: int = 2,  # processes, each with one thread; 1: this process
+    # processes, each with one thread and a GPU of its own if it uses one; 1: this process; None: a
+    # process for each GPU, or two without GPUs
+    workers: int | None = None,
     progress: bool = True,  # a bar over the runs
     executor: str | None = None,  # see `find_executor`; None: ATM_SAE_EXECUTOR, else processes
     log: str | Path | None = None,  # folder of TensorBoard logs, one folder in it for each run
+    device: str = "auto",  # where to train the runs that have yet to be made
 ) -> list[Run]:
     """The runs of `specs`, in their order, made if need be. FailedRun names a run that failed.
 
     Runs that read the same stream are trained on one pass over it, see `group_runs`.
+    ValueError for more workers than GPUs.
     Warns with `MissedL0` of those that missed their target L0."""
     specs = list(specs)
-    find_executor(executor)  # an unknown one is refused before anything runs
+    gpus = _gpu_names(device)
+    workers = workers or len(gpus) or 2
+    # an unknown executor, or too many workers, are refused before anything runs
+    _check_workers(workers, gpus, find_executor(executor))
     if log is not None:
         check_log(log)
-    stages = _stages(specs)
+    stages = _stages(specs, device)
     missing = sum(map(len, stages))
     with tqdm(total=missing, desc="runs", disable=not (progress and missing)) as bar:
         for stage in stages:
-            outcomes = _make_groups(group_runs(stage, workers), workers, executor, log)
+            groups = group_runs(stage, workers, device=device)
+            outcomes = _make_groups(groups, workers, executor, log, device)
             try:
                 for outcome in outcomes:
                     if outcome.error is not None:
                         outcomes.close()
-                        raise _failure(outcome.item, outcome.error) from outcome.error
+                        raise _failure(outcome.item, outcome.error, device) from outcome.error
                     bar.set_postfix_str(outcome.item[-1].name, refresh=False)
                     bar.update(len(outcome.item))
             except LostWorker as e:
-                raise _failure([spec for group in e.items for spec in group], e) from e
-    runs = [_load_or_make(spec, log=log) for spec in specs]
+                raise _failure([spec for group in e.items for spec in group], e, device) from e
+    runs = [_load_or_make(spec, device=device, log=log) for spec in specs]
     warn_missed(runs)
     return runs
 
