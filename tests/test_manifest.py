@@ -18,7 +18,7 @@ from atm_sae.report.manifest import (
     run_order,
 )
 from atm_sae.report.verdict import CONTROLS
-from atm_sae.methods import get_method, method_name, twin_method, with_mask
+from atm_sae.methods import method_name, twin_method, with_mask
 from toy import COUNT, DECLARED, DOUBLE, notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -315,9 +315,9 @@ def test_importance_and_stability_read_the_saes_that_absorption_trains_and_the_c
         assert all(given[name] == first[name] for given in others), name
     importance, stability = ({*given["methods"]} for given in others)
     assert stability < importance
-    controls = {m for m in importance if get_method(m).mask in CONTROLS}
-    assert importance - controls < {*first["methods"]}
-    assert {twin_method(m) for m in controls} < importance and len(controls) == 4
+    controls = {with_mask("standard", mask) for mask in CONTROLS}
+    assert controls < importance and importance - controls < {*first["methods"]}
+    assert {"standard", *map(twin_method, controls)} < importance
 
 
 def test_on_smollm2_the_rates_are_those_that_the_committed_search_chose():
