@@ -303,11 +303,18 @@ def _check_out(folder: Path, key: str) -> None:
         )
 
 
-def _out_folders(specs: "Sequence[RunSpec]", out: Path | None) -> list[Path | None]:
-    "Where each run is copied: a folder in `out`, or None without `--out`."
+def _out_folders(
+    specs: "Sequence[RunSpec]", out: Path | None, device: str
+) -> "Sequence[Path | None]":
+    "Where each run is copied: a folder in `out`, or None without `--out`. Errors of `_check_out`."
+    from atm_sae.train.runs import run_artefact
+
     if out is None:
         return [None] * len(specs)
-    return [out / f"{s.method}-l0_{s.l0:g}-seed{s.seed}" for s in specs]
+    folders = [out / f"{s.method}-l0_{s.l0:g}-seed{s.seed}" for s in specs]
+    for spec, folder in zip(specs, folders, strict=True):
+        _check_out(folder, run_artefact(spec, device).key)
+    return folders
 
 
 def _copy_run(source: Path, folder: Path) -> Path:
@@ -414,8 +421,10 @@ def _say_missed(saes: Iterable[tuple[str, str, float | None, float | None]]) -> 
 
 def _read_activations(data: Data, progress: bool, device: str) -> None:
     "Make the activations, with a bar, before training asks for them. A stream has none."
+    from atm_sae.core import pick_device
     from atm_sae.data.activations import ActivationSpec, get_activations
 
+    pick_device(device)  # one that is not there is refused before anything is read
     if isinstance(data, ActivationSpec) and not data.buffer:
         get_activations(data, progress=progress, device=device)
 
@@ -507,26 +516,20 @@ def train(
     quiet: _Quiet = False,
 ) -> None:
     "Train one SAE, or every method at every L0 with every seed. A stopped run resumes."
-    from atm_sae.core import pick_device
     from atm_sae.data.lm import Site
-    from atm_sae.train.runs import run_artefact
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     progress = first and not quiet
-    pick_device(device)  # one that is not there is refused before anything is read
     settings = _settings(set_)
     source = _data(data, Site(layer, site), settings)
     sizes = dict(d_sae=d_sae, steps=steps, batch_size=batch_size)
     more = {} if lr is None else dict(lr=lr)
     _read_activations(source, progress, device)
     specs = _specs(method, source, l0, seed, settings | sizes | more, device)
-    folders = _out_folders(specs, out if first else None)
-    for spec, folder in zip(specs, folders, strict=True):
-        if folder:
-            _check_out(folder, run_artefact(spec, device).key)
+    folders = _out_folders(specs, out if first else None, device)
     runs = _train_all(specs, workers, progress, executor, log, device)
     made = zip(specs, runs, folders, strict=True)
-    rows = [_run_row(*one, device) for one in made]  # by all ranks
+    rows = [_run_row(*each, device) for each in made]  # by all ranks
     if first:
         show = _print_json if as_json else _show_runs
         show(rows)
