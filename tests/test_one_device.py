@@ -113,11 +113,13 @@ def test_the_fake_gpu_counts_copies_and_reads():
 # --- training
 
 
-def steps(method, device, n, counts=None, **more):
+def steps(method, device, n, counts=None, cpu_masks=False, **more):
     "The trainer of a method after `n` steps, and what each step copied."
     spec = small(method, log_every=12, precision="fp32", fast=False, **more)
     batches = WorldBatches(PlantedWorld(WORLD), spec.train.batch_size, spec.seed)
     trainer = make_trainer(spec, batches, [0.1] * 40, torch.device(device))
+    if cpu_masks:
+        trainer.generator = generator(spec.train.seed, "mask")
     copied = []
     for step in range(n):
         before = Counter(counts)

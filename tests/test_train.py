@@ -1376,6 +1376,14 @@ def test_groups_by_hand():
     assert group_runs([], share=True) == [] and group_runs(k) == [[spec] for spec in k]
 
 
+@pytest.mark.parametrize("kind, sizes", [("cpu", [1] * 5), ("cuda", [2, 2, 1])])
+def test_workers_share_the_memory_of_a_cpu_and_each_has_that_of_its_gpu(monkeypatch, kind, sizes):
+    specs = [recipe("topk", WORLD, 16, 64, k, steps=30) for k in (1, 2, 3, 4, 5)]
+    monkeypatch.setattr(runs, "pick_device", lambda device: torch.device(kind))
+    monkeypatch.setattr(runs, "free_memory", lambda device: 4 * runs.training_bytes(specs[0]))
+    assert [len(group) for group in group_runs(specs, workers=2, share=True)] == sizes
+
+
 def test_free_memory_is_some_of_the_machines():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < free_memory() <= total

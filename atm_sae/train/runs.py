@@ -791,8 +791,10 @@ def group_runs(
         key = pass_key(spec) if share or is_stream else run_artefact(spec, device).key
         found[key].append(spec)
     if memory is None:
-        free = torch.tensor(free_memory(pick_device(device)))
+        where = pick_device(device)
+        free = torch.tensor(free_memory(where))
         memory = int(Ranks.join().low(free)) // 2  # all ranks make the same groups
+        memory *= workers if where.type == "cuda" else 1  # each worker has a GPU of its own
     parts = -(-workers // max(1, len(found)))
     return [group for group in found.values() for group in _split(group, parts, memory // workers)]
 
