@@ -302,7 +302,7 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(n)
 
 
-# %% ../nbs/core/core.ipynb #cell-45
+# %% ../nbs/core/core.ipynb #cell-55
 _ENCODINGS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",

@@ -141,7 +141,7 @@ def training_passes(
     return steps / (rows // batch_size)
 
 
-# %% ../../nbs/report/experiment.ipynb #f2ffbc5b
+# %% ../../nbs/report/experiment.ipynb #cell-12
 def letter_scores(
     run: Run,
     words: Sequence[WordLatents],  # of its SAE, one for each evaluation seed
@@ -162,7 +162,7 @@ def letter_scores(
     return exact.metrics | released.metrics | more
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-12
+# %% ../../nbs/report/experiment.ipynb #cell-14
 def planted_scores(
     run: Run,  # trained in a planted world
     n: int,  # fresh samples
@@ -177,7 +177,7 @@ def planted_scores(
     return {name: value for name, value in found.items() if name != "n_outliers"}
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-14
+# %% ../../nbs/report/experiment.ipynb #cell-16
 def published_scores(
     metric: str,
     name: str = "absorption",  # object of the manifest
@@ -187,7 +187,7 @@ def published_scores(
     return pd.DataFrame([entry for entry in entries if entry["metric"] == metric])
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-17
+# %% ../../nbs/report/experiment.ipynb #cell-19
 def bfloat16_gap(value: float) -> float:
     "The distance between neighbouring bfloat16 numbers at `value`."
     return 2.0 ** (math.frexp(value)[1] - 8)
@@ -210,7 +210,7 @@ def bfloat16_rounding(
     return pd.DataFrame(rows, columns=["method", "metric", "value", "nearest", "fits", "chance"])
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-21
+# %% ../../nbs/report/experiment.ipynb #cell-23
 def log_log_at(
     x: float,  # where to read
     xs: ArrayLike,  # (n,) positive, in any order
@@ -241,7 +241,7 @@ def implied_l0(
     return found, float(np.min(corners)), float(np.max(corners))
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-25
+# %% ../../nbs/report/experiment.ipynb #cell-27
 def ranking_sentence(
     summary: pd.DataFrame,  # a summary table
     metric: str,
@@ -257,7 +257,7 @@ def ranking_sentence(
     return f"- at L0 {target:g}: {', '.join(parts)}."
 
 
-# %% ../../nbs/report/experiment.ipynb #cell-27
+# %% ../../nbs/report/experiment.ipynb #cell-29
 def plain_log_ticks(
     axis: Any,  # a Matplotlib axis with a log scale
     ticks: Iterable[float],
