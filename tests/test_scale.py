@@ -44,9 +44,11 @@ def test_objects_share_their_runs():
     need = needed_runs([e.resolved("gemma") for e in m.of("gemma")])
     ((size, runs),) = need
     assert [*size.values()] == ["google/gemma-2-2b", 12, 16384, 2048, 2441, 5_700_000]
-    p, dense = (m.pick(name).resolved("gemma") for name in ("absorption", "density"))
+    names = ("absorption", "density", "importance")
+    p, dense, controlled = (m.pick(name).resolved("gemma") for name in names)
     further = set(dense["targets"]) - set(p["targets"])
-    shared = len(p["methods"]) * len(p["targets"]) * len(p["seeds"])
+    methods = {*p["methods"], *controlled["methods"]}
+    shared = len(methods) * len(p["targets"]) * len(p["seeds"])
     assert len(runs) == shared + len(dense["methods"]) * len(further) * len(dense["seeds"])
 
 

@@ -1037,7 +1037,7 @@ def test_runs_on_equal_activations_are_the_same_run(monkeypatch):
     monkeypatch.setattr(
         runs,
         "activation_artefact",
-        lambda s: SimpleNamespace(content=lambda: content[s.model], sources={}),
+        lambda s, device: SimpleNamespace(content=lambda: content[s.model], sources={}),
     )
     a, b, c = (recipe("topk", runs.ActivationSpec(model=m), 8, 16, 3, 5) for m in "abc")
     assert a.key == b.key != c.key
@@ -1055,8 +1055,8 @@ def test_a_run_depends_on_the_code_of_its_own_architecture_and_data():
 def test_the_artefact_of_a_run_makes_that_of_its_activations_once(monkeypatch):
     made = []
 
-    def counted(data):
-        made.append(activation_artefact(data))
+    def counted(data, device):
+        made.append(activation_artefact(data, device=device))
         return made[-1]
 
     monkeypatch.setattr(runs, "activation_artefact", counted)
