@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import torch
+
 from atm_sae.data.planted import WorldConfig
 from atm_sae.methods import ARCHITECTURES
 from atm_sae.sae.architectures import ARCHITECTURE_CLASSES, BatchTopK
@@ -99,3 +101,16 @@ def steps_beside(spec: RunSpec, go: Path) -> int:
     if os.environ["RANK"] == "0":
         go.touch()
     return steps_taken(spec)
+
+
+def asked_devices(monkeypatch, *modules) -> list[str]:
+    "The devices that these modules ask `pick_device` for from now on; each of them is the CPU."
+    asked: list[str] = []
+
+    def pick(name="auto"):
+        asked.append(str(name))
+        return torch.device("cpu")
+
+    for module in modules:
+        monkeypatch.setattr(module, "pick_device", pick)
+    return asked

@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from small import asked_devices
 from typer.testing import CliRunner
 
 import atm_sae
@@ -813,14 +814,7 @@ def test_the_device_of_training(n, monkeypatch):
     "One run or several are trained and measured on the device of `--device`."
     from atm_sae import core
 
-    asked = []
-
-    def pick(name="auto"):
-        asked.append(str(name))
-        return torch.device("cpu")
-
-    for module in (core, runs):
-        monkeypatch.setattr(module, "pick_device", pick)
+    asked = asked_devices(monkeypatch, core, runs)
     methods = ["topk", "jumprelu"][:n]
     rows = json.loads(done("train", *methods, *SMALL, "--device", "cuda:1", "--json", "-q"))
     assert len(rows) == n and {*asked} == {"cuda:1"}

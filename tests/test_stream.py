@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from forks import forked
-from small import documents, make_and_die, weights
+from small import asked_devices, documents, make_and_die, weights
 
 from atm_sae.data import activations as module
 from atm_sae.data import batches as reader
@@ -526,14 +526,7 @@ def test_readers_are_closed_when_training_ends(buffer, fails, spec, monkeypatch)
 @pytest.mark.parametrize("buffer, make_all", [(0, run_grid), (400, run_grid), (400, train_many)])
 def test_one_device_for_models_activations_and_runs(buffer, make_all, spec, monkeypatch):
     "Models run and SAEs are trained on the device that is asked for; nothing else chooses one."
-    asked = []
-
-    def pick(name="auto"):
-        asked.append(str(name))
-        return torch.device("cpu")
-
-    for place in (module, runs):
-        monkeypatch.setattr(place, "pick_device", pick)
+    asked = asked_devices(monkeypatch, module, runs)
     specs = [run_spec(spec, method, buffer) for method in ("topk", "topk+dropout", "random")]
     options = dict(workers=1, progress=False) if make_all is run_grid else {}
     make_all(specs, device="cuda:1", **options)

@@ -941,6 +941,7 @@ def _make_groups(
     executor: str | None,
     log: str | Path | None,
     device: str,
+    gpus: Sequence[str],  # of `_gpu_names`
 ) -> Generator[Outcome[Sequence[RunSpec], None], None, None]:
     "Make groups of runs that do not depend on each other; yields the outcome of each."
     chosen = find_executor(executor)
@@ -948,7 +949,7 @@ def _make_groups(
         yield from run_jobs(partial(_train, device=device, log=log), groups, workers=1)
     elif not chosen.is_remote:
         train = partial(_train, device=device, log=log)
-        yield from run_jobs(train, groups, workers, chosen, _gpu_names(device))
+        yield from run_jobs(train, groups, workers, chosen, gpus)
     else:
         jobs = [[(spec, run_artefact(spec, device).key) for spec in group] for group in groups]
         send = partial(_train_and_send, device=device)
@@ -989,7 +990,7 @@ def run_grid(
     with tqdm(total=missing, desc="runs", disable=not (progress and missing)) as bar:
         for stage in stages:
             groups = group_runs(stage, workers, device=device)
-            outcomes = _make_groups(groups, workers, executor, log, device)
+            outcomes = _make_groups(groups, workers, executor, log, device, gpus)
             try:
                 for outcome in outcomes:
                     if outcome.error is not None:
