@@ -117,7 +117,7 @@ def test_harmed_output(toy, harm, name):
 
 def test_only(toy):
     states, lines = toy.run(only=["double"])
-    assert states == {"double": "skipped"} and "it needs count, which is not up to date" in lines
+    assert states == {"double": "skipped"} and "it needs count, which was not run" in lines
     assert toy.run(only=["10_count"])[0] == {"count": "ok"} and toy.run(only=["double"])[0] == {
         "double": "ok"
     }
@@ -125,6 +125,44 @@ def test_only(toy):
         ManifestError, match="no object 'triple' in the manifest; it has double, count"
     ):
         toy.run(only=["triple"])
+
+
+def test_tables_of_other_code_may_be_read_and_are_named(toy):
+    toy.run()
+    path = toy.path.parent / "10_count.ipynb"
+    path.write_text(path.read_text().replace("5.5,6.5", "5.4,6.5"))
+    states, lines = toy.run(only=["double"], force=True)
+    assert states == {"double": "ok"}
+    assert (
+        "double: running 20_double.ipynb (forced; reads tables that other code made: count)"
+        in lines
+    )
+    record = M.read_record(toy.out, "double")
+    assert record["tables_of_other_code"] == {"count": "changed: notebook"}
+    page = (toy.out / "index.md").read_text()
+    assert "Made from tables of other code:" in page and "1 made from tables of other code" in page
+    assert toy.run()[0] == FRESH
+    assert M.read_record(toy.out, "double")["tables_of_other_code"] == {}
+    assert "tables of other code" not in (toy.out / "index.md").read_text()
+
+
+@pytest.mark.parametrize("change", ["parameters", "published values", "damage"])
+def test_tables_of_other_parameters_or_inputs_are_not_read(toy, change):
+    toy.run()
+    if change == "parameters":
+        toy.replace("steps: 3", "steps: 4")
+    elif change == "published values":
+        code = "from atm_sae.report.manifest import load_manifest"
+        notebook(toy.path.parent / "10_count.ipynb", COUNT, code)
+        toy.run()
+        toy.replace("value: 6", "value: 7")
+    else:
+        (toy.out / "tables/count-summary.csv").write_text("changed")
+    states, lines = toy.run(only=["double"], force=True)
+    assert states == {"double": "skipped"}
+    assert (
+        "it needs count, which was not run with these parameters and inputs: run that too" in lines
+    )
 
 
 def test_dry_run_touches_nothing(toy):

@@ -560,19 +560,21 @@ def as_twins(folder):
     return {world: replace(of, tuned={}) for world, of in worlds(folder).items()}
 
 
-def test_the_answer_in_short_counts_the_bases(runs):
+def test_the_answer_in_short_names_the_bases(runs):
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert answer_lead(planted) == (
-        "In the planted world (5 seeds), the mask lowers both measures of absorption on 2 and only "
-        "absorption beyond misses on 2 of 4 bases; it lowers explained variance on 4 of 4; on "
-        "Matryoshka, tuning chose no mask. The lower raw absorption comes from L0 4 alone."
+        "In the planted world (5 seeds), the mask lowers both measures of absorption on ReLU + L1 "
+        "and TopK (2 of 4 bases) and only absorption beyond misses on BatchTopK and JumpReLU (2 of "
+        "4 bases); it lowers explained variance on all 4 bases; on Matryoshka, tuning chose no "
+        "mask. The lower raw absorption comes from L0 4 alone."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert (
-        "lowers both measures of absorption on 1 and only absorption beyond misses on 2 of 4 "
-        "bases; it raises raw absorption on 1 and absorption beyond misses on 1 of 4 bases;"
+        "lowers both measures of absorption on ReLU + L1 (1 of 4 bases) and only absorption beyond "
+        "misses on BatchTopK and JumpReLU (2 of 4 bases); it raises raw absorption on TopK (1 of 4 "
+        "bases) and absorption beyond misses on TopK (1 of 4 bases);"
     ) in answer_lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
     assert "; no change of explained variance is shown." in answer_lead({"Planted world": free})
@@ -1018,7 +1020,7 @@ def test_bases_that_are_their_own_twins_are_compared_once():
         "Minus its twin: all 5 bases: lower. By SAEBench's protocol: all 5 bases: lower"
     )
     assert answer_lead({"Language model": evidence}).startswith(
-        "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on 5 of "
+        "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on all 5 "
     )
 
 

@@ -75,6 +75,7 @@ from atm_sae.report.verdict import (
     random_agreement,
     rate_ratio,
     read_evidence,
+    rows_of,
     seed_differences,
     shuffled_sentences,
     twin_note,
@@ -344,8 +345,7 @@ def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
 def _stability_parts(world: str, evidence: Evidence) -> list[_Part]:
     "Agreement between seeds in one world, minus the twin; empty if it was not measured."
     effects = against(evidence.mask_effects, TWIN)
-    rows = evidence.agreement
-    rows = rows[(rows.world == "planted") == (world == "Planted world")]
+    rows = rows_of(evidence.agreement, ALIKE[world][0].planted)
     parts = [_Part(m.short, effect_lines(effects, m), rows, m.metric) for m in ALIKE[world]]
     return parts if all(part.lines for part in parts) else []
 
@@ -567,22 +567,32 @@ def answer_sentences(
     return [sentence for sentence in [*said, agreement_sentence(evidence)] if sentence]
 
 
-def _counts(
-    found: Sequence[Sequence[str]],  # a side for each measure, for each base
+def _bases(
+    names: Sequence[str],  # of bases
+    total: int,  # bases compared
+) -> str:
+    "`all 4 bases`, or `TopK (1 of 4 bases)`."
+    if len(names) == total > 1:
+        return f"all {total} bases"
+    return f"{name_methods(names)} ({len(names)} of {total} bases)"
+
+
+def _changes(
+    found: Mapping[str, Sequence[str]],  # {base: a side for each measure}
     measures: Sequence[Measure],
 ) -> str:
-    "On how many bases the mask lowers or raises each measure of absorption."
+    "On which bases the mask lowers or raises each measure of absorption."
     names = [measure.words.removeprefix("by ") for measure in measures]
-    lowered = {"both measures of absorption": sum({*sides} == {"less"} for sides in found)}
-    raised = {}
+    both = [base for base, sides in found.items() if {*sides} == {"less"}]
+    lowered, raised = {"both measures of absorption": both}, {}
     for i, name in enumerate(names):
-        alone = [{*sides} == {"less", "none"} and sides[i] == "less" for sides in found]
-        lowered[f"only {name}"] = sum(alone)
-        raised[name] = sum(sides[i] == "more" for sides in found)
+        alone = {base: {*s} == {"less", "none"} and s[i] == "less" for base, s in found.items()}
+        lowered[f"only {name}"] = [base for base, is_alone in alone.items() if is_alone]
+        raised[name] = [base for base, sides in found.items() if sides[i] == "more"]
     said = []
-    for verb, counts in (("lowers", lowered), ("raises", raised)):
-        words = [f"{name} on {count}" for name, count in counts.items() if count]
-        said += [f"{verb} {' and '.join(words)} of {len(found)} bases"] if words else []
+    for verb, groups in (("lowers", lowered), ("raises", raised)):
+        words = [f"{name} on {_bases(of, len(found))}" for name, of in groups.items() if of]
+        said += [f"{verb} {' and '.join(words)}"] if words else []
     if not said:
         return f"is not shown to change absorption on any of {len(found)} bases"
     return "; it ".join(said)
@@ -618,13 +628,22 @@ def _lead(world: str, evidence: Evidence) -> str:
     kind, parts = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
     if not parts:
         return ""
-    found = [[effect_side(part.lines[pair]) for part in parts] for pair in parts[0].lines]
+    found = {
+        get_method(pair[0]).architecture: [effect_side(part.lines[pair]) for part in parts]
+        for pair in parts[0].lines
+    }
     place = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds)"
-    sentence = f"{place}, the mask {_counts(found, WORLDS[world])}"
+    sentence = f"{place}, the mask {_changes(found, WORLDS[world])}"
     for price in _price_parts(world, evidence, kind):
-        lower = sum(effect_side(line) == "less" for line in price.lines.values())
-        shown = f"it lowers explained variance on {lower} of {len(price.lines)}"
-        sentence += f"; {shown if lower else 'no change of explained variance is shown'}"
+        lower = [
+            get_method(a).architecture
+            for (a, _), line in price.lines.items()
+            if effect_side(line) == "less"
+        ]
+        if lower:
+            sentence += f"; it lowers explained variance on {_bases(lower, len(price.lines))}"
+        else:
+            sentence += "; no change of explained variance is shown"
     bases = evidence.no_mask(WORLD_KEYS[world])
     sentence += f"; on {name_methods(bases)}, tuning chose no mask" if bases else ""
     other = protocols_differ(evidence) if world == "Language model" else []

@@ -12,6 +12,7 @@ __all__ = [
     "CUT",
     "NEVER_RUN",
     "MADE_ELSEWHERE",
+    "CODE_PARTS",
     "ManifestError",
     "Parameter",
     "read_parameters",
@@ -36,6 +37,7 @@ __all__ = [
     "ObjectState",
     "object_state",
     "object_states",
+    "tables_of_other_code",
     "default_out",
     "published_verdicts",
     "claim_verdicts",
@@ -731,14 +733,20 @@ def _group_changes(group: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
+def _opened_differences(groups: Iterable[Mapping[str, Any]]) -> dict[str, set[str]]:
+    "{kind of artefact: what has changed since it was made}."
+    changes: dict[str, set[str]] = defaultdict(set)
+    for group in groups:
+        changes[group["kind"]] |= set(_group_changes(group))
+    return {kind: what for kind, what in changes.items() if what}
+
+
 def opened_changes(
     groups: Iterable[Mapping[str, Any]],  # of a record
 ) -> list[str]:
     "The groups whose code or inputs have changed, in words such as 'runs (code)'."
-    changes: dict[str, set[str]] = defaultdict(set)
-    for group in groups:
-        changes[group["kind"]] |= set(_group_changes(group))
-    return [f"{kind} ({', '.join(sorted(what))})" for kind, what in changes.items() if what]
+    changes = _opened_differences(groups)
+    return [f"{kind} ({', '.join(sorted(what))})" for kind, what in changes.items()]
 
 
 # %% ../../nbs/report/manifest.ipynb #cell-37
@@ -777,21 +785,26 @@ def _some(names: Iterable[str]) -> str:
     return f" ({', '.join([*first, '...'] if rest else first)})" if first else ""
 
 
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, set[str]]:
+    "{part of a fingerprint that differs: the names that differ in it}."
+    found = {}
+    for part, value in new.items():
+        before = old.get(part)
+        if before == value:
+            continue
+        found[part] = set[str]()
+        if isinstance(before, dict) and isinstance(value, dict):
+            names = before.keys() | value.keys()
+            found[part] = {name for name in names if before.get(name) != value.get(name)}
+    return found
+
+
 def changed_parts(
     old: Mapping[str, Any],  # fingerprint of a record
     new: Mapping[str, Any],  # present fingerprint
 ) -> list[str]:
     "The parts that differ, in words, each with at most three of the names that differ in it."
-    found = []
-    for part, value in new.items():
-        before = old.get(part)
-        if before == value:
-            continue
-        names: set[str] = set()
-        if isinstance(before, dict) and isinstance(value, dict):
-            names = {k for k in before.keys() | value.keys() if before.get(k) != value.get(k)}
-        found.append(part + _some(names))
-    return found
+    return [part + _some(names) for part, names in _differences(old, new).items()]
 
 
 def _output_reason(record: Mapping[str, Any], experiment: Experiment, out: Path) -> str | None:
@@ -809,6 +822,7 @@ def _output_reason(record: Mapping[str, Any], experiment: Experiment, out: Path)
 
 # %% ../../nbs/report/manifest.ipynb #cell-39
 NEVER_RUN, MADE_ELSEWHERE = "never run", "made elsewhere"
+CODE_PARTS = frozenset({"notebook", "library", "packages", "code"})  # what is no input
 
 
 @dataclass(frozen=True)
@@ -819,6 +833,8 @@ class ObjectState:
     record: dict[str, Any] | None  # None if it was never run
     reason: str | None  # why it must run, in words; None if it is up to date
     missing: tuple[str, ...] = ()  # outputs that are declared and not there
+    # True if the outputs are whole, and since they were made only code and packages have changed
+    readable: bool = False
 
     @property
     def name(self) -> str:
@@ -853,9 +869,17 @@ def object_state(
         return ObjectState(experiment, record, str(error), missing)
     changed = changed_parts(record["fingerprint"], now)
     changed += opened_changes(record.get("opened", []))
-    reason = f"changed: {', '.join(changed)}" if changed else None
-    reason = reason or _output_reason(record, experiment, out)
-    return ObjectState(experiment, record, reason, missing)
+    damage = _output_reason(record, experiment, out)
+    reason = f"changed: {', '.join(changed)}" if changed else damage
+    readable = damage in (None, MADE_ELSEWHERE) and _only_code_changed(record, now)
+    return ObjectState(experiment, record, reason, missing, readable)
+
+
+def _only_code_changed(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    "True if parameters and inputs are those of the record."
+    parts = _differences(record["fingerprint"], now).keys()
+    opened = _opened_differences(record.get("opened", [])).values()
+    return CODE_PARTS.issuperset(parts) and all(map(CODE_PARTS.issuperset, opened))
 
 
 def object_states(
@@ -866,6 +890,13 @@ def object_states(
     "The state of each object of a profile, by name, in the manifest's order."
     manifest.profile(profile)
     return {e.name: object_state(manifest, e, profile, out) for e in manifest.of(profile)}
+
+
+def tables_of_other_code(
+    states: Iterable[ObjectState],  # of the objects whose outputs a notebook reads
+) -> dict[str, str]:
+    "The objects whose tables other code made, {name: what has changed since}."
+    return {s.name: s.reason for s in states if s.reason and s.reason != MADE_ELSEWHERE}
 
 
 # %% ../../nbs/report/manifest.ipynb #cell-42

@@ -9,6 +9,8 @@ __all__ = [
     "NOT_MEASURED",
     "COLUMNS",
     "UNKNOWN",
+    "NOT_RUN",
+    "READS_OTHER",
     "RULE",
     "Cell",
     "number_cell",
@@ -370,6 +372,9 @@ def tally(
 UNKNOWN = "unknown"
 
 
+NOT_RUN, READS_OTHER = "Not run yet:", "Made from tables of other code:"
+
+
 @dataclass(frozen=True)
 class Doubt:
     "What a reader must know before using a result."
@@ -384,11 +389,12 @@ def find_doubt(
     profile: str,  # of the results
 ) -> Doubt | None:
     "The notice for results that are missing or not up to date; None if there is nothing to say."
-    if state.reason in (None, MADE_ELSEWHERE):
-        return None  # complete and made by this code, perhaps with another cache
+    if state.reason in (None, MADE_ELSEWHERE):  # made by this code, perhaps with another cache
+        old = (state.record or {}).get("tables_of_other_code")
+        return Doubt(READS_OTHER, f"{', '.join(old)}.") if old else None
     if state.reason == NEVER_RUN or state.record is None:
         command = f"atm-sae reproduce --profile {profile} --only {state.name}"
-        return Doubt("Not run yet:", command)
+        return Doubt(NOT_RUN, command)
     if not state.reason.startswith("changed: "):
         return Doubt("Not as it was made", f"({state.reason}): run it again before relying on it.")
     commit = (state.record.get("git_sha") or "")[:12]
@@ -625,11 +631,13 @@ def _published_line(verdicts: Sequence[str]) -> str:
 def _states(cards: Sequence[Card]) -> str:
     "How many of the cards are not up to date, in words."
     doubts = [card.doubt for card in cards if card.doubt]
-    missing = sum(d.head == "Not run yet:" for d in doubts)
+    missing = sum(d.head == NOT_RUN for d in doubts)
+    reading = sum(d.head == READS_OTHER for d in doubts)
     old = sum(bool(d.commit) for d in doubts)
     counts = {
         "made by other code than today's": old,
-        "changed after they were made": len(doubts) - missing - old,
+        "made from tables of other code": reading,
+        "changed after they were made": len(doubts) - missing - reading - old,
         "not run yet": missing,
     }
     found = [f"{n} {words}" for words, n in counts.items() if n]

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ from atm_sae.report.manifest import (
     provenance_path,
     read_record,
     run_order,
+    tables_of_other_code,
     this_place,
 )
 from .figures import few_colours
@@ -386,6 +387,7 @@ class _Job:
     profile: str
     out: Path  # reports folder
     label: str = ""  # of the progress bar
+    other_code: Mapping[str, str] = field(default_factory=dict)  # see `tables_of_other_code`
 
     @property
     def work(self) -> Path:
@@ -433,6 +435,7 @@ class _Job:
             outputs={path: file_sha256(self.out / path) for path in produced},
             place=this_place(),
         )
+        about["tables_of_other_code"] = dict(self.other_code)
         about.pop("peak_memory_mib")
         return about | {"command": command}
 
@@ -444,9 +447,10 @@ def run_experiment(
     profile: str,  # with which parameters
     out: str | Path,  # reports folder
     label: str = "",  # written before the progress bar
+    other_code: Mapping[str, str] | None = None,  # see `tables_of_other_code`
 ) -> float:
     "Run one experiment, put its results in place, return the seconds; RunError changes nothing."
-    job = _Job(manifest, experiment, profile, Path(out), label)
+    job = _Job(manifest, experiment, profile, Path(out), label, other_code or {})
     start, old = time.monotonic(), read_record(out, experiment.name)
     try:
         parts = fingerprint(manifest, experiment, profile, out)
@@ -503,22 +507,33 @@ class Plan:
             if e.name == experiment.name or experiment.name in e.after:
                 self.states[e.name] = object_state(self.manifest, e, self.profile, self.out)
 
+    def other_code(self, e: Experiment) -> dict[str, str]:
+        "See `tables_of_other_code`: those that an object reads."
+        before = self.manifest.before(e, self.profile)
+        return tables_of_other_code(self.states[b.name] for b in before)
+
     def decide(self, e: Experiment, done: Mapping[str, Status]) -> Status:
         "What is to happen to an object: 'would run', 'skipped' or 'up to date'."
         before = self.manifest.before(e, self.profile)
         ended = {b.name: done[b.name].state for b in before if b.name in done}
         failed = [name for name in ended if done[name].bad]
-        stale = [b.name for b in before if b.name not in done and not self.states[b.name].fresh]
+        given = [b.name for b in before if b.name not in done]
+        stale = [name for name in given if not self.states[name].readable]
         if failed:
             return Status(e.name, "skipped", f"it needs {', '.join(failed)}, which failed")
         if stale:
-            needs = f"it needs {', '.join(stale)}, which is not up to date: run that too"
+            missing = "which was not run with these parameters and inputs: run that too"
+            needs = f"it needs {', '.join(stale)}, {missing}"
             return Status(e.name, "skipped", needs)
         waits = [name for name, state in ended.items() if state == "would run"]
         reason = "forced" if self.force else self.states[e.name].reason
         if waits and not reason:
             reason = f"after {', '.join(waits)}"
-        return Status(e.name, "would run", reason) if reason else Status(e.name, "up to date")
+        if not reason:
+            return Status(e.name, "up to date")
+        if old := self.other_code(e).keys() - done.keys():
+            reason += f"; reads tables that other code made: {', '.join(sorted(old))}"
+        return Status(e.name, "would run", reason)
 
 
 # %% ../../nbs/report/runner.ipynb #cell-30
@@ -539,7 +554,8 @@ def _run_one(plan: Plan, e: Experiment, reason: str, label: str) -> Status:
     "Run one object and renew its state."
     begun = time.monotonic()
     try:
-        seconds = run_experiment(plan.manifest, e, plan.profile, plan.out, label)
+        other_code = plan.other_code(e)
+        seconds = run_experiment(plan.manifest, e, plan.profile, plan.out, label, other_code)
         return Status(e.name, "ok", reason, seconds)
     except (RunError, OSError) as error:
         return Status(e.name, "FAILED", str(error), time.monotonic() - begun)

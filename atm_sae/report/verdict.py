@@ -51,6 +51,7 @@ __all__ = [
     "letter_rows",
     "agreement_rows",
     "measured_metrics",
+    "rows_of",
     "Evidence",
     "published_rows",
     "read_evidence",
@@ -123,10 +124,14 @@ EQUAL_L0 = (4, 8, 16, 32, 64)  # where the methods are compared
 NEAR = 1.25  # largest factor between an L0 that is read and the nearest one that was trained
 
 
+def _near(l0s: pd.Series, l0: float) -> pd.Series:
+    "True where an L0 is within a factor of `NEAR` of another."
+    return np.log(l0s / l0).abs() <= math.log(NEAR) + 1e-9
+
+
 def _with_sae_near(rows: pd.DataFrame, l0: float) -> pd.DataFrame:
-    "World, method and seed of the curves with an SAE within a factor of `NEAR` of an L0."
-    near = np.log(rows.l0 / l0).abs() <= math.log(NEAR) + 1e-9
-    return rows.loc[near, ["world", "method", "seed"]].drop_duplicates()
+    "World, method and seed of the curves with an SAE near an L0."
+    return rows.loc[_near(rows.l0, l0), ["world", "method", "seed"]].drop_duplicates()
 
 
 def equal_l0_rows(
@@ -439,6 +444,14 @@ def measured_metrics(
     return [metric for metric in metrics if metric in rows and rows[metric].notna().any()]
 
 
+def rows_of(
+    table: pd.DataFrame,  # with a column `world`
+    planted: bool,  # of the planted world, or of a language model
+) -> pd.DataFrame:
+    "The lines of one of the two worlds."
+    return table[(table.world == "planted") == planted]
+
+
 def _no_rows() -> pd.DataFrame:
     return pd.DataFrame(columns=[*_KEYS])
 
@@ -461,7 +474,7 @@ class Evidence:
 
     def of_world(self, planted: bool) -> "Evidence":
         "The same for the planted world alone, or for the language model alone."
-        agreement = self.agreement[(self.agreement.world == "planted") == planted]
+        agreement = rows_of(self.agreement, planted)
         if planted:
             none = dict(letters=self.letters[:0], controls=self.controls[:0])
             return replace(self, **none, agreement=agreement, layer="")
@@ -649,8 +662,7 @@ def _read_agreement(rows: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     found = []
     for target, (_, curves) in itertools.product(sorted(shared), both.groupby("seed")):
         read = read_pair(curves, a, b, target, AGREEMENT)
-        near = np.log(read.l0 / target).abs() <= math.log(NEAR) + 1e-9
-        found.append(read[near].assign(sparsity=target))
+        found.append(read[_near(read.l0, target)].assign(sparsity=target))
     return _joined(found, both.columns)
 
 
@@ -749,9 +761,7 @@ def effect_lines(
     measure: Measure,
 ) -> dict[tuple[str, str], Any]:
     "{(a, b): line} of one measure."
-    lines = effects[
-        (effects.metric == measure.metric) & ((effects.world == "planted") == measure.planted)
-    ]
+    lines = rows_of(effects[effects.metric == measure.metric], measure.planted)
     return {(line.a, line.b): line for line in lines.itertuples()}
 
 
@@ -850,7 +860,7 @@ def mask_caption(
     if effects.empty:
         return ""
     worlds = {"planted world": True, "language model": False}
-    lines = {name: effects[(effects.world == "planted") == side] for name, side in worlds.items()}
+    lines = {name: rows_of(effects, side) for name, side in worlds.items()}
     ranges = [f"{_l0_range(found)} ({name})" for name, found in lines.items() if len(found)]
     seeds = "–".join(f"{n:g}" for n in sorted({effects.n.min(), effects.n.max()}))
     tuned = ", and minus the base tuned by itself" if TUNED in {*effects.against} else ""
@@ -1061,7 +1071,7 @@ def _mask_sentences(evidence: Evidence) -> list[str]:
         for kind, (subject, other) in heads.items():
             effects = against(evidence.mask_effects, kind)
             said = describe_effects(effects, measures)
-            lines = effects[(effects.world == "planted") == measures[0].planted]
+            lines = rows_of(effects, measures[0].planted)
             if not said:
                 continue
             sentence = (
@@ -1228,9 +1238,8 @@ def random_agreement(
     world: str,  # one of WORLDS
 ) -> str:
     "How much two random dictionaries agree, in words."
-    rows = evidence.agreement
-    there = (rows.world == "planted") == (world == "Planted world")
-    means = rows.loc[there & (rows.method == "random"), [*AGREEMENT]].mean()
+    rows = rows_of(evidence.agreement, ALIKE[world][0].planted)
+    means = rows.loc[rows.method == "random", [*AGREEMENT]].mean()
     if means.isna().any():
         return "the agreement of two random dictionaries was not measured"
     found = [f"{format_number(means[of.metric], 2)} {of.words}" for of in ALIKE[world]]
@@ -1330,7 +1339,7 @@ def _importance_sentences(evidence: Evidence) -> list[str]:
         found = []
         for world, measures in WORLDS.items():
             words = describe_effects(of, measures)
-            lines = of[(of.world == "planted") == measures[0].planted]
+            lines = rows_of(of, measures[0].planted)
             found += [f"{PLACES[world]} (L0 {_l0_range(lines)}), {words}"] if words else []
         if found:
             parts.append(f"Base with the mask minus {label}: {'; '.join(found)}")
