@@ -1373,7 +1373,18 @@ def test_groups_by_hand():
     assert [len(g) for g in group_runs(k, share=True, memory=2 * one)] == [2, 2, 1]
     assert [len(g) for g in group_runs(k, 2, share=True, memory=2 * one)] == [1] * 5
     assert [len(g) for g in group_runs(k, share=True, memory=0)] == [1] * 5
-    assert group_runs([], share=True) == [] and group_runs(k) == [[spec] for spec in k]
+    assert group_runs([], share=True) == []
+
+
+def test_a_grid_shares_the_samples_of_a_planted_world_but_not_cached_activations(monkeypatch):
+    monkeypatch.setattr(runs, "run_artefact", lambda spec, device: SimpleNamespace(key=spec.name))
+    world = [small("topk", k=k) for k in range(1, 12)]
+    assert [len(group) for group in group_runs(world)] == [6, 5]
+    assert [len(group) for group in group_runs(world, share=True)] == [11]
+    assert [len(group) for group in group_runs(world[:5], workers=2)] == [3, 2]
+    data = runs.ActivationSpec("nano-gemma2")
+    cached = [replace(spec, data=data) for spec in world]
+    assert group_runs(cached) == [[spec] for spec in cached]
 
 
 @pytest.mark.parametrize("kind, sizes", [("cpu", [1] * 5), ("cuda", [2, 2, 1])])

@@ -1020,7 +1020,7 @@ def test_bases_that_are_their_own_twins_are_compared_once():
         "Minus its twin: all 5 bases: lower. By SAEBench's protocol: all 5 bases: lower"
     )
     assert answer_lead({"Language model": evidence}).startswith(
-        "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on all 5 "
+        "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on all "
     )
 
 

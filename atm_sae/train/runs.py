@@ -7,6 +7,7 @@ __all__ = [
     "TWIN_RATES",
     "MOMENTS",
     "RUN_FILES",
+    "SAMPLED_TOGETHER",
     "RunSpec",
     "twin_spec",
     "run_artefact",
@@ -777,18 +778,23 @@ def _split(specs: Sequence[RunSpec], parts: int, memory: int) -> list[list[RunSp
     return [[*specs[i::n]] for i in range(n)]
 
 
+SAMPLED_TOGETHER = 8  # runs in one planted world: sampling is then a few percent of their time
+
+
 def group_runs(
     specs: Iterable[RunSpec],
     workers: int = 1,  # processes that make groups at the same time
-    share: bool = False,  # True: whatever the data are; False: streams only
+    # True: all that read the same batches; False: those of a stream, and `SAMPLED_TOGETHER` at most
+    # of a planted world. Cached activations are cheap to read
+    share: bool = False,
     memory: int | None = None,  # bytes for all workers; None: half of the device's free memory
     device: str = "auto",  # where the runs are trained
 ) -> list[list[RunSpec]]:
     "Runs in groups, each for one pass over its data: large ones, but one at least for each worker."
     found: dict[str, list[RunSpec]] = defaultdict(list)
     for spec in specs:
-        is_stream = isinstance(spec.data, ActivationSpec) and spec.data.buffer > 0
-        key = pass_key(spec) if share or is_stream else run_artefact(spec, device).key
+        is_cached = isinstance(spec.data, ActivationSpec) and not spec.data.buffer
+        key = run_artefact(spec, device).key if is_cached and not share else pass_key(spec)
         found[key].append(spec)
     if memory is None:
         where = pick_device(device)
@@ -796,7 +802,13 @@ def group_runs(
         memory = int(Ranks.join().low(free)) // 2  # all ranks make the same groups
         memory *= workers if where.type == "cuda" else 1  # each worker has a GPU of its own
     parts = -(-workers // max(1, len(found)))
-    return [group for group in found.values() for group in _split(group, parts, memory // workers)]
+    groups: list[list[RunSpec]] = []
+    for together in found.values():
+        is_sampled = not share and not isinstance(together[0].data, ActivationSpec)
+        most = SAMPLED_TOGETHER if is_sampled else len(together)
+        least_parts = max(parts, -(-len(together) // most))
+        groups += _split(together, least_parts, memory // workers)
+    return groups
 
 
 class FailedRun(RuntimeError):
@@ -975,7 +987,7 @@ def run_grid(
 ) -> list[Run]:
     """The runs of `specs`, in their order, made if need be. FailedRun names a run that failed.
 
-    Runs that read the same stream are trained on one pass over it, see `group_runs`.
+    Runs that read the same stream, or the same planted world, share passes, see `group_runs`.
     ValueError for more workers than GPUs.
     Warns with `MissedL0` of those that missed their target L0."""
     specs = list(specs)
