@@ -630,6 +630,19 @@ def test_the_overview_has_the_worlds_side_by_side(runs):
     assert answer_overview({}).empty
 
 
+def test_an_answer_from_other_numbers_of_seeds_names_them(runs):
+    evidence = as_twins(runs)["Planted world"]
+    controls = {*evidence.control_effects.b}
+    few = evidence.planted[~evidence.planted.method.isin(controls) | (evidence.planted.seed < 3)]
+    (brief,) = (
+        answer_overview({"Planted world": replace(evidence, planted=few)}).iloc[:, 1:].items()
+    )
+    assert brief[0] == "Planted world (5 seeds)"
+    importance = brief[1].iloc[1]
+    assert importance.startswith("Minus dropout") and " (3 seeds). Raw absorption " in importance
+    assert all("seeds)" not in cell for cell in brief[1].drop(1))
+
+
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
     by_l0 = l0_lines(as_twins(runs))[0]
     assert by_l0.startswith("Planted world, raw absorption: L0 4: lower on all 4; L0 8: lower on ")

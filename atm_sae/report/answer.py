@@ -445,9 +445,11 @@ _BRIEF_QUESTIONS = (
 )
 
 
-def _brief(parts: Sequence[_Part], words: str) -> str:
-    "What the measures show, then their differences."
-    return f"{_capital(words)}. {_capital('; '.join(part.span() for part in parts))}"
+def _brief(parts: Sequence[_Part], words: str, usual: str) -> str:
+    "What the measures show, with the number of seeds if it is not the usual one; then the ranges."
+    seeds = _seeds(parts)
+    note = "" if seeds == usual else f" ({seeds} seeds)"
+    return f"{_capital(words)}{note}. {_capital('; '.join(part.span() for part in parts))}"
 
 
 def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
@@ -463,12 +465,13 @@ def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
         PRICE_QUESTION: (price, lambda: minus + _findings(price)),
         ORDER_QUESTION: (order, lambda: order_verdict(evidence.order_effects)),
     }
-    cells = {q: _brief(parts, words()) for q, (parts, words) in found.items() if parts}
+    usual = _seeds(mask) if mask else ""
+    cells = {q: _brief(parts, words(), usual) for q, (parts, words) in found.items() if parts}
     alike = _stability_parts(world, evidence)
     if alike:
         subtracted = "; ".join(part.scale() for part in alike)
         chance = _capital(random_agreement(evidence, world))
-        brief = _brief(alike, _findings(alike))
+        brief = _brief(alike, _findings(alike), usual)
         cells[STABILITY_QUESTION] = f"{brief}. Value subtracted: {subtracted}. {chance}"
     return cells
 
@@ -478,8 +481,9 @@ def answer_overview(
 ) -> pd.DataFrame:
     """A row for each question, a column for each world: the main measures only.
 
-    The head of a column has the number of seeds. A question that was measured in no world has no
-    row, except that on stability."""
+    The head of a column has the number of seeds of the first question. An answer from another
+    number names it. A question that was measured in no world has no row, except that on
+    stability."""
     cells = {}
     for world, of in evidence.items():
         found = _brief_cells(world, of)
