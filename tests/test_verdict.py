@@ -1238,7 +1238,10 @@ def test_a_result_that_rests_on_one_l0_is_named():
     assert said.startswith("**Planted world, one L0 left out** of the mean")
     assert "without L0 4, more on TopK, less on JumpReLU by raw absorption" in said
     lead = answer_lead({"Planted world": evidence})
-    assert lead.endswith("The lower raw absorption comes from L0 4 alone.")
+    assert lead.endswith(
+        "The lower raw absorption comes from L0 4 alone: over the other L0s raw absorption is "
+        "higher on TopK (1 of 2 bases)."
+    )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]
     assert "without L0 4, more on TopK" in left_out_sentences(two)[0]

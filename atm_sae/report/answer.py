@@ -603,21 +603,27 @@ def _changes(
 
 
 def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
-    "Says how many bases are left if one L0 is not in the mean, if it makes a difference."
+    """Says on how many bases the first measure is still lower if one L0 is not in the mean.
+
+    And on which bases it is then higher. Empty if each L0 can be left out."""
     first = WORLDS[world][0]
     pairs = [pair for pair, line in parts[0].lines.items() if effect_side(line) == "less"]
-    left = {}
-    for (name, l0), effects in evidence.left_out.items():
-        if name == world:
-            lines = effect_lines(effects, first)
-            left[l0] = sum(p in lines and effect_side(lines[p]) == "less" for p in pairs)
-    fewest = min(left, key=lambda l0: left[l0], default=None)
-    if fewest is None or left[fewest] >= len(pairs):
+    left = {
+        l0: {pair: effect_side(line) for pair, line in effect_lines(effects, first).items()}
+        for (name, l0), effects in evidence.left_out.items()
+        if name == world
+    }
+    still = {l0: sum(sides.get(p) == "less" for p in pairs) for l0, sides in left.items()}
+    fewest = min(still, key=lambda l0: still[l0], default=None)
+    if fewest is None or still[fewest] >= len(pairs):
         return ""
-    still = f": over the other L0s it is shown on {left[fewest]} of these {len(pairs)} bases"
-    return (
-        f" The lower {first.short} comes from L0 {fewest:g}{still if left[fewest] else ' alone'}."
-    )
+    sides = {pair: left[fewest][pair] for pair in parts[0].lines if pair in left[fewest]}
+    higher = [get_method(a).architecture for (a, _), side in sides.items() if side == "more"]
+    n = still[fewest]
+    others = [f"it is shown on {n} of these {len(pairs)} bases"] if n else []
+    others += [f"{first.short} is higher on {_bases(higher, len(sides))}"] if higher else []
+    rest = f": over the other L0s {', and '.join(others)}" if others else ""
+    return f" The lower {first.short} comes from L0 {fewest:g}{'' if n else ' alone'}{rest}."
 
 
 def answer_lead(
