@@ -139,7 +139,9 @@ def _finding(
     if len(shown) == len(sides):
         return word
     names = " and ".join(shown)
-    only = f"{word} {names if names.startswith('over ') else f'in {names}'} only"
+    if names.startswith("over "):  # agreement between seeds
+        return f"{word} {names} only"
+    only = f"{word} in {names} only"
     return only if RAW.short in sides else f"the two measures disagree ({only})"
 
 
