@@ -564,17 +564,16 @@ def test_the_answer_in_short_names_the_bases(runs):
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert answer_lead(planted) == (
         "In the planted world (5 seeds), the mask lowers both measures of absorption on ReLU + L1 "
-        "and TopK (2 of 4 bases) and only absorption beyond misses on BatchTopK and JumpReLU (2 of "
-        "4 bases); it lowers explained variance on all 4 bases; on Matryoshka, tuning chose no "
-        "mask. The lower raw absorption comes from L0 4 alone."
+        "and TopK and only absorption beyond misses on BatchTopK and JumpReLU; explained variance "
+        "falls on all 4 bases. The lower raw absorption comes from L0 4 alone."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert (
-        "lowers both measures of absorption on ReLU + L1 (1 of 4 bases) and only absorption beyond "
-        "misses on BatchTopK and JumpReLU (2 of 4 bases); it raises raw absorption on TopK (1 of 4 "
-        "bases) and absorption beyond misses on TopK (1 of 4 bases);"
+        "lowers both measures of absorption on ReLU + L1 alone and only absorption beyond misses "
+        "on BatchTopK and JumpReLU; it raises raw absorption on TopK alone and absorption beyond "
+        "misses on TopK alone;"
     ) in answer_lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
     assert "; no change of explained variance is shown." in answer_lead({"Planted world": free})
@@ -613,6 +612,7 @@ def test_the_overview_has_the_worlds_side_by_side(runs):
     ]
     planted, model = (brief[world] for world in brief)
     assert planted.iloc[0].startswith("ReLU + L1 and TopK: lower;")
+    assert "; Matryoshka: tuning chose no mask. Raw absorption" in planted.iloc[0]
     assert (
         ". Raw absorption -0.118 to 0.005 (± 0.040 or less); absorption beyond" in planted.iloc[0]
     )
@@ -1069,7 +1069,7 @@ def test_protocols_that_do_not_show_the_same_are_named():
         "The exact protocol shows something else on TopK."
     )
     lead = answer_lead({"Language model": evidence})
-    assert "; SAEBench's protocol shows something else on TopK." in lead
+    assert "; SAEBench's protocol differs on TopK." in lead
     answer = answer_table({"Language model": evidence}).answer[0]
     assert answer.endswith("and JumpReLU: lower; TopK: higher")
     without = replace(evidence, letters=evidence.letters.drop(columns=[full, fraction]))
@@ -1222,6 +1222,21 @@ def test_agreement_has_the_intervals_of_the_jackknife_over_the_common_l0s():
 # what a mean over L0, or a difference of two shares, can hide
 
 
+def test_the_lead_names_the_l0s_at_which_all_bases_change_their_sign():
+    "Both bases are lower at L0 4 and higher at L0 16."
+    methods = {m: (0.5, 0.5) for m in ("topk", "topk+atm", "jumprelu", "jumprelu+atm")}
+    rows = read_rows("planted", methods, (4, 8, 16))
+    masked = rows.method.str.endswith("+atm")
+    for l0, by in ((4, -0.2), (16, 0.1)):
+        rows.loc[masked & (rows.sparsity == l0), "absorption"] += by
+    said = "Raw absorption is lower at L0 4, and higher at L0 16, on all 2."
+    evidence = replace(small(planted={}), planted=rows)
+    assert answer_lead({"Planted world": evidence}).endswith(said)
+    one = rows.method.isin(["topk", "topk+atm"]) | (rows.sparsity < 16)
+    some = replace(evidence, planted=rows[one])
+    assert "and higher at" not in answer_lead({"Planted world": some})
+
+
 def test_a_result_that_rests_on_one_l0_is_named():
     "TopK is lower by 1 at L0 4 and slightly higher elsewhere. JumpReLU is higher at L0 4."
     methods = {m: (0.5, 0.5) for m in ("topk", "topk+atm", "jumprelu", "jumprelu+atm")}
@@ -1238,7 +1253,7 @@ def test_a_result_that_rests_on_one_l0_is_named():
     lead = answer_lead({"Planted world": evidence})
     assert lead.endswith(
         "The lower raw absorption comes from L0 4 alone: over the other L0s raw absorption is "
-        "higher on TopK (1 of 2 bases)."
+        "higher on TopK alone."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]

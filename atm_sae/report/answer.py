@@ -182,8 +182,8 @@ class _Part:
         ends = dict.fromkeys(f"{value:.3f}" for value in (self.levels[0], self.levels[-1]))
         return f"{self.name} {' to '.join(ends)}".strip()
 
-    def by_l0(self) -> str:
-        "The bases on which each L0 shows a lower or a higher value; not corrected; or empty."
+    def sides(self) -> dict[float, dict[str, list[str]]]:
+        "{L0: {side: bases}}, what each L0 shows by its own interval; not corrected."
         found: dict[float, dict[str, list[str]]] = {}
         for a, b in (pair for pair, line in self.lines.items() if line.n >= FEW):
             differences = self.sign * seed_differences(self.read, a, b, self.metric)
@@ -191,7 +191,28 @@ class _Part:
                 side = SIDES[claim_verdict(t_interval(values)[:3])]
                 base = get_method(a).architecture
                 found.setdefault(float(str(l0)), {}).setdefault(side, []).append(base)
-        return "; ".join(f"L0 {l0:g}: {_on(sides)}" for l0, sides in sorted(found.items()))
+        return dict(sorted(found.items()))
+
+    def by_l0(self) -> str:
+        "The bases on which each L0 shows a lower or a higher value; not corrected; or empty."
+        return "; ".join(f"L0 {l0:g}: {_on(sides)}" for l0, sides in self.sides().items())
+
+    def sign_change(self) -> str:
+        "Names the L0s that show all bases lower, if others show all bases higher; or empty."
+        total = len(self.lines)
+        shown = {
+            side: [
+                f"{l0:g}" for l0, sides in self.sides().items() if len(sides.get(side, ())) == total
+            ]
+            for side in _LOWER
+        }
+        if not all(shown.values()):
+            return ""
+        lower, higher = (" and ".join(l0s) for l0s in shown.values())
+        return (
+            f" {_capital(self.name)} is lower at L0 {lower}, and higher at L0 {higher}, on all "
+            f"{total}."
+        )
 
 
 def _on(
@@ -461,8 +482,10 @@ def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
     price = _price_parts(world, evidence, kind)
     control = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
     order = _absorption_parts(world, evidence, evidence.order_effects)
+    bases = evidence.no_mask(WORLD_KEYS[world])
+    no_mask = f"; {name_methods(bases)}: tuning chose no mask" if bases else ""
     found = {
-        MASK_QUESTION: (mask, lambda: minus + _findings(mask) + _too_few(mask)),
+        MASK_QUESTION: (mask, lambda: minus + _findings(mask) + no_mask + _too_few(mask)),
         IMPORTANCE_QUESTION: (control, lambda: _importance_cells(world, evidence)["answer"]),
         PRICE_QUESTION: (price, lambda: minus + _findings(price)),
         ORDER_QUESTION: (order, lambda: order_verdict(evidence.order_effects)),
@@ -577,10 +600,10 @@ def _bases(
     names: Sequence[str],  # of bases
     total: int,  # bases compared
 ) -> str:
-    "`all 4 bases`, or `TopK (1 of 4 bases)`."
+    "`all 4 bases`, `TopK and JumpReLU`, or `TopK alone`."
     if len(names) == total > 1:
         return f"all {total} bases"
-    return f"{name_methods(names)} ({len(names)} of {total} bases)"
+    return f"{name_methods(names)}{' alone' if len(names) == 1 < total else ''}"
 
 
 def _changes(
@@ -653,15 +676,14 @@ def _lead(world: str, evidence: Evidence) -> str:
             if effect_side(line) == "less"
         ]
         if lower:
-            sentence += f"; it lowers explained variance on {_bases(lower, len(price.lines))}"
+            sentence += f"; explained variance falls on {_bases(lower, len(price.lines))}"
         else:
             sentence += "; no change of explained variance is shown"
-    bases = evidence.no_mask(WORLD_KEYS[world])
-    sentence += f"; on {name_methods(bases)}, tuning chose no mask" if bases else ""
     other = protocols_differ(evidence) if world == "Language model" else []
     if other:
-        sentence += f"; SAEBench's protocol shows something else on {name_methods(other)}"
-    return f"{sentence}{_too_few(parts)}.{_one_l0(world, evidence, parts)}"
+        sentence += f"; SAEBench's protocol differs on {name_methods(other)}"
+    by_l0 = parts[0].sign_change() or _one_l0(world, evidence, parts)
+    return f"{sentence}{_too_few(parts)}.{by_l0}"
 
 
 # %% ../../nbs/report/answer.ipynb #cell-15

@@ -351,7 +351,7 @@ def _pictures(experiment: Experiment, folder: Path) -> tuple[Picture, ...]:
     return tuple(found)
 
 
-# %% ../../nbs/report/page.ipynb #cell-16
+# %% ../../nbs/report/page.ipynb #cell-15
 def clock(
     seconds: float,  # a duration
 ) -> str:
@@ -402,7 +402,7 @@ def find_doubt(
     return Doubt(f"{head}, not made again since", f"({state.reason}).", commit or UNKNOWN)
 
 
-# %% ../../nbs/report/page.ipynb #cell-18
+# %% ../../nbs/report/page.ipynb #cell-17
 @dataclass(frozen=True)
 class Card:
     "What the page shows of one object in one profile; paths are below the reports folder."
@@ -455,7 +455,7 @@ class Card:
         return found
 
 
-# %% ../../nbs/report/page.ipynb #cell-19
+# %% ../../nbs/report/page.ipynb #cell-18
 def _links(experiment: Experiment, folder: Path) -> tuple[tuple[str, str], ...]:
     "(name, path) of an object's notebook, provenance and tables, those that are there."
     name = experiment.name
@@ -536,7 +536,7 @@ def object_card(
     )
 
 
-# %% ../../nbs/report/page.ipynb #cell-22
+# %% ../../nbs/report/page.ipynb #cell-21
 @dataclass(frozen=True)
 class ProfileResults:
     "All that the pages show of one profile."
@@ -592,7 +592,7 @@ def profile_results(
     )
 
 
-# %% ../../nbs/report/page.ipynb #cell-25
+# %% ../../nbs/report/page.ipynb #cell-24
 def _by_size(results: Sequence[ProfileResults]) -> list[ProfileResults]:
     "The results, those of the largest profile first."
     return sorted(results, key=lambda r: (r.profile == "smoke", r.profile != "full"))
@@ -662,7 +662,7 @@ def headline(
     ]
 
 
-# %% ../../nbs/report/page.ipynb #cell-28
+# %% ../../nbs/report/page.ipynb #cell-27
 RULE = (
     "A published value is *reproduced* if our mean, at the same L0, is within a tolerance that was "
     "fixed before the runs. Otherwise it *differs*. It is *not comparable* if the model or the L0 "
@@ -690,7 +690,7 @@ def templates() -> "Environment":
     return environment
 
 
-# %% ../../nbs/report/page.ipynb #cell-29
+# %% ../../nbs/report/page.ipynb #cell-28
 def _overview(results: Sequence[ProfileResults]) -> pd.DataFrame:
     "A line for each object that was run: its verdicts, and links to its files."
     lines = []
@@ -809,7 +809,7 @@ def html_page(
     return text.strip() + "\n"
 
 
-# %% ../../nbs/report/page.ipynb #cell-34
+# %% ../../nbs/report/page.ipynb #cell-33
 def _has_results(manifest: Manifest, profile: str, folder: Path) -> bool:
     "True if a folder holds results of that profile."
     records = [read_record(folder, e.name) for e in manifest.of(profile)]
