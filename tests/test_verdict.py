@@ -65,6 +65,7 @@ from atm_sae.report.verdict import (
     published_rows,
     read_evidence,
     rival_table,
+    seeds_range,
     shuffled_sentences,
     split_sentences,
     twin_note,
@@ -1047,6 +1048,12 @@ def test_each_pair_has_its_own_number_of_seeds():
     table = mask_table(replace(evidence, letters=some)).set_index("base")
     assert table.loc["TopK", FULL_SCORE.heading].endswith("(3/3)")
     assert answer_table({"Language model": evidence}).seeds[0] == "3 to 5"
+
+
+def test_the_seeds_of_agreement_are_not_those_of_absorption():
+    lines = pd.DataFrame(dict(metric=["absorption", "fvu", "best_cosine"], n=[20, 20, 5]))
+    assert seeds_range(lines) == "n = 20 seeds"
+    assert seeds_range(lines.assign(n=[20, 5, 5])) == "n = 5 to 20 seeds"
 
 
 def test_methods_with_different_seeds_are_read_where_each_has_all_of_its_own():

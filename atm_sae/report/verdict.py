@@ -933,7 +933,8 @@ def _l0_range(lines: pd.DataFrame) -> str:
 def seeds_range(
     lines: pd.DataFrame,  # of a table of effects
 ) -> str:
-    "`n = 5 seeds`, or `n = 5 to 20 seeds` where the lines differ."
+    "`n = 5 seeds`, or `n = 5 to 20 seeds` where the lines differ; without agreement of seeds."
+    lines = lines[~lines.metric.isin(AGREEMENT)]
     ends = dict.fromkeys(f"{n:g}" for n in (lines.n.min(), lines.n.max()))
     return f"n = {' to '.join(ends)} seeds"
 
