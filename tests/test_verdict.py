@@ -1236,7 +1236,7 @@ def test_the_lead_names_the_l0s_at_which_all_bases_change_their_sign():
     masked = rows.method.str.endswith("+atm")
     for l0, by in ((4, -0.2), (16, 0.1)):
         rows.loc[masked & (rows.sparsity == l0), "absorption"] += by
-    said = "Raw absorption is lower at L0 4, and higher at L0 16, on all 2."
+    said = "Raw absorption is lower at L0 4, and higher at L0 16, on all 2 (not corrected)."
     evidence = replace(small(planted={}), planted=rows)
     assert answer_lead({"Planted world": evidence}).endswith(said)
     one = rows.method.isin(["topk", "topk+atm"]) | (rows.sparsity < 16)

@@ -211,7 +211,7 @@ class _Part:
         lower, higher = (" and ".join(l0s) for l0s in shown.values())
         return (
             f" {_capital(self.name)} is lower at L0 {lower}, and higher at L0 {higher}, on all "
-            f"{total}."
+            f"{total} (not corrected)."
         )
 
 
