@@ -199,11 +199,9 @@ class _Part:
 
     def sign_change(self) -> str:
         "Names the L0s that show all bases lower, if others show all bases higher; or empty."
-        total = len(self.lines)
+        total, by_l0 = len(self.lines), self.sides()
         shown = {
-            side: [
-                f"{l0:g}" for l0, sides in self.sides().items() if len(sides.get(side, ())) == total
-            ]
+            side: [f"{l0:g}" for l0, of in by_l0.items() if len(of.get(side, ())) == total]
             for side in _LOWER
         }
         if not all(shown.values()):
@@ -606,6 +604,14 @@ def _bases(
     return f"{name_methods(names)}{' alone' if len(names) == 1 < total else ''}"
 
 
+def _with_side(
+    sides: Mapping[tuple[str, str], str],  # {pair: its side}
+    side: str,
+) -> list[str]:
+    "The bases of the pairs that have this side."
+    return [get_method(a).architecture for (a, _), its in sides.items() if its == side]
+
+
 def _changes(
     found: Mapping[str, Sequence[str]],  # {base: a side for each measure}
     measures: Sequence[Measure],
@@ -643,7 +649,7 @@ def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
     if fewest is None or still[fewest] >= len(pairs):
         return ""
     sides = {pair: left[fewest][pair] for pair in parts[0].lines if pair in left[fewest]}
-    higher = [get_method(a).architecture for (a, _), side in sides.items() if side == "more"]
+    higher = _with_side(sides, "more")
     n = still[fewest]
     others = [f"it is shown on {n} of these {len(pairs)} bases"] if n else []
     others += [f"{first.short} is higher on {_bases(higher, len(sides))}"] if higher else []
@@ -670,11 +676,8 @@ def _lead(world: str, evidence: Evidence) -> str:
     place = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds)"
     sentence = f"{place}, the mask {_changes(found, WORLDS[world])}"
     for price in _price_parts(world, evidence, kind):
-        lower = [
-            get_method(a).architecture
-            for (a, _), line in price.lines.items()
-            if effect_side(line) == "less"
-        ]
+        sides = {pair: effect_side(line) for pair, line in price.lines.items()}
+        lower = _with_side(sides, "less")
         if lower:
             sentence += f"; explained variance falls on {_bases(lower, len(price.lines))}"
         else:

@@ -745,7 +745,11 @@ def opened_changes(
     groups: Iterable[Mapping[str, Any]],  # of a record
 ) -> list[str]:
     "The groups whose code or inputs have changed, in words such as 'runs (code)'."
-    changes = _opened_differences(groups)
+    return _opened_in_words(_opened_differences(groups))
+
+
+def _opened_in_words(changes: Mapping[str, set[str]]) -> list[str]:
+    "What `_opened_differences` found."
     return [f"{kind} ({', '.join(sorted(what))})" for kind, what in changes.items()]
 
 
@@ -804,7 +808,12 @@ def changed_parts(
     new: Mapping[str, Any],  # present fingerprint
 ) -> list[str]:
     "The parts that differ, in words, each with at most three of the names that differ in it."
-    return [part + _some(names) for part, names in _differences(old, new).items()]
+    return _parts_in_words(_differences(old, new))
+
+
+def _parts_in_words(differences: Mapping[str, set[str]]) -> list[str]:
+    "What `_differences` found."
+    return [part + _some(names) for part, names in differences.items()]
 
 
 def _output_reason(record: Mapping[str, Any], experiment: Experiment, out: Path) -> str | None:
@@ -867,19 +876,14 @@ def object_state(
         now = fingerprint(manifest, experiment, profile, out)
     except ManifestError as error:
         return ObjectState(experiment, record, str(error), missing)
-    changed = changed_parts(record["fingerprint"], now)
-    changed += opened_changes(record.get("opened", []))
+    parts = _differences(record["fingerprint"], now)
+    opened = _opened_differences(record.get("opened", []))
+    changed = _parts_in_words(parts) + _opened_in_words(opened)
     damage = _output_reason(record, experiment, out)
     reason = f"changed: {', '.join(changed)}" if changed else damage
-    readable = damage in (None, MADE_ELSEWHERE) and _only_code_changed(record, now)
+    only_code = CODE_PARTS.issuperset({*parts}.union(*opened.values()))
+    readable = only_code and damage in (None, MADE_ELSEWHERE)
     return ObjectState(experiment, record, reason, missing, readable)
-
-
-def _only_code_changed(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    "True if parameters and inputs are those of the record."
-    parts = _differences(record["fingerprint"], now).keys()
-    opened = _opened_differences(record.get("opened", [])).values()
-    return CODE_PARTS.issuperset(parts) and all(map(CODE_PARTS.issuperset, opened))
 
 
 def object_states(
