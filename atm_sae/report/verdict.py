@@ -99,6 +99,7 @@ import numpy as np
 import pandas as pd
 
 from ..artefacts import read_json
+from ..evals.absorption import METRIC_NAMES
 from ..methods import ARCHITECTURES, get_method, method_name, with_mask
 from .manifest import TOYS
 from atm_sae.report.tables import (
@@ -338,7 +339,7 @@ def compare_pairs(
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-25
-FULL, FRACTION = "mean_full_absorption_score", "mean_absorption_fraction_score"
+FULL, FRACTION, _ = METRIC_NAMES["exact"]
 ABLATION = "mean_ablation_absorption_rate"
 PLANTED_METRICS = (
     "absorption",
@@ -924,9 +925,14 @@ def name_methods(
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def _without_agreement(lines: pd.DataFrame) -> pd.DataFrame:
+    "The lines that are not of the agreement between seeds, which has L0s and seeds of its own."
+    return lines[~lines.metric.isin(AGREEMENT)]
+
+
 def _l0_range(lines: pd.DataFrame) -> str:
     "The L0s that the lines cover, without those of agreement between seeds."
-    lines = lines[~lines.metric.isin(AGREEMENT)]
+    lines = _without_agreement(lines)
     return f"{lines.l0_low.min():g} to {lines.l0_high.max():g}"
 
 
@@ -934,7 +940,7 @@ def seeds_range(
     lines: pd.DataFrame,  # of a table of effects
 ) -> str:
     "`n = 5 seeds`, or `n = 5 to 20 seeds` where the lines differ; without agreement of seeds."
-    lines = lines[~lines.metric.isin(AGREEMENT)]
+    lines = _without_agreement(lines)
     ends = dict.fromkeys(f"{n:g}" for n in (lines.n.min(), lines.n.max()))
     return f"n = {' to '.join(ends)} seeds"
 
