@@ -167,7 +167,7 @@ class Method:
 _GREY = "#BBBBBB"  # of floors
 _NAMED = {
     "atm": Method("standard", "atm", label="ATM", colour="#D55E00"),
-    "dropout": Method("standard", "dropout", label="ReLU + dropout", colour="#E69F00"),
+    "dropout": Method("standard", "dropout", label="ReLU + L1 + dropout", colour="#E69F00"),
     "random": Method("jumprelu", trained=False, label="random", colour=_GREY, marker="v"),
     "frozen decoder": Method(
         "topk", label="frozen decoder", colour=_GREY, marker="<", frozen=("W_dec",)

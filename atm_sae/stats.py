@@ -15,8 +15,8 @@ __all__ = [
     "format_margin",
     "require_columns",
     "summarise",
-    "read_at",
     "at_l0",
+    "at_crossing",
     "misses_l0",
     "paired_difference",
     "claim_verdict",
@@ -30,7 +30,7 @@ __all__ = [
 
 # %% ../nbs/core/stats.ipynb #cell-2
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,29 +183,23 @@ def _list(names: str | Iterable[str]) -> list[str]:
 
 
 # %% ../nbs/core/stats.ipynb #cell-21
-def read_at(
-    rows: pd.DataFrame,  # has `axis` and the metrics, several rows for each curve
-    axis: str,  # the column along which the curves run
-    at: float,  # where to read them
-    values: str | Iterable[str],  # metrics to read
-    by: Iterable[str] = ("world", "method", "seed"),  # what names one curve
+def _read_curves(
+    rows: pd.DataFrame,
+    where: Callable[[pd.DataFrame], float],  # the L0 at which a curve is read
+    values: list[str],
+    by: list[str],
 ) -> pd.DataFrame:
-    """Each curve's metrics at one place: `by`, `axis` and the metrics, one row for each curve.
-
-    Linear interpolation, along log L0 if the axis is 'l0'; NaN outside the curve's range."""
-    by, values = list(by), _list(values)
-    require_columns(rows, by + [axis] + values, "read_at")
-    scale = np.log if axis == "l0" else np.asarray
+    "Each curve's metrics at one L0: `by`, l0 and the metrics. Linear in log L0; NaN outside."
     out = []
     for key, curve in rows.groupby(by, sort=False, dropna=False):
-        curve = curve.sort_values(axis)
-        x = scale(curve[axis])
+        curve = curve.sort_values("l0")
+        l0, x = where(curve), np.log(curve.l0)
         read = {
-            v: float(np.interp(scale(at), x, curve[v], left=math.nan, right=math.nan))
+            v: float(np.interp(np.log(l0), x, curve[v], left=math.nan, right=math.nan))
             for v in values
         }
-        out.append(dict(zip(by, key)) | {axis: float(at)} | read)
-    return pd.DataFrame(out, columns=[*by, axis, *values])
+        out.append(dict(zip(by, key)) | {"l0": float(l0)} | read)
+    return pd.DataFrame(out, columns=[*by, "l0", *values])
 
 
 def at_l0(
@@ -214,8 +208,41 @@ def at_l0(
     values: str | Iterable[str],  # metrics to read
     by: Iterable[str] = ("world", "method", "seed"),  # what names one curve
 ) -> pd.DataFrame:
-    "Each curve's metrics at one `l0`, which is also its `sparsity`."
-    return read_at(rows, "l0", l0, values, by).assign(sparsity=l0)
+    """Each curve's metrics at one `l0`, which is also its `sparsity`; one row for each curve.
+
+    Linear interpolation along log L0; NaN outside the curve's range."""
+    by, values = list(by), _list(values)
+    require_columns(rows, [*by, "l0", *values], "at_l0")
+    return _read_curves(rows, lambda _: l0, values, by).assign(sparsity=l0)
+
+
+def at_crossing(
+    rows: pd.DataFrame,  # has l0, `column` and the metrics, several rows for each curve
+    column: str,  # what crosses the value
+    value: float,
+    values: str | Iterable[str],  # metrics to read
+    by: Iterable[str] = ("world", "method", "seed"),  # what names one curve
+) -> pd.DataFrame:
+    """Each curve's L0 and metrics where a column crosses a value; one row for each curve.
+
+    A curve runs in the order of L0. Linear interpolation along log L0. NaN for a curve that crosses
+    the value never, or at more than one L0."""
+    by, values = list(by), _list(values)
+    require_columns(rows, [*by, "l0", column, *values], "at_crossing")
+    return _read_curves(rows, lambda curve: _crossing(curve, column, value), values, by)
+
+
+def _crossing(
+    curve: pd.DataFrame,  # in the order of L0
+    column: str,
+    value: float,
+) -> float:
+    "The one L0 at which a column crosses a value; NaN if there is none, or more than one."
+    x, above = np.log(curve.l0.to_numpy(float)), curve[column].to_numpy(float) - value
+    (left,) = np.nonzero((above[:-1] * above[1:] <= 0) & (above[:-1] != above[1:]))
+    parts = above[left] / (above[left] - above[left + 1])
+    found = {round(float(place), 9) for place in x[left] + parts * (x[left + 1] - x[left])}
+    return math.exp(found.pop()) if len(found) == 1 else math.nan
 
 
 # %% ../nbs/core/stats.ipynb #cell-25

@@ -7,6 +7,7 @@ __all__ = [
     "QUESTIONS",
     "IMPORTANCE_QUESTION",
     "PRICE_QUESTION",
+    "F1_QUESTION",
     "STABILITY_QUESTION",
     "SIDE_QUESTION",
     "ORDER_QUESTION",
@@ -22,6 +23,7 @@ __all__ = [
     "rate_sentence",
     "agreement_sentence",
     "answer_sentences",
+    "Lead",
     "answer_lead",
     "answer_lines",
     "answer_figure",
@@ -31,10 +33,12 @@ __all__ = [
 ]
 
 # %% ../../nbs/report/answer.ipynb #cell-3
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -42,9 +46,11 @@ from ..methods import get_method, method_name
 from ..stats import claim_verdict, format_number, t_interval
 from .figures import FEW, plot_effects, save_figure, set_style
 from atm_sae.report.verdict import (
+    ABLATION_RATE,
     ALIKE,
     BEYOND,
     CONTROLS,
+    EXPLAINED,
     FRACTION_SCORE,
     FULL_SCORE,
     MASKED,
@@ -65,16 +71,20 @@ from atm_sae.report.verdict import (
     against,
     effect_lines,
     effect_side,
+    explained_sentences,
     floor_sentence,
+    l0_words,
     left_out_sentences,
     misses_sentence,
     name_methods,
     order_verdict,
     protocols_differ,
+    PUBLISHED_L0,
     published_order,
     random_agreement,
     rate_ratio,
     read_evidence,
+    repetition_sentence,
     rows_of,
     seed_differences,
     shuffled_sentences,
@@ -118,11 +128,15 @@ QUESTIONS = {
 }
 IMPORTANCE_QUESTION = "Is it the importance? Base with ATM minus each control"
 PRICE_QUESTION = "What does it cost in explained variance?"
+F1_QUESTION = "Does the best latent detect its feature as well? F1 minus that of the twin"
 STABILITY_QUESTION = "Do two seeds agree more? Base with ATM minus its twin"
 SIDE_QUESTION = "What else does it change?"
 ORDER_QUESTION = f"Is the published order reproduced? {published_order()}"
 OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
 _LOWER = {"less": "lower", "more": "higher"}
+
+
+_ALIKE = [measure.short for measures in ALIKE.values() for measure in measures]
 
 
 def _finding(
@@ -134,15 +148,15 @@ def _finding(
     if not shown:
         return "no difference shown"
     if len(words) > 1:
-        return "the two measures disagree"
+        return "the measures disagree"
     word = words.pop()
     if len(shown) == len(sides):
         return word
     names = " and ".join(shown)
-    if names.startswith("over "):  # agreement between seeds
+    if shown[0] in _ALIKE:  # agreement between seeds
         return f"{word} {names} only"
     only = f"{word} in {names} only"
-    return only if RAW.short in sides else f"the two measures disagree ({only})"
+    return only if RAW.short in sides else f"the measures disagree ({only})"
 
 
 @dataclass(frozen=True)
@@ -208,7 +222,7 @@ class _Part:
             return ""
         lower, higher = (" and ".join(l0s) for l0s in shown.values())
         return (
-            f" {_capital(self.name)} is lower at L0 {lower}, and higher at L0 {higher}, on all "
+            f"{_capital(self.name)} is lower at L0 {lower}, and higher at L0 {higher}, on all "
             f"{total} (not corrected)."
         )
 
@@ -231,15 +245,21 @@ def _on(
     return f"no difference shown on {name_methods(sides['none'])}, the only one compared there"
 
 
+def _base(
+    pair: tuple[str, str],  # (masked form, what is subtracted)
+) -> str:
+    "The base of the masked form of a pair."
+    return get_method(pair[0]).architecture
+
+
 def _findings(parts: Sequence[_Part]) -> str:
     "The bases, grouped by what the measures show of them."
     groups: dict[str, list[str]] = {}
     for pair in parts[0].lines:
         finding = _finding({part.name: effect_side(part.lines[pair]) for part in parts})
-        groups.setdefault(finding, []).append(get_method(pair[0]).architecture)
-    if len(groups) == 1 and len(parts[0].lines) > 1:
-        number = "both" if len(parts[0].lines) == 2 else f"all {len(parts[0].lines)}"
-        return f"{number} bases: {next(iter(groups))}"
+        groups.setdefault(finding, []).append(_base(pair))
+    if len(groups) == 1 and len(parts[0].lines) > 2:
+        return f"all {len(parts[0].lines)} bases: {next(iter(groups))}"
     return "; ".join(f"{name_methods(bases)}: {finding}" for finding, bases in groups.items())
 
 
@@ -264,13 +284,28 @@ def _absorption_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> 
     return _parts(effects, evidence, {measure.short: measure for measure in WORLDS[world]})
 
 
-_BESIDE = {"Planted world": (MISSES,), "Language model": SAEBENCH}  # shown, not counted
+_OTHERS = {  # {what shows it: measures}; shown, not counted
+    "the miss rate": (MISSES,),
+    "the ablation rate": (ABLATION_RATE,),
+    "SAEBench's protocol": SAEBENCH,
+}
+_F1 = {world: next(m for m in of if "F1" in m.short) for world, of in SIDE_EFFECTS.items()}
 
 
-def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
-    "The measures that stand beside the two of absorption: those measured."
-    parts = [_parts(effects, evidence, {measure.short: measure}) for measure in _BESIDE[world]]
-    return [part for found in parts for part in found]
+def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> dict[str, list[_Part]]:
+    "The measures that stand beside the two of absorption, those measured: {what shows it: parts}."
+    planted = world == "Planted world"
+    found = {
+        name: _parts(effects, evidence, {measure.short: measure for measure in measures})
+        for name, measures in _OTHERS.items()
+        if measures[0].planted == planted
+    }
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def _beside_words(beside: Mapping[str, Sequence[_Part]]) -> str:
+    "What they show, a sentence for each."
+    return "".join(f". By {name}: {_findings(parts)}" for name, parts in beside.items())
 
 
 def _by_kind(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
@@ -331,9 +366,8 @@ def _absorbed(world: str, evidence: Evidence) -> dict[str, str]:
     answer += f". {name_methods(bases)}: tuning chose no mask" if bases else ""
     kind, parts = next(iter(found.items()))
     beside = _beside(world, evidence, against(evidence.mask_effects, kind))
-    if beside and world == "Language model":
-        answer += f". By SAEBench's protocol: {_findings(beside)}"
-    return {"question": QUESTIONS[world]} | _cells(parts, answer, beside)
+    answer += _beside_words(beside)
+    return {"question": QUESTIONS[world]} | _cells(parts, answer, sum(beside.values(), []))
 
 
 def _joined(question: str, found: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -400,14 +434,39 @@ def _side_effects(evidence: Mapping[str, Evidence]) -> dict[str, str]:
 
 def _importance_cells(world: str, evidence: Evidence) -> dict[str, str]:
     "Each masked form against each control that was run in one world; empty if none was."
+    effects, beside_controls = evidence.control_effects, evidence.beside_controls
+    parts = _absorption_parts(world, beside_controls, effects)
+    if not parts:
+        return {}
+    beside = sum(_beside(world, beside_controls, effects).values(), [])
+    return _cells(parts, _controls_in_words(world, evidence), beside)
+
+
+def _controls_in_words(
+    world: str,
+    evidence: Evidence,
+    without: str = "",  # one of `_OTHERS` that is left out
+) -> str:
+    "What the measures of one world show of the masked forms minus their controls."
     effects, evidence = evidence.control_effects, evidence.beside_controls
-    parts = _absorption_parts(world, evidence, effects)
-    words = []
+    shown = {k: of for k, of in _beside(world, evidence, effects).items() if k != without}
+    shown |= {"the F1 of the best latent": _parts(effects, evidence, {"F1": _F1[world]})}
+    words = _by_control(_absorption_parts(world, evidence, effects))
+    return words + "".join(f". By {name}: {_by_control(of)}" for name, of in shown.items() if of)
+
+
+def _by_control(parts: Sequence[_Part]) -> str:
+    "What measures show of the masked forms minus each control; controls that agree, together."
+    groups: dict[str, list[str]] = {}
     for mask, label in CONTROLS.items():
         of = [replace(part, lines=_of_mask(part.lines, mask)) for part in parts]
-        words += [f"minus {label}, {_findings(of)}"] if of and of[0].lines else []
-    beside = _beside(world, evidence, effects)
-    return _cells(parts, "; ".join(words), beside) if words else {}
+        if of[0].lines:
+            groups.setdefault(_findings(of), []).append(label)
+    if len(groups) == 1:
+        (words,) = groups
+        return f"minus each control, {words}"
+    said = [f"minus {' and '.join(labels)}, {words}" for words, labels in groups.items()]
+    return "; ".join(said)
 
 
 def _of_mask(lines: Mapping[tuple[str, str], Any], mask: str) -> dict[tuple[str, str], Any]:
@@ -431,9 +490,9 @@ def _order(evidence: Mapping[str, Evidence]) -> dict[str, str]:
     first = f"At the published L0s: not available ({missing}). " if missing else ""
     answer = f"{first}At equal L0: {order_verdict(of.order_effects)}. {'; '.join(pairs)}"
     beside = _beside("Language model", of, of.order_effects)
-    if beside:
+    if "SAEBench's protocol" in beside:
         answer += f". By SAEBench's protocol: {order_verdict(of.order_effects, SAEBENCH)}"
-    return {"question": ORDER_QUESTION} | _cells(parts, answer, beside)
+    return {"question": ORDER_QUESTION} | _cells(parts, answer, sum(beside.values(), []))
 
 
 def answer_table(
@@ -461,16 +520,38 @@ _BRIEF_QUESTIONS = (
     MASK_QUESTION,
     IMPORTANCE_QUESTION,
     PRICE_QUESTION,
+    F1_QUESTION,
     STABILITY_QUESTION,
     ORDER_QUESTION,
 )
 
 
 def _brief(parts: Sequence[_Part], words: str, usual: str) -> str:
-    "What the measures show, with the number of seeds if it is not the usual one; then the ranges."
+    "The number of seeds if it is not the usual one; what the measures show; then the ranges."
     seeds = _seeds(parts)
-    note = "" if seeds == usual else f" ({seeds} seeds)"
-    return f"{_capital(words)}{note}. {_capital('; '.join(part.span() for part in parts))}"
+    note = "" if seeds == usual else f"{seeds} seeds. "
+    return f"{note}{_capital(words)}. {_capital('; '.join(part.span() for part in parts))}"
+
+
+def _l0_needed(world: str, evidence: Evidence) -> str:
+    "The L0 at which the most variance of `EXPLAINED` is explained; empty if no pair reaches it."
+    of = evidence.explained_effects
+    lines = effect_lines(of[of.explained == EXPLAINED[-1]], WORLDS[world][0])
+    l0s = [
+        f"{line.l0_a:.2g} instead of {line.l0_b:.2g} on {method_name(_base(pair))}"
+        for pair, line in lines.items()
+    ]
+    head = f"To explain {EXPLAINED[-1]:.0%}, L0 must be"
+    return f"{head} {', '.join(l0s)}" if l0s else ""
+
+
+def _order_in_brief(evidence: Evidence) -> str:
+    "The verdict on the published order by both protocols, and which differences it is read from."
+    other = order_verdict(evidence.order_effects, SAEBENCH)
+    beside = "" if other == "not measured" else f"; by SAEBench's protocol: {other}"
+    pairs = itertools.pairwise(PUBLISHED_L0)
+    of = [f"{method_name(a)} minus {method_name(b)}" for a, b in pairs]
+    return f"{order_verdict(evidence.order_effects)}{beside}. {' and '.join(of)}"
 
 
 def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
@@ -478,24 +559,37 @@ def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
     kind, mask = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
     minus = "" if kind == TWIN else f"minus {OTHERS[TUNED]}: "
     price = _price_parts(world, evidence, kind)
+    beside = _beside(world, evidence, against(evidence.mask_effects, kind))
+    f1 = _parts(against(evidence.mask_effects, kind), evidence, {"": _F1[world]})
     control = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
     order = _absorption_parts(world, evidence, evidence.order_effects)
     bases = evidence.no_mask(WORLD_KEYS[world])
     no_mask = f"; {name_methods(bases)}: tuning chose no mask" if bases else ""
+
+    def _mask_in_brief(parts: Sequence[_Part]) -> str:
+        return minus + _findings(parts) + no_mask + _too_few(parts)
+
     found = {
-        MASK_QUESTION: (mask, lambda: minus + _findings(mask) + no_mask + _too_few(mask)),
-        IMPORTANCE_QUESTION: (control, lambda: _importance_cells(world, evidence)["answer"]),
+        MASK_QUESTION: (mask, lambda: _mask_in_brief(mask) + _beside_words(beside)),
+        IMPORTANCE_QUESTION: (
+            control,
+            lambda: _controls_in_words(world, evidence, "the miss rate"),
+        ),
         PRICE_QUESTION: (price, lambda: minus + _findings(price)),
-        ORDER_QUESTION: (order, lambda: order_verdict(evidence.order_effects)),
+        F1_QUESTION: (f1, lambda: minus + _findings(f1)),
+        ORDER_QUESTION: (order, lambda: _order_in_brief(evidence)),
     }
     usual = _seeds(mask) if mask else ""
     cells = {q: _brief(parts, words(), usual) for q, (parts, words) in found.items() if parts}
+    needed = _l0_needed(world, evidence)
+    if needed and PRICE_QUESTION in cells:
+        cells[PRICE_QUESTION] += f". {needed}"
     alike = _stability_parts(world, evidence)
     if alike:
         subtracted = "; ".join(part.scale() for part in alike)
         chance = _capital(random_agreement(evidence, world))
         brief = _brief(alike, _findings(alike), usual)
-        cells[STABILITY_QUESTION] = f"{brief}. Value subtracted: {subtracted}. {chance}"
+        cells[STABILITY_QUESTION] = f"{brief}. The twin's agreement: {subtracted}. {chance}"
     return cells
 
 
@@ -536,7 +630,11 @@ def l0_lines(
         kind, parts = next(iter(_by_kind(world, of).items()), (TWIN, []))
         other = "" if kind == TWIN else f", minus {OTHERS[TUNED]}"
         said = {part.name: part.by_l0() for part in parts}
-        lines += [f"{world}, {name}{other}: {words}." for name, words in said.items() if words]
+        lines += [
+            f"{world}, {name}{other}, single L0s (not corrected): {words}."
+            for name, words in said.items()
+            if words
+        ]
     return lines
 
 
@@ -570,9 +668,10 @@ def agreement_sentence(
     if not l0s:
         return ""
     return (
-        "Agreement between seeds is the mean best cosine: the cosine of each decoder row with the "
-        "nearest row of the dictionary of another seed. It is taken over all active latents, and "
-        "over the same number of the most frequent ones. Higher is better. It is a mean over "
+        "Agreement between seeds is the cosine of each decoder row with the nearest row of the "
+        "dictionary of another seed. It is a mean over all active latents, or over the same number "
+        "of the most frequent ones. One to one: each row is paired with another row of its own. "
+        "Higher is better. It is a mean over "
         f"{' and '.join(l0s)}. In the planted world, all seeds have the same world. Intervals: "
         "jackknife over seeds."
     )
@@ -586,7 +685,8 @@ def answer_sentences(
     They are about: each L0, miss rate, twins, learning rates, controls, floor, agreement."""
     said = l0_lines(evidence)
     for world, of in evidence.items():
-        found = [*left_out_sentences(of), misses_sentence(of)]
+        found = [*left_out_sentences(of), misses_sentence(of), *explained_sentences(of)]
+        found += [repetition_sentence(of)] if world == "Language model" else []
         notes = [twin_note(of, WORLD_KEYS[world]), rate_sentence(of, WORLD_KEYS[world])]
         found += [f"{world}. {note}" for note in notes if note]
         found += [*shuffled_sentences(of), floor_sentence(of)]
@@ -598,10 +698,10 @@ def _bases(
     names: Sequence[str],  # of bases
     total: int,  # bases compared
 ) -> str:
-    "`all 4 bases`, `TopK and JumpReLU`, or `TopK alone`."
+    "`all 4 bases`, `TopK and JumpReLU`, or `TopK, one of 4 bases`."
     if len(names) == total > 1:
         return f"all {total} bases"
-    return f"{name_methods(names)}{' alone' if len(names) == 1 < total else ''}"
+    return name_methods(names) + (f", one of {total} bases" if len(names) == 1 < total else "")
 
 
 def _with_side(
@@ -609,7 +709,7 @@ def _with_side(
     side: str,
 ) -> list[str]:
     "The bases of the pairs that have this side."
-    return [get_method(a).architecture for (a, _), its in sides.items() if its == side]
+    return [_base(pair) for pair, its in sides.items() if its == side]
 
 
 def _changes(
@@ -633,48 +733,96 @@ def _changes(
     return "; it ".join(said)
 
 
-def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
-    """Says on how many bases the first measure is still lower if one L0 is not in the mean.
+def _without(world: str, evidence: Evidence, part: _Part) -> tuple[float, str]:
+    """An L0 without which a measure is lower on fewest bases, and what the mean shows without it.
 
-    And on which bases it is then higher. Empty if each L0 can be left out."""
-    first = WORLDS[world][0]
-    pairs = [pair for pair, line in parts[0].lines.items() if effect_side(line) == "less"]
+    `nan` and no words if no base that is lower depends on one L0."""
+    lower = {pair for pair, line in part.lines.items() if effect_side(line) == "less"}
+    (measure,) = (of for of in WORLDS[world] if of.short == part.name)
     left = {
-        l0: {pair: effect_side(line) for pair, line in effect_lines(effects, first).items()}
+        l0: {pair: effect_side(line) for pair, line in effect_lines(effects, measure).items()}
         for (name, l0), effects in evidence.left_out.items()
         if name == world
     }
-    still = {l0: sum(sides.get(p) == "less" for p in pairs) for l0, sides in left.items()}
-    fewest = min(still, key=lambda l0: still[l0], default=None)
-    if fewest is None or still[fewest] >= len(pairs):
-        return ""
-    sides = {pair: left[fewest][pair] for pair in parts[0].lines if pair in left[fewest]}
-    higher = _with_side(sides, "more")
-    n = still[fewest]
-    others = [f"it is shown on {n} of these {len(pairs)} bases"] if n else []
-    others += [f"{first.short} is higher on {_bases(higher, len(sides))}"] if higher else []
-    rest = f": over the other L0s {', and '.join(others)}" if others else ""
-    return f" The lower {first.short} comes from L0 {fewest:g}{'' if n else ' alone'}{rest}."
+    still = {l0: sum(sides.get(p) == "less" for p in lower) for l0, sides in left.items()}
+    fewest = min(still, key=lambda l0: still[l0], default=math.nan)
+    if still.get(fewest, 0) >= len(lower):
+        return math.nan, ""
+    sides = {pair: left[fewest][pair] for pair in part.lines if pair in left[fewest]}
+    on = {word: _with_side(sides, side) for side, word in _LOWER.items()}
+    words = f"lower on {name_methods(on['lower']) if on['lower'] else 'no base'}"
+    words += f" and higher on {name_methods(on['higher'])}" if on["higher"] else ""
+    return fewest, words
+
+
+def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
+    """What the means show without one L0: those measures that are then lower on fewer bases.
+
+    Empty if each L0 can be left out."""
+    found: dict[float, list[str]] = {}
+    for part in parts:
+        l0, words = _without(world, evidence, part)
+        if words:
+            found.setdefault(l0, []).append(f"the mean {part.name} is {words}")
+    said = [f"without L0 {l0:g}, {' and '.join(words)}" for l0, words in found.items()]
+    return f"{_capital('; '.join(said))}." if said else ""
+
+
+def _at_equal_variance(world: str, evidence: Evidence) -> str:
+    "Where the first measure is lower or higher at equal explained variance; or empty."
+    first, effects = WORLDS[world][0], evidence.explained_effects
+    said = []
+    for share, of in effects.groupby("explained"):
+        sides: dict[str, list[str]] = {}
+        for pair, line in effect_lines(of, first).items():
+            sides.setdefault(effect_side(line), []).append(_base(pair))
+        said += [f"{_on(sides)} at {share:.0%}"] if sides else []
+    words = "; ".join(said)
+    return f"At equal explained variance, {first.short} is {words}." if words else ""
+
+
+def _protocol_words(evidence: Evidence) -> str:
+    "What SAEBench's protocol shows on the bases where the exact one shows something else."
+    twins = against(evidence.mask_effects, TWIN)
+    parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
+    groups: dict[str, list[str]] = {}
+    for pair in parts[0].lines if parts else ():
+        if _base(pair) in protocols_differ(evidence):
+            finding = _finding({part.name: effect_side(part.lines[pair]) for part in parts})
+            groups.setdefault(finding, []).append(_base(pair))
+    said = [
+        f"{'it is ' * (finding in _LOWER.values())}{finding} on {name_methods(bases)}"
+        for finding, bases in groups.items()
+    ]
+    return f"; by SAEBench's protocol {', '.join(said)}" if said else ""
+
+
+class Lead(NamedTuple):
+    "The answer for one world: its first sentence, and what limits it."
+
+    first: str
+    limits: str  # may be empty
 
 
 def answer_lead(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
-) -> str:
-    "The answer in a sentence for each world: absorption and explained variance, minus the twin."
-    return " ".join(filter(None, (_lead(world, of) for world, of in evidence.items())))
+) -> list[Lead]:
+    "The answer for each world: absorption and explained variance, minus the twin."
+    return [lead for world, of in evidence.items() if (lead := _lead(world, of))]
 
 
-def _lead(world: str, evidence: Evidence) -> str:
-    "The sentences of `answer_lead` on one world; empty if it was not measured."
+def _lead(world: str, evidence: Evidence) -> Lead | None:
+    "The answer for one world; None if it was not measured."
     kind, parts = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
     if not parts:
-        return ""
+        return None
     found = {
-        get_method(pair[0]).architecture: [effect_side(part.lines[pair]) for part in parts]
-        for pair in parts[0].lines
+        _base(pair): [effect_side(part.lines[pair]) for part in parts] for pair in parts[0].lines
     }
     place = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds)"
     sentence = f"{place}, the mask {_changes(found, WORLDS[world])}"
+    if world == "Language model":
+        sentence += _protocol_words(evidence)
     for price in _price_parts(world, evidence, kind):
         sides = {pair: effect_side(line) for pair, line in price.lines.items()}
         lower = _with_side(sides, "less")
@@ -682,11 +830,12 @@ def _lead(world: str, evidence: Evidence) -> str:
             sentence += f"; explained variance falls on {_bases(lower, len(price.lines))}"
         else:
             sentence += "; no change of explained variance is shown"
-    other = protocols_differ(evidence) if world == "Language model" else []
-    if other:
-        sentence += f"; SAEBench's protocol differs on {name_methods(other)}"
-    by_l0 = parts[0].sign_change() or _one_l0(world, evidence, parts)
-    return f"{sentence}{_too_few(parts)}.{by_l0}"
+    limits = (
+        parts[0].sign_change(),
+        _one_l0(world, evidence, parts),
+        _at_equal_variance(world, evidence),
+    )
+    return Lead(f"{sentence}{_too_few(parts)}.", " ".join(filter(None, limits)))
 
 
 # %% ../../nbs/report/answer.ipynb #cell-15
@@ -730,8 +879,7 @@ def answer_lines(
                 for part in _parts(effects, of, {title: measure}, sign):
                     for pair, line in part.lines.items():
                         numbers = (line.mean, line.low, line.high, line.n, line.agree)
-                        base = get_method(pair[0]).architecture
-                        lines.append((title, base, label, *numbers, _runs(part, pair)))
+                        lines.append((title, _base(pair), label, *numbers, _runs(part, pair)))
     columns = ["panel", "base", "minus", "mean", "low", "high", "n", "agree", "runs"]
     panels, bases = list(dict.fromkeys(line[0] for line in lines)), list(MASKED)
     lines.sort(key=lambda line: (panels.index(line[0]), bases.index(line[1])))
@@ -767,6 +915,17 @@ def answer_figure(
     return fig
 
 
+def _l0s_of_means(found: Mapping[str, WorldEvidence]) -> str:
+    "The L0s that the differences are means over, for each world."
+    said = []
+    for world, of in found.items():
+        effects = of.evidence.mask_effects
+        l0s = [l0_words(against(effects, kind)) for kind in (TWIN, TUNED)]
+        of_tuned = f", {LABELS[TUNED]} {l0s[1]}" if l0s[1] and l0s[1] != l0s[0] else ""
+        said.append(f"{world.lower()} {l0s[0] or l0s[1]}{of_tuned if l0s[0] else ''}")
+    return "; ".join(said)
+
+
 def answer_caption(
     found: Mapping[str, WorldEvidence],  # of `read_answer`
 ) -> str:
@@ -781,9 +940,9 @@ def answer_caption(
     tuned = f", or of {OTHERS[TUNED]}" if LABELS[TUNED] in {*lines.minus} else ""
     return (
         "Each mark is the value with the mask minus another value, for one base at equal L0, as a "
-        f"mean over L0. The other value is that of {OTHERS[TWIN]} (same settings, mask off)"
-        f"{tuned}. Bars: 95% interval over seeds, corrected (Holm) over all comparisons of the "
-        "question. "
+        f"mean over L0 ({_l0s_of_means(found)}). The other value is that of {OTHERS[TWIN]} (same "
+        f"settings, mask off){tuned}. Bars: 95% interval over seeds, corrected (Holm) over all "
+        "comparisons of the measure in that world. "
         f"Filled marks: the interval excludes 0. {few}"
         "On the right: how many of the seeds have the sign of the mean. Lower absorption is "
         f"better. Lower explained variance is worse. Profiles: {profiles}."

@@ -55,6 +55,7 @@ import pandas as pd
 from ..artefacts import atomic_write
 from ..methods import method_name
 from atm_sae.report.answer import (
+    Lead,
     answer_caption,
     answer_lead,
     answer_overview,
@@ -656,7 +657,7 @@ def headline(
     return [
         *verdict_lines(results)[0],
         ("Published values", _published_line(published)),
-        ("Claims", f"{len(claims)} differences at equal L0: {tally(claims)}."),
+        ("Claims", f"{len(claims)} differences at equal L0, not corrected: {tally(claims)}."),
         ("Results", f"{len(cards)} objects: {_states(cards)}{smoke}."),
         *((f"Profile {r.profile}", r.notice) for r in results if r.notice),
     ]
@@ -736,7 +737,7 @@ def markdown_page(
 class Answer:
     "What the page shows first: the answer in short and in full, its figure, and sentences."
 
-    lead: str
+    lead: Sequence[Lead]
     overview: pd.DataFrame
     table: pd.DataFrame
     picture: str  # path of the figure, from the page

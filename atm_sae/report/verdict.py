@@ -6,6 +6,7 @@
 __all__ = [
     "EQUAL_L0",
     "NEAR",
+    "EXPLAINED",
     "EXPLAINED_COLUMNS",
     "EFFECT_COLUMNS",
     "FULL",
@@ -66,6 +67,7 @@ __all__ = [
     "mask_caption",
     "control_table",
     "name_methods",
+    "l0_words",
     "seeds_range",
     "describe_effects",
     "split_sentences",
@@ -80,6 +82,8 @@ __all__ = [
     "stability_sentence",
     "rival_table",
     "shuffled_sentences",
+    "repetition_sentence",
+    "explained_sentences",
     "unavailable_order",
     "order_verdict",
     "published_order",
@@ -110,13 +114,12 @@ from atm_sae.report.tables import (
     summary_table,
 )
 from atm_sae.stats import (
+    at_crossing,
     at_l0,
     claim_verdict,
     format_margin,
     format_number,
     holm_intervals,
-    paired_difference,
-    read_at,
     t_interval,
 )
 
@@ -238,6 +241,7 @@ def mean_differences(
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-18
+EXPLAINED = (0.9, 0.95)  # shares of the variance at which methods are compared
 EXPLAINED_COLUMNS = (
     "world",
     "explained",
@@ -248,6 +252,7 @@ EXPLAINED_COLUMNS = (
     "low",
     "high",
     "n",
+    "agree",
     "l0_a",
     "l0_b",
 )
@@ -257,27 +262,37 @@ def equal_explained_table(
     rows: pd.DataFrame,  # world, method, seed, l0, fvu and the metric, one row for each SAE
     metric: str,  # column to compare
     pairs: Iterable[tuple[str, str]],  # [(a, b), ...] methods
-    shares: Iterable[float],  # of the variance that both explain, each in (0, 1)
+    shares: Iterable[float] = EXPLAINED,  # of the variance that both explain, each in (0, 1)
 ) -> pd.DataFrame:
     """a - b where both explain the same share, paired by seed: `EXPLAINED_COLUMNS`.
 
-    l0_a and l0_b are the mean L0s of the two there. Pairs with fewer than two common seeds are
-    left out."""
+    l0_a and l0_b are the mean L0s of the two there. The intervals are corrected by Holm over the
+    pairs of a world and share. Pairs with fewer than two common seeds are left out."""
     pairs, shares = list(pairs), list(shares)
     lines: list[tuple] = []
     for world, curves in rows.groupby("world", sort=False):
         for share in shares:
-            read = read_at(curves, "fvu", 1 - share, [metric, "l0"]).dropna()
-            by_method = dict(list(read.groupby("method")))
-            for a, b in pairs:
-                if not {a, b} <= by_method.keys():
-                    continue
-                if len({*by_method[a].seed} & {*by_method[b].seed}) < 2:
-                    continue
-                difference = paired_difference(read, a, b, metric)
-                l0s = [by_method[m].l0.mean() for m in (a, b)]
-                lines.append((world, share, a, b, metric, *difference, *l0s))
+            read = at_crossing(curves, "fvu", 1 - share, metric).dropna()
+            found = {pair: _both_read(read, *pair, metric) for pair in pairs}
+            found = {pair: both for pair, both in found.items() if len(both) > 1}
+            intervals = holm_intervals([both.difference for both in found.values()])
+            for ((a, b), both), interval in zip(found.items(), intervals):
+                agree = _agreeing(both.difference, interval.mean)
+                l0s = both.l0_a.mean(), both.l0_b.mean()
+                lines.append((world, share, a, b, metric, *interval, agree, *l0s))
     return pd.DataFrame(lines, columns=EXPLAINED_COLUMNS)
+
+
+def _both_read(read: pd.DataFrame, a: str, b: str, metric: str) -> pd.DataFrame:
+    "The seeds of both methods: difference, l0_a and l0_b."
+    one, other = (read[read.method == m].set_index("seed") for m in (a, b))
+    both = one.join(other, how="inner", lsuffix="_a", rsuffix="_b")
+    return both.assign(difference=both[f"{metric}_a"] - both[f"{metric}_b"])
+
+
+def _agreeing(values: pd.Series, mean: float) -> int:
+    "How many values have the sign of the mean."
+    return int((np.sign(values) == np.sign(mean)).sum())
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-22
@@ -293,6 +308,7 @@ EFFECT_COLUMNS = (
     "agree",
     "l0_low",
     "l0_high",
+    "l0s",
 )
 
 
@@ -305,9 +321,9 @@ def _effect_lines(
     by_seed = [by_l0.mean() for by_l0 in found.values()]
     lines = []
     for (a, b), values, interval in zip(found, by_seed, holm_intervals(by_seed)):
-        agree = int((np.sign(values) == np.sign(interval.mean)).sum())
-        l0s = found[a, b].index
-        lines.append((world, metric, a, b, *interval, agree, l0s.min(), l0s.max()))
+        agree, l0s = _agreeing(values, interval.mean), found[a, b].index
+        named = ", ".join(f"{l0:g}" for l0 in l0s)
+        lines.append((world, metric, a, b, *interval, agree, l0s.min(), l0s.max(), named))
     return pd.DataFrame(lines, columns=EFFECT_COLUMNS)
 
 
@@ -369,7 +385,8 @@ CONTROLS = {  # {mask: what the control hides}
 RIVALS = ("topk", "jumprelu", "batchtopk", "matryoshka", "ortsae", "gated")
 PUBLISHED_L0 = {"atm": None, "jumprelu": 2665.9, "topk": 40.0}  # lowest published score first
 TWIN, TUNED = "twin", "base tuned by itself"  # what a masked method is compared with
-AGREEMENT = ("best_cosine", "frequent_cosine")  # of all latents, and of the most frequent
+# the mean best cosine of all latents; rows paired one to one; the best cosine of the most frequent
+AGREEMENT = ("best_cosine", "one_to_one", "frequent_cosine")
 
 
 def _parameters(folder: Path, name: str) -> dict[str, Any]:
@@ -433,8 +450,11 @@ def letter_rows(
 def agreement_rows(
     folder: str | Path,  # a reports folder
 ) -> pd.DataFrame:
-    "tables/stability-runs.csv; an empty table if it was not made."
-    return _runs(folder, "stability", (*_KEYS, *AGREEMENT))
+    """tables/stability-runs.csv; an empty table if it was not made.
+
+    Its column `mcc` is named `one_to_one` here: in the planted world, MCC is another measure."""
+    rows = _runs(folder, "stability", (*_KEYS, *AGREEMENT))
+    return rows.rename(columns={"mcc": "one_to_one"})
 
 
 def measured_metrics(
@@ -472,6 +492,8 @@ class Evidence:
     largest_l0: float = math.nan  # of the SAEs on the language model
     # `equal_l0_rows` of the language model's masks and their controls
     controls: pd.DataFrame = field(default_factory=_no_rows)
+    # {world: `planted_rows` or `letter_rows`}
+    curves: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     def of_world(self, planted: bool) -> "Evidence":
         "The same for the planted world alone, or for the language model alone."
@@ -570,6 +592,20 @@ class Evidence:
         return found
 
     @cached_property
+    def explained_effects(self) -> pd.DataFrame:
+        """At equal explained variance instead of equal L0: `EXPLAINED_COLUMNS`.
+
+        Absorption of each masked method minus its twin."""
+        tables = []
+        for world, measures in WORLDS.items():
+            kinds = self.mask_pairs(WORLD_KEYS[world])
+            twins = [pair for pair, kind in kinds.items() if kind == TWIN]
+            rows = self.curves.get(WORLD_KEYS[world], _no_rows())
+            for metric in (measure.metric for measure in measures if measure.metric in rows):
+                tables.append(equal_explained_table(rows, metric, twins))
+        return _joined(tables, EXPLAINED_COLUMNS)
+
+    @cached_property
     def beside_controls(self) -> "Evidence":
         "The same with the SAEs that stand beside the mask's controls."
         return replace(self, letters=self.controls)
@@ -640,6 +676,7 @@ def read_evidence(
         at_published=published_rows(letters),
         largest_l0=float(letters.l0.max()),
         controls=equal_l0_rows(controls, measured_metrics(controls), model_l0s),
+        curves={"planted": planted, "model": letters},
     )
 
 
@@ -722,6 +759,7 @@ MODEL_FVU = Measure("fvu", False, "model: FVU", PLACES["Language model"])
 ALIKE = {
     world: (
         Measure("best_cosine", planted, f"{heading}: agreement", "over all latents"),
+        Measure("one_to_one", planted, f"{heading}: agreement, one to one", "one to one"),
         Measure(
             "frequent_cosine",
             planted,
@@ -862,7 +900,7 @@ def mask_caption(
         return ""
     worlds = {"planted world": True, "language model": False}
     lines = {name: rows_of(effects, side) for name, side in worlds.items()}
-    ranges = [f"{_l0_range(found)} ({name})" for name, found in lines.items() if len(found)]
+    ranges = [f"{l0_words(found)} ({name})" for name, found in lines.items() if len(found)]
     seeds = "–".join(f"{n:g}" for n in sorted({effects.n.min(), effects.n.max()}))
     tuned = ", and minus the base tuned by itself" if TUNED in {*effects.against} else ""
     return (
@@ -889,7 +927,7 @@ def _agreement_note(effects: pd.DataFrame) -> str:
     if not parts:
         return ""
     return (
-        " Agreement: mean best cosine of two dictionaries from different seeds, over "
+        " Agreement: mean cosine of decoder rows of two dictionaries from different seeds, over "
         f"{' and '.join(parts)}. Higher is better."
     )
 
@@ -911,7 +949,7 @@ def control_table(
             cells = {h: effect_cell(of[pair]) if pair in of else "–" for h, of in found.items()}
             if {*cells.values()} - {"–"}:
                 lines = [of[pair] for of in found.values() if pair in of]
-                l0s = " / ".join(dict.fromkeys(f"{x.l0_low:g}–{x.l0_high:g}" for x in lines))
+                l0s = " / ".join(dict.fromkeys(line.l0s for line in lines))
                 table.append({"base": method_name(base), "minus": label, "L0": l0s} | cells)
     return pd.DataFrame(table)
 
@@ -930,10 +968,11 @@ def _without_agreement(lines: pd.DataFrame) -> pd.DataFrame:
     return lines[~lines.metric.isin(AGREEMENT)]
 
 
-def _l0_range(lines: pd.DataFrame) -> str:
-    "The L0s that the lines cover, without those of agreement between seeds."
-    lines = _without_agreement(lines)
-    return f"{lines.l0_low.min():g} to {lines.l0_high.max():g}"
+def l0_words(
+    lines: pd.DataFrame,  # of a table of effects
+) -> str:
+    "The L0s of the means: `4, 8`, or `4, 8 or 4, 8, 16` where the lines differ; not of agreement."
+    return " or ".join(dict.fromkeys(_without_agreement(lines).l0s))
 
 
 def seeds_range(
@@ -976,7 +1015,7 @@ def _group(
     words = [measure.words for measure in measures]
     if len({*sides}) > 1:
         parts = [_one_measure(*found) for found in zip(sides, lines, measures)]
-        return f"{place} {names} the two measures disagree: {', '.join(parts)}"
+        return f"{place} {names} the measures disagree: {', '.join(parts)}"
     if sides[0] == "none":
         return f"no difference shown {place} {names} ({_resolution(lines, words)})"
     return f"{sides[0]} {'than' if than else 'on'} {names} {' and '.join(words)}".rstrip()
@@ -1058,7 +1097,7 @@ def twin_note(
     notes = []
     if same:
         names = "each base" if len(same) == len(bases) > 1 else name_methods(same)
-        notes.append(f"{names} has the settings of its masked form, so it is the twin itself")
+        notes.append(f"for {names} the twin and the base tuned by itself are the same SAE")
     if missing:
         notes.append(f"no twin was run for {name_methods(missing)}")
     said = "; ".join(notes)
@@ -1083,7 +1122,7 @@ def _mask_sentences(evidence: Evidence) -> list[str]:
                 continue
             sentence = (
                 f"**{world}{subject}**{model}, absorption of base with the mask minus {other}: "
-                f"{said} ({seeds_range(lines)}; L0 {_l0_range(lines)}, where both reach it)."
+                f"{said} ({seeds_range(lines)}; L0 {l0_words(lines)})."
             )
             note = twin_note(evidence, key) if len(sentences) == first else ""
             sentences.append(f"{sentence} {note}".rstrip())
@@ -1347,7 +1386,7 @@ def _importance_sentences(evidence: Evidence) -> list[str]:
         for world, measures in WORLDS.items():
             words = describe_effects(of, measures)
             lines = rows_of(of, measures[0].planted)
-            found += [f"{PLACES[world]} (L0 {_l0_range(lines)}), {words}"] if words else []
+            found += [f"{PLACES[world]} (L0 {l0_words(lines)}), {words}"] if words else []
         if found:
             parts.append(f"Base with the mask minus {label}: {'; '.join(found)}")
     sentences = [f"**Importance** ({seeds_range(effects)}): {'. '.join(parts)}."] if parts else []
@@ -1357,10 +1396,10 @@ def _importance_sentences(evidence: Evidence) -> list[str]:
 def shuffled_sentences(
     evidence: Evidence,
 ) -> list[str]:
-    """How much of the mask's effect the shuffled control has, a sentence for each world.
+    """What the shuffled control and the mask change, a sentence for each world.
 
-    Each is the difference to the twin. Only bases on which the mask is shown to lower a measure.
-    The range of the shares of single seeds stands beside it."""
+    Both are differences to the twin. Only bases on which the mask is shown to lower a measure. The
+    share of the first in the second stands beside them, with the range of single seeds."""
     sentences = []
     for world, measures in WORLDS.items():
         parts = []
@@ -1375,9 +1414,8 @@ def shuffled_sentences(
             parts += [f"{measure.words}, {', '.join(found)}"] if found else []
         if parts:
             sentences.append(
-                f"**{world}, shuffled control**: with ATM's probabilities shuffled among the "
-                f"latents, absorption minus that of the twin is this share of what the mask "
-                f"reaches: {'; '.join(parts)}."
+                f"**{world}, shuffled control**: absorption minus that of the twin, with ATM's "
+                f"probabilities shuffled among the latents against ATM's own: {'; '.join(parts)}."
             )
     return sentences
 
@@ -1385,7 +1423,7 @@ def shuffled_sentences(
 def _shuffled_share(
     evidence: Evidence, world: str, measure: Measure, masked: str, twin: str
 ) -> str:
-    "`TopK 80% (-0.08 of -0.10; ...)` at the L0s that all three reach; empty without a control."
+    "`TopK -0.08 against -0.10 (80%; ...)` at the L0s that all three reach; empty without one."
     control = with_mask(masked, "shuffled")
     of_all = evidence.beside_controls.where_all([masked, twin, control])
     there = of_all.read(WORLD_KEYS[world])
@@ -1399,11 +1437,66 @@ def _shuffled_share(
     gains, shares = whole[seeds].mean(), part[seeds].mean()
     gain, share, single = gains.mean(), shares.mean(), shares / gains
     name = method_name(get_method(masked).architecture)
-    l0s = f"L0 {whole.index.min():g} to {whole.index.max():g}"
+    values = f"{name} {format_number(share)} against {format_number(gain)}"
+    l0s = f"L0 {', '.join(f'{l0:g}' for l0 in whole.index)}"
+    if share * gain < 0:
+        return f"{values} ({l0s}: the control changes it in the other direction)"
     return (
-        f"{name} {share / gain:.0%} ({format_number(share)} of {format_number(gain)} at {l0s}; "
-        f"single seeds {single.min():.0%} to {single.max():.0%})"
+        f"{values} ({share / gain:.0%} at {l0s}; single seeds {single.min():.0%} to "
+        f"{single.max():.0%})"
     )
+
+
+def repetition_sentence(
+    evidence: Evidence,
+) -> str:
+    """What the SAEs beside the controls show of the mask on the language model; empty if none.
+
+    They were trained apart from those of the first question, with the same settings."""
+    again = evidence.beside_controls
+    pairs = [pair for pair, kind in again.mask_pairs("model").items() if kind == TWIN]
+    effects = again.compare(pairs, ["model"])
+    words = describe_effects(effects, WORLDS["Language model"])
+    if not words:
+        return ""
+    numbers = [
+        f"{measure.short}, "
+        + ", ".join(
+            f"{method_name(get_method(a).architecture)} {_margin(line)}"
+            for (a, _), line in effect_lines(effects, measure).items()
+        )
+        for measure in WORLDS["Language model"]
+    ]
+    return (
+        "**Language model, trained again** (the SAEs beside the controls), absorption of base with "
+        f"the mask minus its twin: {words} ({seeds_range(effects)}; L0 {l0_words(effects)}). "
+        f"{'; '.join(numbers)}."
+    )
+
+
+def explained_sentences(
+    evidence: Evidence,
+) -> list[str]:
+    """Absorption of base with the mask minus its twin at equal explained variance, and the L0s.
+
+    A sentence for each world and share that both reach."""
+    sentences = []
+    for world, measures in WORLDS.items():
+        for share, of in evidence.explained_effects.groupby("explained"):
+            words = describe_effects(of, measures)
+            if words:
+                lines = effect_lines(of, measures[0]).values()
+                l0s = [
+                    f"{method_name(get_method(line.a).architecture)} {line.l0_a:.3g} and "
+                    f"{line.l0_b:.3g}"
+                    for line in lines
+                ]
+                sentences.append(
+                    f"**{world}, at {share:.0%} explained variance** (not at equal L0), absorption "
+                    f"of base with the mask minus its twin: {words} ({seeds_range(of)}). L0 with "
+                    f"the mask and of the twin: {', '.join(l0s)}."
+                )
+    return sentences
 
 
 def unavailable_order(
@@ -1482,6 +1575,8 @@ def verdict_sentences(
         *_mask_sentences(evidence),
         misses_sentence(evidence),
         *left_out_sentences(evidence),
+        *explained_sentences(evidence),
+        repetition_sentence(evidence),
         protocol_sentence(evidence),
         floor_sentence(evidence),
         evidence.layer,
