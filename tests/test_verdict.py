@@ -29,6 +29,7 @@ from atm_sae.report.answer import (
 from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
 from atm_sae.report.verdict import (
     ABLATION_RATE,
+    AGREEMENT,
     BEYOND,
     EFFECT_COLUMNS,
     FRACTION,
@@ -149,7 +150,7 @@ def test_differences_stand_at_each_l0_that_both_reach():
 
 
 def test_reading_at_equal_explained_variance_by_hand():
-    "FVU 0.1 lies halfway along both curves: absorption 0.3 and 0.5, L0 5 and 10; seeds 0.1 apart."
+    "FVU 0.1 lies halfway along both curves: absorption 0.3 and 0.5, L0 4 and 8; seeds 0.1 apart."
     table = rows(atm=[(2, 0.4), (8, 0.2)], topk=[(4, 0.6), (16, 0.4)])
     table["fvu"] = table.l0.map({2: 0.15, 8: 0.05, 4: 0.12, 16: 0.08})
     pairs = [("atm", "topk"), ("atm", "jumprelu")]
@@ -158,7 +159,18 @@ def test_reading_at_equal_explained_variance_by_hand():
     assert len(found) == 1  # neither reaches 0.99, and there is no JumpReLU
     assert (line.a, line.b, line.explained, line.n) == ("atm", "topk", 0.9, 2)
     assert [line["mean"], line.low, line.high] == pytest.approx([-0.2] * 3)
-    assert [line.l0_a, line.l0_b] == pytest.approx([5, 10])
+    assert [line.l0_a, line.l0_b] == pytest.approx([4, 8]) and line.agree == 2
+
+
+def test_a_curve_that_has_a_share_at_two_l0s_is_not_read():
+    "ATM's FVU falls below 0.1 between L0 2 and 4, and rises above it between L0 8 and 16."
+    table = rows(atm=[(2, 0.4), (4, 0.3), (8, 0.2), (16, 0.1)], topk=[(4, 0.6), (9, 0.4)])
+    table["fvu"] = table.l0.map({2: 0.15, 4: 0.05, 8: 0.05, 16: 0.15, 9: 0.15})
+    pairs = [("atm", "topk")]
+    assert equal_explained_table(table, "absorption", pairs, [0.9]).empty
+    once = table[table.l0 != 16]
+    line = equal_explained_table(once, "absorption", pairs, [0.9]).iloc[0]
+    assert [line.l0_a, line.l0_b, line["mean"]] == pytest.approx([8**0.5, 6, 0.35 - 0.5])
 
 
 def test_one_common_seed_is_no_difference_at_equal_explained_variance():
@@ -188,6 +200,7 @@ def effects(*found):
                 5,
                 4,
                 32,
+                "4, 32",
             )
             for measure, base, mean, low, high in found
         ],
@@ -243,9 +256,9 @@ def test_two_measures_that_agree(bounds, words):
 def test_two_measures_that_disagree_say_so(beyond, words):
     table = effects((RAW, "standard", -0.2, -0.3, -0.1), (BEYOND, "standard", *beyond))
     said = describe_effects(table, [RAW, BEYOND])
-    assert said == f"on ReLU + L1 the two measures disagree: {words}"
+    assert said == f"on ReLU + L1 the measures disagree: {words}"
     than = describe_effects(table, [RAW, BEYOND], than=True)
-    assert than == f"against ReLU + L1 the two measures disagree: {words}"
+    assert than == f"against ReLU + L1 the measures disagree: {words}"
 
 
 def test_pairs_are_grouped_and_a_measure_that_is_missing_says_nothing():
@@ -360,7 +373,7 @@ def changed(before, after):
             "topk+atm",
             "absorption",
             0.5,
-            "on TopK the two measures disagree: "
+            "on TopK the measures disagree: "
             "more by raw absorption, less by absorption beyond misses",
             "Planted world, base tuned by itself",
         ),
@@ -369,7 +382,7 @@ def changed(before, after):
             "topk+atm",
             "excess_absorption",
             0.5,
-            "on TopK the two measures disagree: "
+            "on TopK the measures disagree: "
             "less by raw absorption, more by absorption beyond misses",
             "Planted world, base tuned by itself",
         ),
@@ -378,7 +391,7 @@ def changed(before, after):
             "topk+atm",
             "mean_absorption_fraction_score",
             0.5,
-            "on TopK the two measures disagree: less by the full score, more by the fraction score",
+            "on TopK the measures disagree: less by the full score, more by the fraction score",
             "Language model, base tuned by itself",
         ),
         (
@@ -386,8 +399,8 @@ def changed(before, after):
             "jumprelu+atm",
             "frequent_cosine",
             0.5,
-            "on JumpReLU the two measures disagree: "
-            "less over all latents, more over the most frequent",
+            "on JumpReLU the measures disagree: "
+            "less over all latents, less one to one, more over the most frequent",
             "Stability",
         ),
         (
@@ -403,7 +416,7 @@ def changed(before, after):
             "dropout",
             "absorption",
             -0.5,
-            "on ReLU + L1 the two measures disagree: more by raw absorption, less",
+            "on ReLU + L1 the measures disagree: more by raw absorption, less",
             "Importance",
         ),
         (
@@ -411,7 +424,7 @@ def changed(before, after):
             "jumprelu+atm anneal=0.5",
             "mean_full_absorption_score",
             0.5,
-            "the two measures disagree: more by the full score",
+            "the measures disagree: more by the full score",
             "The best attempt",
         ),
     ],
@@ -434,7 +447,7 @@ def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, runs):
     others = {"Language model, against other SAEs", "The best attempt"}
     assert changed(before, after) == others | {share}
     words = (
-        "against BatchTopK the two measures disagree: "
+        "against BatchTopK the measures disagree: "
         "more by the full score, less by the fraction score"
     )
     assert after["Language model, against other SAEs"].count(words) == 2
@@ -561,24 +574,31 @@ def as_twins(folder):
     return {world: replace(of, tuned={}) for world, of in worlds(folder).items()}
 
 
+def lead(evidence):
+    "The answer of all worlds as one text."
+    return " ".join(f"{of.first} {of.limits}".strip() for of in answer_lead(evidence))
+
+
 def test_the_answer_in_short_names_the_bases(runs):
     planted = {"Planted world": as_twins(runs)["Planted world"]}
-    assert answer_lead(planted) == (
+    assert lead(planted) == (
         "In the planted world (5 seeds), the mask lowers both measures of absorption on ReLU + L1 "
         "and TopK and only absorption beyond misses on BatchTopK and JumpReLU; explained variance "
-        "falls on all 4 bases. The lower raw absorption comes from L0 4 alone."
+        "falls on all 4 bases. Without L0 4, the mean raw absorption is lower on no base and "
+        "the mean absorption beyond misses is lower on ReLU + L1 and TopK. At equal explained "
+        "variance, raw absorption is lower on all 4 at 90%; lower on BatchTopK at 95%."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert (
-        "lowers both measures of absorption on ReLU + L1 alone and only absorption beyond misses "
-        "on BatchTopK and JumpReLU; it raises raw absorption on TopK alone and absorption beyond "
-        "misses on TopK alone;"
-    ) in answer_lead(planted)
+        "lowers both measures of absorption on ReLU + L1, one of 4 bases and only absorption "
+        "beyond misses on BatchTopK and JumpReLU; it raises raw absorption on TopK, one of 4 bases "
+        "and absorption beyond misses on TopK, one of 4 bases;"
+    ) in lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
-    assert "; no change of explained variance is shown." in answer_lead({"Planted world": free})
-    assert answer_lead({}) == ""
+    assert "; no change of explained variance is shown." in lead({"Planted world": free})
+    assert answer_lead({}) == []
 
 
 def test_the_answer_has_a_row_for_each_question(runs):
@@ -588,9 +608,9 @@ def test_the_answer_has_a_row_for_each_question(runs):
     assert "JumpReLU: lower in absorption beyond misses only. Matryoshka: tun" in planted.answer
     assert planted[2].startswith("raw absorption -0.118 to 0.005 (± 0.040 or less); absorption be")
     assert planted[3].startswith("raw absorption 0.082 to 0.241; ") and planted.seeds == "5"
-    assert "ReLU + L1: the two measures disagree (higher in fraction score only)" in model.answer
+    assert "ReLU + L1: the measures disagree (higher in fraction score only)" in model.answer
     assert importance.answer.startswith(
-        "Planted world: minus dropout of the same share of latents, ReLU + L1: lower. Language"
+        "Planted world: minus each control, ReLU + L1: lower. Language"
     )
     assert price.answer.startswith("Planted world: all 4 bases: lower. Language model: ")
     assert "Agreement" not in price.answer
@@ -617,14 +637,12 @@ def test_the_overview_has_the_worlds_side_by_side(runs):
     assert (
         ". Raw absorption -0.118 to 0.005 (± 0.040 or less); absorption beyond" in planted.iloc[0]
     )
-    assert "ReLU + L1: the two measures disagree" in model.iloc[0]
-    assert planted.iloc[1].startswith(
-        "Minus dropout of the same share of latents, ReLU + L1: lower"
-    )
-    assert model.iloc[1].startswith("Minus dropout") and planted.iloc[4] == "–"
+    assert "ReLU + L1: the measures disagree" in model.iloc[0]
+    assert planted.iloc[1].startswith("Minus each control, ReLU + L1: lower. Raw absorption")
+    assert model.iloc[1].startswith("Minus each control") and planted.iloc[4] == "–"
     assert planted.iloc[2].startswith("All 4 bases: lower. -0.")
     assert planted.iloc[3].startswith("ReLU + L1, BatchTopK and JumpReLU: lower; TopK: no ")
-    assert model.iloc[4].startswith("Not shown. Full score ")
+    assert model.iloc[4].startswith("Not shown. ATM minus JumpReLU and JumpReLU minus TopK. Full ")
     letters = dict(standard=(0.2, 0.2), atm=(0.1, 0.1))
     both = {"Planted world": small(planted=CONTROLLED), "Language model": small(letters=letters)}
     assert "not measured" in set(answer_overview(both).to_numpy()[1])
@@ -640,20 +658,22 @@ def test_an_answer_from_other_numbers_of_seeds_names_them(runs):
     )
     assert brief[0] == "Planted world (5 seeds)"
     importance = brief[1].iloc[1]
-    assert importance.startswith("Minus dropout") and " (3 seeds). Raw absorption " in importance
-    assert all("seeds)" not in cell for cell in brief[1].drop(1))
+    assert importance.startswith("3 seeds. Minus each control, ReLU + L1: lower. Raw absorption ")
+    assert all("seeds" not in cell for cell in brief[1].drop(1))
 
 
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
     by_l0 = l0_lines(as_twins(runs))[0]
-    assert by_l0.startswith("Planted world, raw absorption: L0 4: lower on all 4; L0 8: lower on ")
+    assert by_l0.startswith(
+        "Planted world, raw absorption, single L0s (not corrected): L0 4: lower on all 4; L0 8: "
+    )
     assert "L0 16: no difference shown on any of 4; L0 32: higher on ReLU + L1 and" in by_l0
 
 
 def test_the_answer_changes_with_the_table(runs):
     assert "; TopK: lower;" in answer_table(as_twins(runs)).answer[1]
     move(runs, "absorption", "topk+atm", "mean_full_absorption_score", 0.5)
-    assert "; TopK: the two measures disagree;" in answer_table(as_twins(runs)).answer[1]
+    assert "; TopK: the measures disagree;" in answer_table(as_twins(runs)).answer[1]
 
 
 def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
@@ -708,7 +728,7 @@ def test_readme_and_results_hold_the_committed_sentences_and_tables():
     found = read_answer({"default": REPORTS, "full": REPORTS / "full"})
     committed = {world: of.evidence for world, of in found.items()}
     brief, table = answer_overview(committed), answer_table(committed)
-    first = [PUBLISHED_STANDING, answer_lead(committed), *brief.to_numpy().ravel()]
+    first = [PUBLISHED_STANDING, *sum(answer_lead(committed), ()), *brief.to_numpy().ravel()]
     for cell in [*first, answer_caption(found)]:
         assert cell in readme, cell
     for cell in [
@@ -774,14 +794,14 @@ def agree_rows(agreement, l0s=(4, 8), seeds=5):
     The difference of two methods varies by 0.002 between seeds."""
     return pd.DataFrame(
         [
-            (world, method, l0, seed, l0, one + by, other + by)
+            (world, method, l0, seed, l0, one + by, one + by, other + by)
             for world, methods in agreement.items()
             for number, (method, (one, other)) in enumerate(methods.items())
             for l0 in l0s
             for seed in range(seeds)
             for by in [0.0005 * number * (seed - 2)]
         ],
-        columns=["world", "method", "sparsity", "seed", "l0", "best_cosine", "frequent_cosine"],
+        columns=["world", "method", "sparsity", "seed", "l0", *AGREEMENT],
     )
 
 
@@ -824,12 +844,13 @@ def test_the_twin_comes_first_and_the_tuned_base_stands_beside_it():
     }
     answer = answer_table({"Planted world": evidence}).answer[0]
     assert answer == (
-        "Minus its twin: both bases: lower. Minus the base tuned by itself: ReLU + L1: higher"
+        "Minus its twin: ReLU + L1 and JumpReLU: lower. Minus the base tuned by itself: ReLU + L1: "
+        "higher"
     )
     first, second, *_ = verdict_sentences(evidence)
     assert first.startswith("**Planted world**, absorption of base with the mask minus its twin")
     assert "less on ReLU + L1 and JumpReLU by raw" in first
-    assert "JumpReLU has the settings of its masked form, so it is the twin itself" in first
+    assert "For JumpReLU the twin and the base tuned by itself are the same SAE" in first
     assert second.startswith("**Planted world, base tuned by itself**") and "more on ReLU" in second
     table = mask_table(evidence).set_index(["base", "minus"])[RAW.heading]
     assert table["ReLU + L1", "twin"].startswith("**less** -0.1000 ± ")
@@ -843,7 +864,7 @@ def test_a_twin_that_was_not_run_is_named():
     evidence = small(planted={m: TWINS[m] for m in ("atm", "standard")}, tuned=FASTER)
     assert answer_table({"Planted world": evidence}).answer[0].startswith("Minus the base tuned")
     assert twin_note(evidence, "planted") == "No twin was run for ReLU + L1."
-    assert verdict_sentences(evidence)[0].endswith("reach it). No twin was run for ReLU + L1.")
+    assert verdict_sentences(evidence)[0].endswith("L0 4, 8). No twin was run for ReLU + L1.")
 
 
 def test_twins_and_tuned_bases_are_corrected_together():
@@ -877,18 +898,18 @@ def test_atm_is_compared_with_each_control():
     row = answer_table({"Planted world": evidence.of_world(planted=True)}).iloc[1]
     assert row.answer == (
         "Planted world: minus dropout of the same share of latents, ReLU + L1: lower; minus "
-        "dropout of the same share of activity, ReLU + L1: the two measures disagree; minus "
-        "ATM's probabilities shuffled among the latents, ReLU + L1: the two measures disagree"
+        "dropout of the same share of activity and ATM's probabilities shuffled among the latents, "
+        "ReLU + L1: the measures disagree"
     )
     said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
     assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
     assert (
-        "in the planted world (L0 4 to 8), on ReLU + L1 the two measures disagree: more by raw"
+        "in the planted world (L0 4, 8), on ReLU + L1 the measures disagree: more by raw"
     ) in said
     table = control_table(evidence)
     assert (
         table.shape == (3, 7)
-        and {*table.L0} == {"4–8"}
+        and {*table.L0} == {"4, 8"}
         and table[RAW.heading][0].startswith("**less** -0.2000 ± ")
     )
     assert control_table(small(planted=TWINS)).empty
@@ -910,8 +931,10 @@ def test_on_the_language_model_the_controls_stand_beside_an_atm_of_their_own():
 def test_the_share_of_the_shuffled_control_by_hand():
     "0.12 - 0.20 is 80% of 0.10 - 0.20. No share where the mask lowers nothing."
     (said,) = shuffled_sentences(small(planted=CONTROLLED))
-    assert "by raw absorption, ReLU + L1 80% (-0.0800 of -0.100 at L0 4 to 8; single seeds" in said
-    assert "by absorption beyond misses, ReLU + L1 110% (-0.110 of -0.100 at L0 4 to 8; " in said
+    assert (
+        "by raw absorption, ReLU + L1 -0.0800 against -0.100 (80% at L0 4, 8; single seeds" in said
+    )
+    assert "by absorption beyond misses, ReLU + L1 -0.110 against -0.100 (110% at L0 4, 8; " in said
     assert shuffled_sentences(small(planted=CONTROLLED | {"standard": (0.05, 0.05)})) == []
     assert shuffled_sentences(small(planted=TWINS)) == []
 
@@ -920,7 +943,7 @@ def test_the_share_of_the_shuffled_control_by_hand():
     "jumprelu, word, words",
     [
         ((0.2, 0.2), "reproduced", "ATM minus JumpReLU: lower; JumpReLU minus TopK: lower"),
-        ((0.2, 0.1), "not shown", "the two measures disagree (lower in full score only)"),
+        ((0.2, 0.1), "not shown", "the measures disagree (lower in full score only)"),
         ((0.05, 0.05), "contradicted", "ATM minus JumpReLU: higher; JumpReLU minus TopK: lower"),
     ],
 )
@@ -1028,12 +1051,12 @@ def test_bases_that_are_their_own_twins_are_compared_once():
     table = mask_table(evidence)
     assert list(table.minus) == ["twin"] * 5 and "tuned" not in mask_caption(evidence)
     said = verdict_sentences(evidence)
-    assert not any("base tuned by itself" in sentence for sentence in said)
+    assert not any("minus the base tuned by itself" in sentence for sentence in said)
     row = answer_table({"Language model": evidence}).iloc[0]
     assert row.answer == (
         "Minus its twin: all 5 bases: lower. By SAEBench's protocol: all 5 bases: lower"
     )
-    assert answer_lead({"Language model": evidence}).startswith(
+    assert lead({"Language model": evidence}).startswith(
         "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on all "
     )
 
@@ -1043,7 +1066,7 @@ def test_each_pair_has_its_own_number_of_seeds():
     cells = mask_table(evidence).set_index("base")[FULL_SCORE.heading]
     assert cells["Matryoshka"].endswith("(3/3)") and cells["TopK"].endswith("(5/5)")
     assert "of 3–5 seeds" in mask_caption(evidence)
-    assert "(n = 3 to 5 seeds; L0 17 to 38" in verdict_sentences(evidence)[0]
+    assert "(n = 3 to 5 seeds; L0 17, 38)" in verdict_sentences(evidence)[0]
     some = evidence.letters.query("method != 'topk' or seed < 3")
     table = mask_table(replace(evidence, letters=some)).set_index("base")
     assert table.loc["TopK", FULL_SCORE.heading].endswith("(3/3)")
@@ -1075,8 +1098,7 @@ def test_protocols_that_do_not_show_the_same_are_named():
         "more on TopK by SAEBench's full score and by SAEBench's fraction score. "
         "The exact protocol shows something else on TopK."
     )
-    lead = answer_lead({"Language model": evidence})
-    assert "; SAEBench's protocol differs on TopK." in lead
+    assert "by SAEBench's protocol it is higher on TopK;" in lead({"Language model": evidence})
     answer = answer_table({"Language model": evidence}).answer[0]
     assert answer.endswith("and JumpReLU: lower; TopK: higher")
     without = replace(evidence, letters=evidence.letters.drop(columns=[full, fraction]))
@@ -1150,8 +1172,9 @@ def test_agreement_is_compared_with_the_twin_in_both_worlds():
     assert planted.startswith("ReLU + L1: higher. Over all latents 0.100 (± ")
     assert "; over the most frequent 0.200 (± " in planted
     assert planted.endswith(
-        "Value subtracted: over all latents 0.500; over the most frequent 0.500. Two random "
-        "dictionaries agree by 0.20 over all latents and by 0.30 over the most frequent"
+        "The twin's agreement: over all latents 0.500; one to one 0.500; over the most frequent "
+        "0.500. Two random dictionaries agree by 0.20 over all latents, 0.20 one to one, 0.30 over "
+        "the most frequent"
     )
     assert model.startswith("TopK: lower. Over all latents -0.100 (± ")
     assert "dictionaries agree by 0.10 over all" in model
@@ -1160,15 +1183,16 @@ def test_agreement_is_compared_with_the_twin_in_both_worlds():
     assert "Language model: TopK: lower; two random dictionaries agree by 0.10" in answer
     assert "Language model: over all latents -0.100 (± " in difference
     assert subtracted.endswith(
-        "Language model: over all latents 0.400; over the most frequent 0.400"
+        "Language model: over all latents 0.400; one to one 0.400; over the most frequent 0.400"
     )
     assert (
         "L0 4 to 8 in the planted world and L0 4 to 8 on the language model"
         in (answer_sentences(side_by_side(evidence))[-1])
     )
     (said,) = [s for s in verdict_sentences(evidence) if s.startswith("**Stability**")]
-    assert "In the planted world, more on ReLU + L1 over all latents and over the most" in said
-    assert "On the language model, less on TopK over all latents and over the most" in said
+    measures = "over all latents and one to one and over the most frequent"
+    assert f"In the planted world, more on ReLU + L1 {measures}" in said
+    assert f"On the language model, less on TopK {measures}" in said
     table = mask_table(evidence).set_index(["base", "minus"])
     assert table.loc[("ReLU + L1", "twin"), "planted: agreement"].startswith("**more** 0.1000")
     assert table.loc[("TopK", "twin"), "model: agreement"].startswith("**less** -0.1000")
@@ -1180,11 +1204,11 @@ def test_a_table_of_agreement_changes_the_answer_of_its_world_alone():
     before, after = (
         stability(answer_overview(side_by_side(two_worlds(of)))) for of in (AGREE, moved)
     )
-    assert after[0].startswith("ReLU + L1: the two measures disagree. Over all latents -0.100 (± ")
+    assert after[0].startswith("ReLU + L1: the measures disagree. Over all latents -0.100 (± ")
     assert before[1] == after[1]
     same = AGREE | {"planted": AGREE["planted"] | {"atm": (0.6, 0.5)}}
     planted, _ = stability(answer_overview(side_by_side(two_worlds(same))))
-    assert planted.startswith("ReLU + L1: higher over all latents only. Over all")
+    assert planted.startswith("ReLU + L1: higher over all latents and one to one only. Over")
 
 
 def test_agreement_without_random_dictionaries_says_so():
@@ -1192,7 +1216,7 @@ def test_agreement_without_random_dictionaries_says_so():
     evidence = side_by_side(two_worlds(AGREE | {"planted": methods}))
     planted, model = stability(answer_overview(evidence))
     assert planted.endswith("The agreement of two random dictionaries was not measured")
-    assert model.endswith("agree by 0.10 over all latents and by 0.10 over the most frequent")
+    assert model.endswith("by 0.10 over all latents, 0.10 one to one, 0.10 over the most frequent")
 
 
 @pytest.mark.parametrize("seeds", [0, 2])
@@ -1238,10 +1262,10 @@ def test_the_lead_names_the_l0s_at_which_all_bases_change_their_sign():
         rows.loc[masked & (rows.sparsity == l0), "absorption"] += by
     said = "Raw absorption is lower at L0 4, and higher at L0 16, on all 2 (not corrected)."
     evidence = replace(small(planted={}), planted=rows)
-    assert answer_lead({"Planted world": evidence}).endswith(said)
+    assert said in lead({"Planted world": evidence})
     one = rows.method.isin(["topk", "topk+atm"]) | (rows.sparsity < 16)
     some = replace(evidence, planted=rows[one])
-    assert "and higher at" not in answer_lead({"Planted world": some})
+    assert "and higher at" not in lead({"Planted world": some})
 
 
 def test_a_result_that_rests_on_one_l0_is_named():
@@ -1257,10 +1281,9 @@ def test_a_result_that_rests_on_one_l0_is_named():
     (said,) = left_out_sentences(evidence)
     assert said.startswith("**Planted world, one L0 left out** of the mean")
     assert "without L0 4, more on TopK, less on JumpReLU by raw absorption" in said
-    lead = answer_lead({"Planted world": evidence})
-    assert lead.endswith(
-        "The lower raw absorption comes from L0 4 alone: over the other L0s raw absorption is "
-        "higher on TopK alone."
+    assert lead({"Planted world": evidence}).endswith(
+        "Without L0 4, the mean raw absorption is lower on JumpReLU and higher on TopK and the "
+        "mean absorption beyond misses is lower on JumpReLU and higher on TopK."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]

@@ -286,7 +286,7 @@ def equal_explained_table(
 def _both_read(read: pd.DataFrame, a: str, b: str, metric: str) -> pd.DataFrame:
     "The seeds of both methods: difference, l0_a and l0_b."
     one, other = (read[read.method == m].set_index("seed") for m in (a, b))
-    both = one.join(other, how="inner", lsuffix="_a", rsuffix="_b")
+    both = one.join(other, how="inner", suffixes=("_a", "_b"))
     return both.assign(difference=both[f"{metric}_a"] - both[f"{metric}_b"])
 
 
@@ -1289,7 +1289,7 @@ def random_agreement(
     if means.isna().any():
         return "the agreement of two random dictionaries was not measured"
     found = [f"{format_number(means[of.metric], 2)} {of.words}" for of in ALIKE[world]]
-    return f"two random dictionaries agree by {' and by '.join(found)}"
+    return f"two random dictionaries agree by {', '.join(found)}"
 
 
 def stability_sentence(
