@@ -53,6 +53,7 @@ from atm_sae.report.verdict import (
     equal_explained_table,
     equal_l0_rows,
     equal_l0_table,
+    explained_sentences,
     floor_sentence,
     layer_sentence,
     left_out_sentences,
@@ -65,6 +66,7 @@ from atm_sae.report.verdict import (
     protocols_differ,
     published_rows,
     read_evidence,
+    repetition_sentence,
     rival_table,
     seeds_range,
     shuffled_sentences,
@@ -1332,3 +1334,30 @@ def test_the_verdict_is_given_the_settings_of_the_runs_that_it_reads(runs):
     notebook = json.loads((ROOT / "nbs/experiments/90_verdict.ipynb").read_text())
     source = "".join("".join(cell["source"]) for cell in notebook["cells"])
     assert 'read_evidence(folder, l0s, model_l0s, best if best in trained else "", tuned)' in source
+
+
+def test_what_stands_at_equal_explained_variance_and_which_l0_it_needs():
+    "At FVU 0.1 the mask is at L0 8 with absorption 0.1, the twin at L0 4 with absorption 0.3."
+    curves = read_rows("planted", {"atm": (0.1, 0.3), "standard": (0.3, 0.1)}, (2, 4, 8, 16))
+    fvu = {2: 0.2, 4: 0.1, 8: 0.06, 16: 0.04}
+    later = curves.l0 / (1 + (curves.method == "atm"))  # the mask needs twice the L0
+    curves["fvu"] = later.map({1: 0.3} | fvu)
+    evidence = replace(small(planted=TWINS), curves={"planted": curves})
+    ninety, *more = explained_sentences(evidence)
+    assert ninety.startswith("**Planted world, at 90% explained variance** (not at equal L0)")
+    words = "on ReLU + L1 the measures disagree: less by raw absorption, more by absorption beyond"
+    assert words in ninety and ninety.endswith("twin: ReLU + L1 8 and 4.")
+    assert more == []  # the mask does not reach 95%
+    found = answer_lead({"Planted world": evidence})[0].limits
+    assert "At equal explained variance, raw absorption is lower on ReLU + L1 at 90%" in found
+    assert explained_sentences(small(planted=TWINS)) == []
+
+
+def test_the_saes_beside_the_controls_are_a_second_training():
+    letters = {m: (one + 0.1, other + 0.1) for m, (one, other) in CONTROLLED.items()}
+    said = repetition_sentence(small(letters=letters, controls=CONTROLLED))
+    assert said.startswith("**Language model, trained again** (the SAEs beside the controls)")
+    assert "less on ReLU + L1 by the full score and by the fraction score" in said
+    assert "(n = 5 seeds; L0 4, 8)" in said and "full score, ReLU + L1 -0.1000 ± " in said
+    assert repetition_sentence(small(letters=letters, controls={})) == ""
+    assert repetition_sentence(small(planted=CONTROLLED)) == ""
