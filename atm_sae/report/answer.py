@@ -903,7 +903,7 @@ def answer_figure(
     for row, titles in zip(axes, drawn):
         for ax, title in zip(row, titles):
             plot_effects(ax, lines[lines.panel == title], MARKERS)
-            ax.locator_params(axis="x", nbins=3)
+            ax.locator_params(axis="x", nbins=2, min_n_ticks=2)
             ax.set_title(title.replace(": ", "\n"))
         for ax in row[1:]:
             ax.set_yticklabels([])
