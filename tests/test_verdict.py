@@ -1358,6 +1358,6 @@ def test_the_saes_beside_the_controls_are_a_second_training():
     said = repetition_sentence(small(letters=letters, controls=CONTROLLED))
     assert said.startswith("**Language model, trained again** (the SAEs beside the controls)")
     assert "less on ReLU + L1 by the full score and by the fraction score" in said
-    assert "(n = 5 seeds; L0 4, 8)" in said and "full score, ReLU + L1 -0.1000 ± " in said
+    assert "(n = 5 seeds; L0 4, 8)" in said and "By the full score: ReLU + L1 -0.1000 ± " in said
     assert repetition_sentence(small(letters=letters, controls={})) == ""
     assert repetition_sentence(small(planted=CONTROLLED)) == ""

@@ -1303,7 +1303,7 @@ def stability_sentence(
         place = PLACES[world]
         found = f"{place}, {words}; {random_agreement(evidence, world)}"
         parts += [f"{found[0].upper()}{found[1:]}"] if words else []
-    head = "**Stability**, agreement between seeds (mean best cosine; more is better)"
+    head = "**Stability**, agreement between seeds (mean cosine; more is better)"
     return f"{head} of base with the mask minus its twin: {'. '.join(parts)}." if parts else ""
 
 
@@ -1460,7 +1460,7 @@ def repetition_sentence(
     if not words:
         return ""
     numbers = [
-        f"{measure.short}, "
+        f"By the {measure.short}: "
         + ", ".join(
             f"{method_name(get_method(a).architecture)} {_margin(line)}"
             for (a, _), line in effect_lines(effects, measure).items()
@@ -1470,7 +1470,7 @@ def repetition_sentence(
     return (
         "**Language model, trained again** (the SAEs beside the controls), absorption of base with "
         f"the mask minus its twin: {words} ({seeds_range(effects)}; L0 {l0_words(effects)}). "
-        f"{'; '.join(numbers)}."
+        f"{'. '.join(numbers)}."
     )
 
 
