@@ -196,8 +196,10 @@ def assigned(
     for target in targets:
         if isinstance(target, ast.Name):
             yield target.id, value
-        elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for name, part in zip(target.elts, value.elts):
+        elif isinstance(target, ast.Tuple):
+            # without a tuple behind it, the text does not show the parts
+            parts = value.elts if isinstance(value, ast.Tuple) else [None] * len(target.elts)
+            for name, part in zip(target.elts, parts):
                 yield from assigned([name], part)
 
 

@@ -315,9 +315,9 @@ def test_importance_and_stability_read_the_saes_that_absorption_trains_and_the_c
         assert all(given[name] == first[name] for given in others), name
     importance, stability = ({*given["methods"]} for given in others)
     assert stability < importance
-    controls = {with_mask("standard", mask) for mask in CONTROLS}
+    controls = {with_mask(base, mask) for base in ("standard", "topk") for mask in CONTROLS}
     assert controls < importance and importance - controls < {*first["methods"]}
-    assert {"standard", *map(twin_method, controls)} < importance
+    assert {"standard", "topk", *map(twin_method, controls)} < importance
 
 
 def test_on_smollm2_the_rates_are_those_that_the_committed_search_chose():
