@@ -58,6 +58,7 @@ from atm_sae.report.verdict import (
     MODEL_FVU,
     PLACES,
     PLANTED_FVU,
+    PUBLISHED_L0,
     RAW,
     SAEBENCH,
     SIDE_EFFECTS,
@@ -79,7 +80,6 @@ from atm_sae.report.verdict import (
     name_methods,
     order_verdict,
     protocols_differ,
-    PUBLISHED_L0,
     published_order,
     random_agreement,
     rate_ratio,
@@ -199,12 +199,11 @@ class _Part:
     def sides(self) -> dict[float, dict[str, list[str]]]:
         "{L0: {side: bases}}, what each L0 shows by its own interval; not corrected."
         found: dict[float, dict[str, list[str]]] = {}
-        for a, b in (pair for pair, line in self.lines.items() if line.n >= FEW):
-            differences = self.sign * seed_differences(self.read, a, b, self.metric)
+        for pair in (pair for pair, line in self.lines.items() if line.n >= FEW):
+            differences = self.sign * seed_differences(self.read, *pair, self.metric)
             for l0, values in differences.iterrows():
                 side = SIDES[claim_verdict(t_interval(values)[:3])]
-                base = get_method(a).architecture
-                found.setdefault(float(str(l0)), {}).setdefault(side, []).append(base)
+                found.setdefault(float(str(l0)), {}).setdefault(side, []).append(_base(pair))
         return dict(sorted(found.items()))
 
     def by_l0(self) -> str:
@@ -252,12 +251,18 @@ def _base(
     return get_method(pair[0]).architecture
 
 
-def _findings(parts: Sequence[_Part]) -> str:
-    "The bases, grouped by what the measures show of them."
+def _by_finding(parts: Sequence[_Part]) -> dict[str, list[str]]:
+    "{what the measures show: bases}."
     groups: dict[str, list[str]] = {}
     for pair in parts[0].lines:
         finding = _finding({part.name: effect_side(part.lines[pair]) for part in parts})
         groups.setdefault(finding, []).append(_base(pair))
+    return groups
+
+
+def _findings(parts: Sequence[_Part]) -> str:
+    "The bases, grouped by what the measures show of them."
+    groups = _by_finding(parts)
     if len(groups) == 1 and len(parts[0].lines) > 2:
         return f"all {len(parts[0].lines)} bases: {next(iter(groups))}"
     return "; ".join(f"{name_methods(bases)}: {finding}" for finding, bases in groups.items())
@@ -565,12 +570,9 @@ def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
     order = _absorption_parts(world, evidence, evidence.order_effects)
     bases = evidence.no_mask(WORLD_KEYS[world])
     no_mask = f"; {name_methods(bases)}: tuning chose no mask" if bases else ""
-
-    def _mask_in_brief(parts: Sequence[_Part]) -> str:
-        return minus + _findings(parts) + no_mask + _too_few(parts)
-
+    aside = no_mask + _too_few(mask) + _beside_words(beside) if mask else ""
     found = {
-        MASK_QUESTION: (mask, lambda: _mask_in_brief(mask) + _beside_words(beside)),
+        MASK_QUESTION: (mask, lambda: minus + _findings(mask) + aside),
         IMPORTANCE_QUESTION: (
             control,
             lambda: _controls_in_words(world, evidence, "the miss rate"),
@@ -785,14 +787,11 @@ def _protocol_words(evidence: Evidence) -> str:
     "What SAEBench's protocol shows on the bases where the exact one shows something else."
     twins = against(evidence.mask_effects, TWIN)
     parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
-    groups: dict[str, list[str]] = {}
-    for pair in parts[0].lines if parts else ():
-        if _base(pair) in protocols_differ(evidence):
-            finding = _finding({part.name: effect_side(part.lines[pair]) for part in parts})
-            groups.setdefault(finding, []).append(_base(pair))
+    differ = {*protocols_differ(evidence)}
     said = [
         f"{'it is ' * (finding in _LOWER.values())}{finding} on {name_methods(bases)}"
-        for finding, bases in groups.items()
+        for finding, of in (_by_finding(parts) if parts else {}).items()
+        if (bases := [base for base in of if base in differ])
     ]
     return f"; by SAEBench's protocol {', '.join(said)}" if said else ""
 
