@@ -581,9 +581,20 @@ def lead(evidence):
     return " ".join(f"{of.first} {of.limits}".strip() for of in answer_lead(evidence))
 
 
+def brief(evidence):
+    "The tables of the answer in brief: {heading: table by its first column}."
+    return {of.heading: of.table.set_index(of.table.columns[0]) for of in answer_overview(evidence)}
+
+
 def test_the_answer_in_short_names_the_bases(runs):
     planted = {"Planted world": as_twins(runs)["Planted world"]}
-    assert lead(planted) == (
+    first, importance = answer_lead(planted)
+    assert importance.first == "Is it the importance?"
+    assert importance.limits.startswith(
+        "Base with ATM against its controls. In the planted world (5 seeds), minus each control, "
+        "ReLU + L1: lower"
+    )
+    assert f"{first.first} {first.limits}" == (
         "In the planted world (5 seeds), the mask lowers both measures of absorption on ReLU + L1 "
         "and TopK and only absorption beyond misses on BatchTopK and JumpReLU; explained variance "
         "falls on all 4 bases. Without L0 4, the mean raw absorption is lower on no base and "
@@ -624,44 +635,51 @@ def test_the_answer_has_a_row_for_each_question(runs):
     assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (4, 5)
 
 
-def test_the_overview_has_the_worlds_side_by_side(runs):
+def test_the_answer_in_brief_has_a_table_for_each_question(runs):
     evidence = as_twins(runs)
-    brief = answer_overview(evidence).set_index("question")
-    full = answer_table(evidence)
-    assert list(brief) == ["Planted world (5 seeds)", "Language model (5 seeds)"]
-    assert list(brief.index) == [
-        "Does the mask lower absorption? Base with ATM minus its twin",
-        *full.question[2:],
+    tables = brief(evidence)
+    assert list(tables) == [
+        "Planted world (5 seeds): base with ATM minus its twin",
+        "Language model (5 seeds): base with ATM minus its twin",
+        "Planted world (5 seeds): base with ATM minus each control",
+        "Language model (5 seeds): base with ATM minus each control",
+        "Language model (5 seeds): the published order, ATM < JumpReLU < TopK",
     ]
-    planted, model = (brief[world] for world in brief)
-    assert planted.iloc[0].startswith("ReLU + L1 and TopK: lower;")
-    assert "; Matryoshka: tuning chose no mask. Raw absorption" in planted.iloc[0]
-    assert (
-        ". Raw absorption -0.118 to 0.005 (± 0.040 or less); absorption beyond" in planted.iloc[0]
+    planted, model, controls, _, order = tables.values()
+    line = effect_lines(evidence["Planted world"].mask_effects, RAW)["topk+atm", "topk"]
+    half = (line.high - line.low) / 2
+    assert planted.loc["Raw absorption", "TopK"].startswith(
+        f"**lower** {verdict.format_margin(line.mean, half)} (0."
     )
-    assert "ReLU + L1: the measures disagree" in model.iloc[0]
-    assert planted.iloc[1].startswith("Minus each control, ReLU + L1: lower. Raw absorption")
-    assert model.iloc[1].startswith("Minus each control") and planted.iloc[4] == "–"
-    assert planted.iloc[2].startswith("All 4 bases: lower. -0.")
-    assert planted.iloc[3].startswith("ReLU + L1, BatchTopK and JumpReLU: lower; TopK: no ")
-    assert model.iloc[4].startswith("Not shown. ATM minus JumpReLU and JumpReLU minus TopK. Full ")
-    letters = dict(standard=(0.2, 0.2), atm=(0.1, 0.1))
-    both = {"Planted world": small(planted=CONTROLLED), "Language model": small(letters=letters)}
-    assert "not measured" in set(answer_overview(both).to_numpy()[1])
-    assert answer_overview({}).empty
+    assert planted.Matryoshka.iloc[0] == "tuning chose no mask"
+    assert {*planted.Matryoshka.iloc[1:]} == {"–"}
+    assert planted.loc["Explained variance"].iloc[0].startswith("**lower** -0.")
+    assert model.loc["Fraction score", "ReLU + L1"].startswith("**higher** ")
+    assert {*controls["Raw absorption"].str[:9]} == {"**lower**"}
+    assert list(order.index) == ["ATM minus JumpReLU", "JumpReLU minus TopK"]
+    assert answer_overview({}) == []
 
 
-def test_an_answer_from_other_numbers_of_seeds_names_them(runs):
+def test_the_value_of_the_twin_stands_in_brackets():
+    "Also for explained variance, which is one minus FVU."
+    (planted,) = brief({"Planted world": small(planted=TWINS, tuned=FASTER)}).values()
+    assert planted.loc["Raw absorption", "ReLU + L1"].startswith("**lower** -0.1000 ± ")
+    assert planted.loc["Raw absorption", "ReLU + L1"].endswith(" (0.200)")
+    assert planted.loc["Explained variance", "JumpReLU"].endswith(" (0.900)")
+
+
+def test_a_measure_from_another_number_of_seeds_names_it(runs):
     evidence = as_twins(runs)["Planted world"]
     controls = {*evidence.control_effects.b}
     few = evidence.planted[~evidence.planted.method.isin(controls) | (evidence.planted.seed < 3)]
-    (brief,) = (
-        answer_overview({"Planted world": replace(evidence, planted=few)}).iloc[:, 1:].items()
-    )
-    assert brief[0] == "Planted world (5 seeds)"
-    importance = brief[1].iloc[1]
-    assert importance.startswith("3 seeds. Minus each control, ReLU + L1: lower. Raw absorption ")
-    assert all("seeds" not in cell for cell in brief[1].drop(1))
+    tables = brief({"Planted world": replace(evidence, planted=few)})
+    assert list(tables) == [
+        "Planted world (5 seeds): base with ATM minus its twin",
+        "Planted world (3 seeds): base with ATM minus each control",
+    ]
+    fewer = replace(evidence, agreement=evidence.agreement[evidence.agreement.seed < 4])
+    index = brief({"Planted world": fewer})[next(iter(tables))].index
+    assert [name.endswith("(4 seeds)") for name in index] == ["Agreement" in n for n in index]
 
 
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
@@ -729,18 +747,19 @@ def test_readme_and_results_hold_the_committed_sentences_and_tables():
     readme, index = (ROOT / "README.md").read_text(), (REPORTS / "index.md").read_text()
     found = read_answer({"default": REPORTS, "full": REPORTS / "full"})
     committed = {world: of.evidence for world, of in found.items()}
-    brief, table = answer_overview(committed), answer_table(committed)
-    first = [PUBLISHED_STANDING, *sum(answer_lead(committed), ()), *brief.to_numpy().ravel()]
+    table, tables = answer_table(committed), answer_overview(committed)
+    cells = [cell for of in tables for cell in [of.heading, *of.table.to_numpy().ravel()]]
+    first = [PUBLISHED_STANDING, *sum(answer_lead(committed), ()), *cells]
     for cell in [*first, answer_caption(found)]:
         assert cell in readme, cell
     for cell in [
-        *brief.to_numpy().ravel(),
+        *cells,
         *table.to_numpy().ravel(),
         *answer_sentences(committed),
     ]:
         assert cell in index, cell
-    assert len(readme.splitlines()) < 200
-    places = [readme.index(text) for text in (*first[:2], brief.iloc[0, 1], "make reports")]
+    assert len(readme.splitlines()) < 220
+    places = [readme.index(text) for text in (*first[:2], "make reports", cells[0])]
     assert places == sorted(places) and places[-1] < readme.index("## The tut")
 
 
@@ -1168,18 +1187,21 @@ def stability(table):
     return row[1:]
 
 
+def agreement(evidence):
+    "The rows on agreement between seeds of the two worlds, the only base of each."
+    tables = list(brief(side_by_side(evidence)).values())[:2]
+    return [of.iloc[:, 0][of.index.str.startswith("Agreement")] for of in tables]
+
+
 def test_agreement_is_compared_with_the_twin_in_both_worlds():
     evidence = two_worlds(AGREE)
-    planted, model = stability(answer_overview(side_by_side(evidence)))
-    assert planted.startswith("ReLU + L1: higher. Over all latents 0.100 (± ")
-    assert "; over the most frequent 0.200 (± " in planted
-    assert planted.endswith(
-        "The twin's agreement: over all latents 0.500; one to one 0.500; over the most frequent "
-        "0.500. Two random dictionaries agree by 0.20 over all latents, 0.20 one to one, 0.30 over "
-        "the most frequent"
-    )
-    assert model.startswith("TopK: lower. Over all latents -0.100 (± ")
-    assert "dictionaries agree by 0.10 over all" in model
+    planted, model = agreement(evidence)
+    name = "Agreement over all latents, random dictionaries"
+    assert planted[f"{name} 0.20"].startswith("**higher** 0.1000 ± ")
+    assert planted[f"{name} 0.20"].endswith(" (0.500)")
+    frequent = "Agreement over the most frequent, random dictionaries 0.30"
+    assert planted[frequent].startswith("**higher** 0.2000 ± ")
+    assert model[f"{name} 0.10"].startswith("**lower** -0.1000 ± ")
     answer, difference, subtracted, seeds = stability(answer_table(side_by_side(evidence)))
     assert "Planted world: ReLU + L1: higher; two random dictionaries agree by 0.20" in answer
     assert "Language model: TopK: lower; two random dictionaries agree by 0.10" in answer
@@ -1203,34 +1225,33 @@ def test_agreement_is_compared_with_the_twin_in_both_worlds():
 
 def test_a_table_of_agreement_changes_the_answer_of_its_world_alone():
     moved = AGREE | {"planted": AGREE["planted"] | {"atm": (0.4, 0.7)}}
-    before, after = (
-        stability(answer_overview(side_by_side(two_worlds(of)))) for of in (AGREE, moved)
-    )
-    assert after[0].startswith("ReLU + L1: the measures disagree. Over all latents -0.100 (± ")
-    assert before[1] == after[1]
+    before, after = (agreement(two_worlds(of)) for of in (AGREE, moved))
+    assert after[0].iloc[0].startswith("**lower** -0.1000 ± ")
+    assert before[1].equals(after[1])
     same = AGREE | {"planted": AGREE["planted"] | {"atm": (0.6, 0.5)}}
-    planted, _ = stability(answer_overview(side_by_side(two_worlds(same))))
-    assert planted.startswith("ReLU + L1: higher over all latents and one to one only. Over")
+    frequent = agreement(two_worlds(same))[0].iloc[2]
+    assert frequent.lstrip("-").startswith("0.000") and "**" not in frequent
 
 
 def test_agreement_without_random_dictionaries_says_so():
     methods = {m: of for m, of in AGREE["planted"].items() if m != "random"}
-    evidence = side_by_side(two_worlds(AGREE | {"planted": methods}))
-    planted, model = stability(answer_overview(evidence))
-    assert planted.endswith("The agreement of two random dictionaries was not measured")
-    assert model.endswith("by 0.10 over all latents, 0.10 one to one, 0.10 over the most frequent")
+    planted, model = agreement(two_worlds(AGREE | {"planted": methods}))
+    assert all(name.endswith(", random dictionaries not measured") for name in planted.index)
+    assert all(name.endswith(", random dictionaries 0.10") for name in model.index)
 
 
 @pytest.mark.parametrize("seeds", [0, 2])
 def test_stability_has_a_row_where_it_was_not_measured(seeds):
     "The jackknife needs three seeds."
     evidence = replace(two_worlds({}), agreement=agree_rows(AGREE, seeds=seeds))
-    assert stability(answer_overview(side_by_side(evidence))) == ["not measured"] * 2
+    assert [list(rows) for rows in agreement(evidence)] == [["not measured"]] * 2
     assert stability(answer_table(side_by_side(evidence))) == ["not measured", "–", "–", "–"]
     assert "Stability" not in " ".join(verdict_sentences(evidence))
-    evidence = side_by_side(two_worlds({"planted": AGREE["planted"]}))
-    assert stability(answer_overview(evidence))[1] == "not measured"
-    assert stability(answer_table(evidence))[0].endswith(". Language model: not measured")
+    evidence = two_worlds({"planted": AGREE["planted"]})
+    assert list(agreement(evidence)[1]) == ["not measured"]
+    assert stability(answer_table(side_by_side(evidence)))[0].endswith(
+        ". Language model: not measured"
+    )
 
 
 def test_agreement_has_the_intervals_of_the_jackknife_over_the_common_l0s():

@@ -7,17 +7,17 @@ __all__ = [
     "QUESTIONS",
     "IMPORTANCE_QUESTION",
     "PRICE_QUESTION",
-    "F1_QUESTION",
     "STABILITY_QUESTION",
     "SIDE_QUESTION",
     "ORDER_QUESTION",
     "OTHERS",
-    "MASK_QUESTION",
+    "NOT_SHOWN",
     "LABELS",
     "MARKERS",
     "WorldEvidence",
     "read_answer",
     "answer_table",
+    "AnswerTable",
     "answer_overview",
     "l0_lines",
     "rate_sentence",
@@ -33,17 +33,16 @@ __all__ = [
 ]
 
 # %% ../../nbs/report/answer.ipynb #cell-3
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from ..methods import get_method, method_name
-from ..stats import claim_verdict, format_number, t_interval
+from ..methods import get_method, method_name, with_mask
+from ..stats import claim_verdict, format_margin, format_number, t_interval
 from .figures import FEW, plot_effects, save_figure, set_style
 from atm_sae.report.verdict import (
     ABLATION_RATE,
@@ -58,7 +57,6 @@ from atm_sae.report.verdict import (
     MODEL_FVU,
     PLACES,
     PLANTED_FVU,
-    PUBLISHED_L0,
     RAW,
     SAEBENCH,
     SIDE_EFFECTS,
@@ -128,12 +126,12 @@ QUESTIONS = {
 }
 IMPORTANCE_QUESTION = "Is it the importance? Base with ATM minus each control"
 PRICE_QUESTION = "What does it cost in explained variance?"
-F1_QUESTION = "Does the best latent detect its feature as well? F1 minus that of the twin"
 STABILITY_QUESTION = "Do two seeds agree more? Base with ATM minus its twin"
 SIDE_QUESTION = "What else does it change?"
 ORDER_QUESTION = f"Is the published order reproduced? {published_order()}"
 OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
 _LOWER = {"less": "lower", "more": "higher"}
+NOT_SHOWN = "no difference shown"
 
 
 _ALIKE = [measure.short for measures in ALIKE.values() for measure in measures]
@@ -146,7 +144,7 @@ def _finding(
     shown = [name for name, side in sides.items() if side != "none"]
     words = {_LOWER[sides[name]] for name in shown}
     if not shown:
-        return "no difference shown"
+        return NOT_SHOWN
     if len(words) > 1:
         return "the measures disagree"
     word = words.pop()
@@ -174,15 +172,17 @@ class _Part:
         "Half of the widest interval."
         return max((line.high - line.low) / 2 for line in self.lines.values())
 
+    def level(self, pair: tuple[str, str]) -> float:
+        "The value that is subtracted, where the difference was read."
+        there = seed_differences(self.read, *pair, self.metric)
+        of = self.read[(self.read.method == pair[1]) & self.read.sparsity.isin(there.index)]
+        value = of[self.metric][of.seed.isin(there.columns)].mean()
+        return value if self.sign > 0 else 1 - value
+
     @property
     def levels(self) -> list[float]:
-        "The values that are subtracted, in ascending order, where the differences were read."
-        found = []
-        for a, b in self.lines:
-            there = seed_differences(self.read, a, b, self.metric)
-            of = self.read[(self.read.method == b) & self.read.sparsity.isin(there.index)]
-            found.append(of[self.metric][of.seed.isin(there.columns)].mean())
-        return sorted(found if self.sign > 0 else [1 - value for value in found])
+        "The values that are subtracted, in ascending order."
+        return sorted(map(self.level, self.lines))
 
     def span(self) -> str:
         "The smallest and the largest difference, and half of the widest interval."
@@ -308,6 +308,11 @@ def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> dict[str, 
     return {name: parts for name, parts in found.items() if parts}
 
 
+def _all_parts(beside: Mapping[str, Sequence[_Part]]) -> list[_Part]:
+    "The parts of `_beside` in one list."
+    return [part for parts in beside.values() for part in parts]
+
+
 def _beside_words(beside: Mapping[str, Sequence[_Part]]) -> str:
     "What they show, a sentence for each."
     return "".join(f". By {name}: {_findings(parts)}" for name, parts in beside.items())
@@ -372,7 +377,7 @@ def _absorbed(world: str, evidence: Evidence) -> dict[str, str]:
     kind, parts = next(iter(found.items()))
     beside = _beside(world, evidence, against(evidence.mask_effects, kind))
     answer += _beside_words(beside)
-    return {"question": QUESTIONS[world]} | _cells(parts, answer, sum(beside.values(), []))
+    return {"question": QUESTIONS[world]} | _cells(parts, answer, _all_parts(beside))
 
 
 def _joined(question: str, found: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -443,21 +448,22 @@ def _importance_cells(world: str, evidence: Evidence) -> dict[str, str]:
     parts = _absorption_parts(world, beside_controls, effects)
     if not parts:
         return {}
-    beside = sum(_beside(world, beside_controls, effects).values(), [])
+    beside = _all_parts(_beside(world, beside_controls, effects))
     return _cells(parts, _controls_in_words(world, evidence), beside)
 
 
-def _controls_in_words(
-    world: str,
-    evidence: Evidence,
-    without: str = "",  # one of `_OTHERS` that is left out
-) -> str:
+def _controls_in_words(world: str, evidence: Evidence) -> str:
     "What the measures of one world show of the masked forms minus their controls."
-    effects, evidence = evidence.control_effects, evidence.beside_controls
-    shown = {k: of for k, of in _beside(world, evidence, effects).items() if k != without}
-    shown |= {"the F1 of the best latent": _parts(effects, evidence, {"F1": _F1[world]})}
-    words = _by_control(_absorption_parts(world, evidence, effects))
-    return words + "".join(f". By {name}: {_by_control(of)}" for name, of in shown.items() if of)
+    parts = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
+    others = _control_others(world, evidence)
+    return _by_control(parts) + "".join(f". By {n}: {_by_control(of)}" for n, of in others.items())
+
+
+def _control_others(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
+    "The measures beside absorption of the masked forms minus their controls, those measured."
+    effects, of = evidence.control_effects, evidence.beside_controls
+    f1 = _parts(effects, of, {_F1[world].short: _F1[world]})
+    return _beside(world, of, effects) | ({"the F1 of the best latent": f1} if f1 else {})
 
 
 def _by_control(parts: Sequence[_Part]) -> str:
@@ -497,7 +503,7 @@ def _order(evidence: Mapping[str, Evidence]) -> dict[str, str]:
     beside = _beside("Language model", of, of.order_effects)
     if "SAEBench's protocol" in beside:
         answer += f". By SAEBench's protocol: {order_verdict(of.order_effects, SAEBENCH)}"
-    return {"question": ORDER_QUESTION} | _cells(parts, answer, sum(beside.values(), []))
+    return {"question": ORDER_QUESTION} | _cells(parts, answer, _all_parts(beside))
 
 
 def answer_table(
@@ -520,104 +526,142 @@ def answer_table(
 
 
 # %% ../../nbs/report/answer.ipynb #cell-10
-MASK_QUESTION = "Does the mask lower absorption? Base with ATM minus its twin"
-_BRIEF_QUESTIONS = (
-    MASK_QUESTION,
-    IMPORTANCE_QUESTION,
-    PRICE_QUESTION,
-    F1_QUESTION,
-    STABILITY_QUESTION,
-    ORDER_QUESTION,
-)
+_PRICE = "explained variance"
 
 
-def _brief(parts: Sequence[_Part], words: str, usual: str) -> str:
-    "The number of seeds if it is not the usual one; what the measures show; then the ranges."
-    seeds = _seeds(parts)
-    note = "" if seeds == usual else f"{seeds} seeds. "
-    return f"{note}{_capital(words)}. {_capital('; '.join(part.span() for part in parts))}"
+class AnswerTable(NamedTuple):
+    "A table of the answer in brief."
+
+    heading: str
+    table: pd.DataFrame
 
 
-def _l0_needed(world: str, evidence: Evidence) -> str:
-    "The L0 at which the most variance of `EXPLAINED` is explained; empty if no pair reaches it."
+def _cell(line: Any) -> str:
+    "The side in bold if there is one, then mean ± half of the corrected interval."
+    side = effect_side(line)
+    bold = f"**{_LOWER[side]}** " if side in _LOWER else ""
+    return f"{bold}{format_margin(line.mean, (line.high - line.low) / 2)}"
+
+
+def _named(parts: Iterable[_Part], usual: str) -> dict[str, _Part]:
+    "{name: part}; the name has the number of seeds where it is not the usual one."
+    found = {}
+    for part in parts:
+        seeds = _seeds([part])
+        found[_capital(part.name) + ("" if seeds == usual else f" ({seeds} seeds)")] = part
+    return found
+
+
+def _alike_parts(world: str, evidence: Evidence) -> list[_Part]:
+    "Agreement between seeds, named with that of two random dictionaries."
+    rows = rows_of(evidence.agreement, ALIKE[world][0].planted)
+    chance = rows[rows.method == "random"].mean(numeric_only=True)
+    parts = []
+    for part in _stability_parts(world, evidence):
+        known = part.metric in chance and not math.isnan(chance[part.metric])
+        random = f"{chance[part.metric]:.2f}" if known else "not measured"
+        parts.append(replace(part, name=f"agreement {part.name}, random dictionaries {random}"))
+    return parts
+
+
+def _mask_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
+    "What the mask changes in one world: absorption, explained variance, F1 and agreement."
+    effects = against(evidence.mask_effects, kind)
+    absorbed = _absorption_parts(world, evidence, effects)
+    price = _price_parts(world, evidence, kind)
+    return [
+        *absorbed,
+        *_all_parts(_beside(world, evidence, effects)),
+        *(replace(part, name=_PRICE) for part in price),
+        *_parts(effects, evidence, {_F1[world].short: _F1[world]}),
+        *_alike_parts(world, evidence),
+    ]
+
+
+def _l0_needed(world: str, evidence: Evidence) -> dict[str, str]:
+    "{base: L0 with the mask and, in brackets, of the twin} at the largest share of `EXPLAINED`."
     of = evidence.explained_effects
     lines = effect_lines(of[of.explained == EXPLAINED[-1]], WORLDS[world][0])
-    l0s = [
-        f"{line.l0_a:.2g} instead of {line.l0_b:.2g} on {method_name(_base(pair))}"
-        for pair, line in lines.items()
+    return {_base(pair): f"{line.l0_a:.2g} ({line.l0_b:.2g})" for pair, line in lines.items()}
+
+
+def _mask_brief(world: str, evidence: Evidence) -> AnswerTable | None:
+    "A row for each measure, a column for each base; None if absorption was not measured."
+    kind, first = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
+    if not first:
+        return None
+    usual = _seeds(first)
+    parts = _named(_mask_parts(world, evidence, kind), usual)
+    rows: dict[str, dict[str, str]] = {}
+    for name, part in parts.items():
+        rows[name] = {
+            _base(pair): f"{_cell(line)} ({part.level(pair):.3f})"
+            for pair, line in part.lines.items()
+        }
+        needed = _l0_needed(world, evidence) if part.name == _PRICE else {}
+        if needed:
+            rows[f"L0 that explains {EXPLAINED[-1]:.0%}"] = needed
+    if not _stability_parts(world, evidence):
+        rows["Agreement between seeds"] = dict.fromkeys(MASKED, "not measured")
+    unmasked = evidence.no_mask(WORLD_KEYS[world])
+    measured = {_base(pair) for part in first for pair in part.lines}
+    bases = [base for base in MASKED if base in measured or base in unmasked]
+    next(iter(rows.values())).update(dict.fromkeys(unmasked, "tuning chose no mask"))
+    table = pd.DataFrame(
+        [
+            {"measure": name} | {method_name(base): of.get(base, "–") for base in bases}
+            for name, of in rows.items()
+        ]
+    )
+    return AnswerTable(f"{world} ({usual} seeds): base with ATM minus {OTHERS[kind]}", table)
+
+
+def _control_brief(world: str, evidence: Evidence) -> AnswerTable | None:
+    "A row for each base and control, a column for each measure; None if no control was run."
+    effects, of = evidence.control_effects, evidence.beside_controls
+    absorbed = _absorption_parts(world, of, effects)
+    if not absorbed:
+        return None
+    usual = _seeds(absorbed)
+    parts = _named([*absorbed, *_all_parts(_control_others(world, evidence))], usual)
+    rows = []
+    for mask, label in CONTROLS.items():
+        for base, masked in MASKED.items():
+            pair = (masked, with_mask(base, mask))
+            if pair in absorbed[0].lines:
+                cells = {name: _cell(part.lines[pair]) for name, part in parts.items()}
+                rows.append({"minus": label, "base": method_name(base)} | cells)
+    heading = f"{world} ({usual} seeds): base with ATM minus each control"
+    return AnswerTable(heading, pd.DataFrame(rows))
+
+
+def _order_brief(world: str, evidence: Evidence) -> AnswerTable | None:
+    "A row for each pair of neighbours in the published order; None if they were not compared."
+    effects = evidence.order_effects
+    absorbed = _absorption_parts(world, evidence, effects)
+    if world != "Language model" or not absorbed:
+        return None
+    usual = _seeds(absorbed)
+    parts = _named([*absorbed, *_all_parts(_beside(world, evidence, effects))], usual)
+    rows = [
+        {"difference": f"{method_name(a)} minus {method_name(b)}"}
+        | {name: _cell(part.lines[a, b]) for name, part in parts.items()}
+        for a, b in absorbed[0].lines
     ]
-    head = f"To explain {EXPLAINED[-1]:.0%}, L0 must be"
-    return f"{head} {', '.join(l0s)}" if l0s else ""
-
-
-def _order_in_brief(evidence: Evidence) -> str:
-    "The verdict on the published order by both protocols, and which differences it is read from."
-    other = order_verdict(evidence.order_effects, SAEBENCH)
-    beside = "" if other == "not measured" else f"; by SAEBench's protocol: {other}"
-    pairs = itertools.pairwise(PUBLISHED_L0)
-    of = [f"{method_name(a)} minus {method_name(b)}" for a, b in pairs]
-    return f"{order_verdict(evidence.order_effects)}{beside}. {' and '.join(of)}"
-
-
-def _brief_cells(world: str, evidence: Evidence) -> dict[str, str]:
-    "{question: cell} of one world, those that were measured."
-    kind, mask = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
-    minus = "" if kind == TWIN else f"minus {OTHERS[TUNED]}: "
-    price = _price_parts(world, evidence, kind)
-    beside = _beside(world, evidence, against(evidence.mask_effects, kind))
-    f1 = _parts(against(evidence.mask_effects, kind), evidence, {"": _F1[world]})
-    control = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
-    order = _absorption_parts(world, evidence, evidence.order_effects)
-    bases = evidence.no_mask(WORLD_KEYS[world])
-    no_mask = f"; {name_methods(bases)}: tuning chose no mask" if bases else ""
-    aside = no_mask + _too_few(mask) + _beside_words(beside) if mask else ""
-    found = {
-        MASK_QUESTION: (mask, lambda: minus + _findings(mask) + aside),
-        IMPORTANCE_QUESTION: (
-            control,
-            lambda: _controls_in_words(world, evidence, "the miss rate"),
-        ),
-        PRICE_QUESTION: (price, lambda: minus + _findings(price)),
-        F1_QUESTION: (f1, lambda: minus + _findings(f1)),
-        ORDER_QUESTION: (order, lambda: _order_in_brief(evidence)),
-    }
-    usual = _seeds(mask) if mask else ""
-    cells = {q: _brief(parts, words(), usual) for q, (parts, words) in found.items() if parts}
-    needed = _l0_needed(world, evidence)
-    if needed and PRICE_QUESTION in cells:
-        cells[PRICE_QUESTION] += f". {needed}"
-    alike = _stability_parts(world, evidence)
-    if alike:
-        subtracted = "; ".join(part.scale() for part in alike)
-        chance = _capital(random_agreement(evidence, world))
-        brief = _brief(alike, _findings(alike), usual)
-        cells[STABILITY_QUESTION] = f"{brief}. The twin's agreement: {subtracted}. {chance}"
-    return cells
+    heading = f"{world} ({usual} seeds): the published order, {published_order()}"
+    return AnswerTable(heading, pd.DataFrame(rows))
 
 
 def answer_overview(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
-) -> pd.DataFrame:
-    """A row for each question, a column for each world: the main measures only.
+) -> list[AnswerTable]:
+    """The answer in numbers, those tables that were measured.
 
-    The head of a column has the number of seeds of the first question. An answer from another
-    number names it. A question that was measured in no world has no row, except that on
-    stability."""
-    cells = {}
-    for world, of in evidence.items():
-        found = _brief_cells(world, of)
-        parts = next(iter(_by_kind(world, of).values()), [])
-        cells[f"{world} ({_seeds(parts)} seeds)" if parts else world] = found
-    always = {STABILITY_QUESTION} if cells else set()
-    asked = always.union(*cells.values())
-    rows = []
-    for question in _BRIEF_QUESTIONS:
-        if question in asked:
-            # the published order is one of scores on a language model
-            missing = "–" if question == ORDER_QUESTION else "not measured"
-            answers = {head: of.get(question, missing) for head, of in cells.items()}
-            rows.append({"question": question} | answers)
-    return pd.DataFrame(rows)
+    For each world base with ATM minus its twin, then minus each control, then the published order.
+    The heading has the number of seeds. A row or column from another number names it."""
+    makers = (_mask_brief, _control_brief, _order_brief)
+    found = [make(world, of) for make in makers for world, of in evidence.items()]
+    return [table for table in found if table]
 
 
 # %% ../../nbs/report/answer.ipynb #cell-12
@@ -806,8 +850,45 @@ class Lead(NamedTuple):
 def answer_lead(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[Lead]:
-    "The answer for each world: absorption and explained variance, minus the twin."
-    return [lead for world, of in evidence.items() if (lead := _lead(world, of))]
+    """The answer for each world, then those on the importance and on the published order.
+
+    For each world: absorption and explained variance, minus the twin. Only what was measured."""
+    of_worlds = [_lead(world, of) for world, of in evidence.items()]
+    found = [*of_worlds, _importance_lead(evidence), _order_lead(evidence)]
+    return [lead for lead in found if lead]
+
+
+def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
+    "What the measures of absorption show minus each control; None if no control was run."
+    said = []
+    for world, of in evidence.items():
+        beside = of.beside_controls
+        parts = _absorption_parts(world, beside, of.control_effects)
+        if not parts:
+            continue
+        words = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds), {_by_control(parts)}"
+        alike: dict[str, list[str]] = {}
+        for name, others in _control_others(world, of).items():
+            finding, *more = _by_finding(others)
+            if not more:
+                alike.setdefault(finding, []).append(f"by {name}")
+        said.append("; ".join([words, *(f"{f} {' and '.join(n)}" for f, n in alike.items())]))
+    if not said:
+        return None
+    return Lead("Is it the importance?", f"Base with ATM against its controls. {'. '.join(said)}.")
+
+
+def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
+    "Is the published order reproduced at equal L0, by both protocols? None if not measured."
+    if "Language model" not in evidence:
+        return None
+    effects = evidence["Language model"].order_effects
+    verdict, other = order_verdict(effects), order_verdict(effects, SAEBENCH)
+    if verdict == "not measured":
+        return None
+    beside = "" if other == "not measured" else f"; by SAEBench's protocol: {other}"
+    words = f"{published_order()} at equal L0: {verdict}{beside}."
+    return Lead("Is the published order reproduced?", words)
 
 
 def _lead(world: str, evidence: Evidence) -> Lead | None:

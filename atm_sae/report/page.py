@@ -55,6 +55,7 @@ import pandas as pd
 from ..artefacts import atomic_write
 from ..methods import method_name
 from atm_sae.report.answer import (
+    AnswerTable,
     Lead,
     answer_caption,
     answer_lead,
@@ -724,7 +725,7 @@ def markdown_page(
         .render(
             results=ordered,
             answer=answer,
-            brief="" if answer is None else to_markdown(answer.overview),
+            brief={} if answer is None else {h: to_markdown(t) for h, t in answer.overview},
             table="" if answer is None else to_markdown(answer.table),
             headline=headline(ordered),
             overview=to_markdown(_overview(ordered)),
@@ -735,10 +736,10 @@ def markdown_page(
 
 @dataclass(frozen=True)
 class Answer:
-    "What the page shows first: the answer in short and in full, its figure, and sentences."
+    "What the page shows first: the answer in words, in brief and in full, and its figure."
 
     lead: Sequence[Lead]
-    overview: pd.DataFrame
+    overview: Sequence[AnswerTable]
     table: pd.DataFrame
     picture: str  # path of the figure, from the page
     alt: str
