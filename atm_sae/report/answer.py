@@ -543,6 +543,11 @@ def _cell(line: Any) -> str:
     return f"{bold}{format_margin(line.mean, (line.high - line.low) / 2)}"
 
 
+def _read_at(part: _Part, pairs: Iterable[tuple[str, str]] = ()) -> str:
+    "The L0s of the means of these pairs, or of all: `4, 8`, or `4, 8 or 4, 8, 16`."
+    return " or ".join(dict.fromkeys(part.lines[pair].l0s for pair in pairs or part.lines))
+
+
 def _named(parts: Iterable[_Part], usual: str) -> dict[str, _Part]:
     "{name: part}; the name has the number of seeds where it is not the usual one."
     found = {}
@@ -613,7 +618,8 @@ def _mask_brief(world: str, evidence: Evidence) -> AnswerTable | None:
             for name, of in rows.items()
         ]
     )
-    return AnswerTable(f"{world} ({usual} seeds): base with ATM minus {OTHERS[kind]}", table)
+    place = f"{world} ({usual} seeds, L0 {_read_at(first[0])})"
+    return AnswerTable(f"{place}: base with ATM minus {OTHERS[kind]}", table)
 
 
 def _control_brief(world: str, evidence: Evidence) -> AnswerTable | None:
@@ -630,7 +636,8 @@ def _control_brief(world: str, evidence: Evidence) -> AnswerTable | None:
             pair = (masked, with_mask(base, mask))
             if pair in absorbed[0].lines:
                 cells = {name: _cell(part.lines[pair]) for name, part in parts.items()}
-                rows.append({"minus": label, "base": method_name(base)} | cells)
+                head = (label, method_name(base), _read_at(absorbed[0], [pair]))
+                rows.append(dict(zip(("minus", "base", "L0"), head)) | cells)
     heading = f"{world} ({usual} seeds): base with ATM minus each control"
     return AnswerTable(heading, pd.DataFrame(rows))
 
@@ -648,7 +655,8 @@ def _order_brief(world: str, evidence: Evidence) -> AnswerTable | None:
         | {name: _cell(part.lines[a, b]) for name, part in parts.items()}
         for a, b in absorbed[0].lines
     ]
-    heading = f"{world} ({usual} seeds): the published order, {published_order()}"
+    place = f"{world} ({usual} seeds, L0 {_read_at(absorbed[0])})"
+    heading = f"{place}: the published order, {published_order()}"
     return AnswerTable(heading, pd.DataFrame(rows))
 
 
