@@ -113,10 +113,10 @@ def test_pages_survive_a_broken_summary(toy):
 
 
 def test_tables_of_markdown():
-    text = "A *title*.\n\n| a | b | c |\n|---|---:|---|\n| x \\| y | **less** -2.5 ± 1 | 3 |\n"
+    text = "A *title*.\n\n| a | b | c |\n|---|---:|---|\n| x \\| y | **lower** -2.5 ± 1 | 3 |\n"
     first, second = markdown_tables(text + "| z | – | text |\n\nMore.\n| d |\n|---|\n| 1e |")
     assert first.caption == "A *title*." and first.columns == ("a", "b", "c")
-    assert [cell.text for cell in first.rows[0]] == ["x | y", "less -2.5 ± 1", "3"]
+    assert [cell.text for cell in first.rows[0]] == ["x | y", "lower -2.5 ± 1", "3"]
     assert [row[1].key for row in first.rows] == ["-2.5", ""]
     assert {row[i].key for row in first.rows for i in (0, 2)} == {None}  # texts are among them
     assert (second.caption, second.rows) == ("More.", ((Cell("1e"),),))

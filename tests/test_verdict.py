@@ -21,7 +21,6 @@ from atm_sae.report.answer import (
     answer_lead,
     answer_overview,
     answer_sentences,
-    answer_table,
     l0_lines,
     rate_sentence,
     read_answer,
@@ -231,8 +230,11 @@ def test_pairs_are_corrected_together():
 @pytest.mark.parametrize(
     "bounds, words",
     [
-        ((-0.2, -0.3, -0.1), "less on ReLU + L1 by raw absorption and by absorption beyond misses"),
-        ((0.2, 0.1, 0.3), "more on ReLU + L1 by raw absorption and by absorption beyond misses"),
+        (
+            (-0.2, -0.3, -0.1),
+            "lower on ReLU + L1 by raw absorption and by absorption beyond misses",
+        ),
+        ((0.2, 0.1, 0.3), "higher on ReLU + L1 by raw absorption and by absorption beyond misses"),
         (
             (0.01, -0.1, 0.12),
             "no difference shown on ReLU + L1 (the data would have shown one of at least "
@@ -248,10 +250,10 @@ def test_two_measures_that_agree(bounds, words):
 @pytest.mark.parametrize(
     "beyond, words",
     [
-        ((0.2, 0.1, 0.3), "less by raw absorption, more by absorption beyond misses"),
+        ((0.2, 0.1, 0.3), "lower by raw absorption, higher by absorption beyond misses"),
         (
             (0.0, -0.1, 0.1),
-            "less by raw absorption, no difference shown by absorption beyond misses "
+            "lower by raw absorption, no difference shown by absorption beyond misses "
             "(the data would have shown one of at least 0.10)",
         ),
     ],
@@ -265,13 +267,15 @@ def test_two_measures_that_disagree_say_so(beyond, words):
 
 
 def test_pairs_are_grouped_and_a_measure_that_is_missing_says_nothing():
-    less, more = (-0.2, -0.3, -0.1), (0.2, 0.1, 0.3)
-    found = [(m, base, *less) for base in ("standard", "jumprelu") for m in (RAW, BEYOND)]
-    found += [(m, "topk", *more) for m in (RAW, BEYOND)]
+    lower, higher = (-0.2, -0.3, -0.1), (0.2, 0.1, 0.3)
+    found = [(m, base, *lower) for base in ("standard", "jumprelu") for m in (RAW, BEYOND)]
+    found += [(m, "topk", *higher) for m in (RAW, BEYOND)]
     said = describe_effects(effects(*found), [RAW, BEYOND], than=True)
-    assert said.startswith("less than ReLU + L1 and JumpReLU by raw") and "; more than TopK" in said
+    assert (
+        said.startswith("lower than ReLU + L1 and JumpReLU by raw") and "; higher than TopK" in said
+    )
     assert describe_effects(effects(*found), [FULL_SCORE, FRACTION_SCORE]) == ""
-    assert describe_effects(effects((RAW, "topk", *less)), [RAW, BEYOND]) == ""
+    assert describe_effects(effects((RAW, "topk", *lower)), [RAW, BEYOND]) == ""
 
 
 def test_one_seed_shows_nothing():
@@ -319,7 +323,7 @@ def test_the_ablation_rate_stands_beside_the_scores_where_it_was_measured(runs):
     table = mask_table(read_evidence(runs)).set_index("base")
     tuned = table.minus.str.startswith("base tuned")
     cells = table[ABLATION_RATE.heading]
-    assert cells[tuned]["TopK"].startswith("**more** 0.10")
+    assert cells[tuned]["TopK"].startswith("**higher** 0.10")
     assert cells["JumpReLU"].startswith("0.00")
 
 
@@ -377,7 +381,7 @@ def changed(before, after):
             "absorption",
             0.5,
             "on TopK the measures disagree: "
-            "more by raw absorption, less by absorption beyond misses",
+            "higher by raw absorption, lower by absorption beyond misses",
             "Planted world, base tuned by itself",
         ),
         (
@@ -386,7 +390,7 @@ def changed(before, after):
             "excess_absorption",
             0.5,
             "on TopK the measures disagree: "
-            "less by raw absorption, more by absorption beyond misses",
+            "lower by raw absorption, higher by absorption beyond misses",
             "Planted world, base tuned by itself",
         ),
         (
@@ -394,7 +398,7 @@ def changed(before, after):
             "topk+atm",
             "mean_absorption_fraction_score",
             0.5,
-            "on TopK the measures disagree: less by the full score, more by the fraction score",
+            "on TopK the measures disagree: lower by the full score, higher by the fraction score",
             "Language model, base tuned by itself",
         ),
         (
@@ -403,7 +407,7 @@ def changed(before, after):
             "frequent_cosine",
             0.5,
             "on JumpReLU the measures disagree: "
-            "less over all latents, less one to one, more over the most frequent",
+            "lower over all latents, lower one to one, higher over the most frequent",
             "Stability",
         ),
         (
@@ -411,7 +415,7 @@ def changed(before, after):
             "topk+atm",
             "explained_variance",
             0.3,
-            "less on TopK on the language model",
+            "lower on TopK on the language model",
             "Reconstruction cost",
         ),
         (
@@ -419,7 +423,7 @@ def changed(before, after):
             "dropout",
             "absorption",
             -0.5,
-            "on ReLU + L1 the measures disagree: more by raw absorption, less",
+            "on ReLU + L1 the measures disagree: higher by raw absorption, lower",
             "Importance",
         ),
         (
@@ -427,7 +431,7 @@ def changed(before, after):
             "jumprelu+atm anneal=0.5",
             "mean_full_absorption_score",
             0.5,
-            "the measures disagree: more by the full score",
+            "the measures disagree: higher by the full score",
             "The best attempt",
         ),
     ],
@@ -451,7 +455,7 @@ def test_a_rival_changes_what_is_said_of_atm_and_of_its_base(before, runs):
     assert changed(before, after) == others | {share}
     words = (
         "against BatchTopK the measures disagree: "
-        "more by the full score, less by the fraction score"
+        "higher by the full score, lower by the fraction score"
     )
     assert after["Language model, against other SAEs"].count(words) == 2
     table = rival_table(read_evidence(runs)).set_index("minus")
@@ -490,10 +494,10 @@ def test_the_mask_table_says_how_sure_it_is_and_what_else_differs(runs):
     table = mask_table(evidence).set_index("base")
     cells = table[table.minus.str.startswith("base tuned")].loc["ReLU + L1"]
     assert cells.minus == "base tuned by itself (learning rate × 2.6)"
-    assert cells[RAW.heading] == "**less** -0.076 ± 0.025 (5/5)"
-    assert cells[BEYOND.heading] == "**less** -0.0535 ± 0.0096 (5/5)"
+    assert cells[RAW.heading] == "**lower** -0.076 ± 0.025 (5/5)"
+    assert cells[BEYOND.heading] == "**lower** -0.0535 ± 0.0096 (5/5)"
     assert cells[FULL_SCORE.heading] == "-0.0012 ± 0.0027 (4/5)"
-    assert cells[FRACTION_SCORE.heading].startswith("**more** 0.016")
+    assert cells[FRACTION_SCORE.heading].startswith("**higher** 0.016")
     assert "of 5 seeds" in mask_caption(evidence) and table.loc["JumpReLU"].minus == "twin"
 
 
@@ -547,7 +551,7 @@ def test_the_pages_hold_the_sentences_and_change_with_them(tmp_path):
     def pages():
         results = profile_results(manifest, "default", tmp_path, states=states)
         said = verdict_sentences(read_evidence(tmp_path))
-        page = html.unescape(html_page([results]))
+        page = html.unescape(html_page([results])).replace("\u00a0", " ")
         return said, markdown_page([results]), page, results
 
     before, markdown, page, results = pages()
@@ -561,7 +565,7 @@ def test_the_pages_hold_the_sentences_and_change_with_them(tmp_path):
     move(tmp_path, "absorption", "topk+atm", "mean_full_absorption_score", 5)  # two seeds
     after, _, page, _ = pages()
     (new,) = {s for s in set(after) - set(before) if s.startswith("**Language model** (")}
-    assert new.partition("** ")[2] in page and "more by the full score" in page
+    assert new.partition("** ")[2] in page and "higher by the full score" in page
 
 
 def worlds(folder):
@@ -592,12 +596,12 @@ def test_the_answer_in_short_names_the_bases(runs):
     first, importance = answer_lead(planted)
     assert importance.first == "Is it the importance?"
     assert importance.limits.startswith(
-        "Base with ATM against its controls. In the planted world (5 seeds), minus each control, "
-        "ReLU + L1: lower"
+        "The controls hide latents without regard to their importance. In the planted world "
+        "(5 seeds), compared with each control, ATM lowers both measures of absorption on ReLU + L1"
     )
     assert f"{first.first} {first.limits}" == (
         "In the planted world (5 seeds), the mask lowers both measures of absorption on ReLU + L1 "
-        "and TopK and only absorption beyond misses on BatchTopK and JumpReLU; explained variance "
+        "and TopK, and only absorption beyond misses on BatchTopK and JumpReLU; explained variance "
         "falls on all 4 bases. Without L0 4, the mean raw absorption is lower on no base and "
         "the mean absorption beyond misses is lower on ReLU + L1 and TopK. At equal explained "
         "variance, raw absorption is lower on all 4 at 90%; lower on BatchTopK at 95%."
@@ -606,34 +610,13 @@ def test_the_answer_in_short_names_the_bases(runs):
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert (
-        "lowers both measures of absorption on ReLU + L1, one of 4 bases and only absorption "
-        "beyond misses on BatchTopK and JumpReLU; it raises raw absorption on TopK, one of 4 bases "
-        "and absorption beyond misses on TopK, one of 4 bases;"
+        "lowers both measures of absorption on ReLU + L1, one of 4 bases, and only absorption "
+        "beyond misses on BatchTopK and JumpReLU; it raises both measures of absorption on TopK, "
+        "one of 4 bases;"
     ) in lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
     assert "; no change of explained variance is shown." in lead({"Planted world": free})
     assert answer_lead({}) == []
-
-
-def test_the_answer_has_a_row_for_each_question(runs):
-    table = answer_table(as_twins(runs))
-    planted, model, importance, price, stability, order = table.itertuples(index=False)
-    assert planted.answer.startswith("Minus its twin: ReLU + L1 and TopK: lower;")
-    assert "JumpReLU: lower in absorption beyond misses only. Matryoshka: tun" in planted.answer
-    assert planted[2].startswith("raw absorption -0.118 to 0.005 (± 0.040 or less); absorption be")
-    assert planted[3].startswith("raw absorption 0.082 to 0.241; ") and planted.seeds == "5"
-    assert "ReLU + L1: the measures disagree (higher in fraction score only)" in model.answer
-    assert importance.answer.startswith(
-        "Planted world: minus each control, ReLU + L1: lower. Language"
-    )
-    assert price.answer.startswith("Planted world: all 4 bases: lower. Language model: ")
-    assert "Agreement" not in price.answer
-    assert stability.question.startswith("Do two seeds agree more?")
-    assert stability.answer.startswith(
-        "Planted world: ReLU + L1, BatchTopK and JumpReLU: lower; TopK: no difference shown; two"
-    )
-    assert "At equal L0: not shown. ATM minus JumpReLU: lower; JumpReLU minus" in order.answer
-    assert answer_table({"Planted world": worlds(runs)["Planted world"]}).shape == (4, 5)
 
 
 def test_the_answer_in_brief_has_a_table_for_each_question(runs):
@@ -667,7 +650,7 @@ def test_the_answer_in_brief_has_a_table_for_each_question(runs):
 
 def test_the_value_of_the_twin_stands_in_brackets():
     "Also for explained variance, which is one minus FVU."
-    (planted,) = brief({"Planted world": small(planted=TWINS, tuned=FASTER)}).values()
+    planted, _ = brief({"Planted world": small(planted=TWINS, tuned=FASTER)}).values()
     assert planted.loc["Raw absorption", "ReLU + L1"].startswith("**lower** -0.1000 ± ")
     assert planted.loc["Raw absorption", "ReLU + L1"].endswith(" (0.200)")
     assert planted.loc["Explained variance", "JumpReLU"].endswith(" (0.900)")
@@ -693,9 +676,14 @@ def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
 
 
 def test_the_answer_changes_with_the_table(runs):
-    assert "; TopK: lower;" in answer_table(as_twins(runs)).answer[1]
+    def cell():
+        return [*brief(as_twins(runs)).values()][1].loc["Full score", "TopK"]
+
+    assert cell().startswith("**lower** ")
+    assert "lowers both measures of absorption on TopK" in lead(as_twins(runs))
     move(runs, "absorption", "topk+atm", "mean_full_absorption_score", 0.5)
-    assert "; TopK: the measures disagree;" in answer_table(as_twins(runs)).answer[1]
+    assert cell().startswith("**higher** ")
+    assert " the full score on TopK" in lead(as_twins(runs)).partition("the language model")[2]
 
 
 def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
@@ -706,11 +694,9 @@ def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
     for score in scores:
         table[score] += wide * table.method.str.contains("atm") + 0.001
     table.to_csv(path, index=False)
-    answer = answer_table(as_twins(runs)).answer[1]
-    assert answer == (
-        "Minus its twin: all 4 bases: no difference shown. Too few seeds: the widest intervals "
-        "exceed the scores. Matryoshka: tuning chose no mask"
-    )
+    said = lead({"Language model": as_twins(runs)["Language model"]})
+    assert "the mask is not shown to change absorption on any of 4 bases" in said
+    assert ". Too few seeds: the widest intervals exceed the scores." in said
 
 
 def test_each_world_is_read_from_the_largest_profile_that_has_it(runs, tmp_path):
@@ -726,11 +712,12 @@ def test_the_figure_draws_the_numbers_of_the_table(runs, tmp_path):
     found = read_answer({"full": runs})
     path = write_answer(found, tmp_path)
     drawn = pd.read_csv(path.with_suffix(".csv"))
-    table = answer_table(worlds(runs))
+    table = next(iter(brief(worlds(runs)).values()))
     raw = drawn[drawn.panel == "Planted: raw absorption"]
     assert list(raw.base) == ["standard", "topk", "batchtopk", "jumprelu"] and len(drawn) == 24
-    twin = raw[raw.minus.str.contains("twin")]["mean"].item()
-    assert table.iloc[0, 2].startswith(f"raw absorption {twin:.3f} (± ")
+    line = raw[raw.minus.str.contains("twin")].iloc[0]
+    margin = verdict.format_margin(line["mean"], (line.high - line.low) / 2)
+    assert margin in table.loc["Raw absorption", verdict.method_name(line.base)]
     bytes_of = path.read_bytes(), path.with_suffix(".svg").read_bytes()
     write_answer(found, tmp_path)
     assert bytes_of == (path.read_bytes(), path.with_suffix(".svg").read_bytes())
@@ -749,18 +736,14 @@ def test_readme_and_results_hold_the_committed_sentences_and_tables():
     readme, index = (ROOT / "README.md").read_text(), (REPORTS / "index.md").read_text()
     found = read_answer({"default": REPORTS, "full": REPORTS / "full"})
     committed = {world: of.evidence for world, of in found.items()}
-    table, tables = answer_table(committed), answer_overview(committed)
+    tables = answer_overview(committed)
     cells = [cell for of in tables for cell in [of.heading, *of.table.to_numpy().ravel()]]
     first = [PUBLISHED_STANDING, *sum(answer_lead(committed), ()), *cells]
     for cell in [*first, answer_caption(found)]:
         assert cell in readme, cell
-    for cell in [
-        *cells,
-        *table.to_numpy().ravel(),
-        *answer_sentences(committed),
-    ]:
+    for cell in [*cells, *answer_sentences(committed)]:
         assert cell in index, cell
-    assert len(readme.splitlines()) < 220
+    assert len(readme.splitlines()) < 240
     places = [readme.index(text) for text in (*first[:2], "make reports", cells[0])]
     assert places == sorted(places) and places[-1] < readme.index("## The tut")
 
@@ -865,27 +848,31 @@ def test_the_twin_comes_first_and_the_tuned_base_stands_beside_it():
         ("atm", "standard"): TUNED,
         ("jumprelu+atm", "jumprelu"): TWIN,
     }
-    answer = answer_table({"Planted world": evidence}).answer[0]
-    assert answer == (
-        "Minus its twin: ReLU + L1 and JumpReLU: lower. Minus the base tuned by itself: ReLU + L1: "
-        "higher"
-    )
+    twins, tuned = brief({"Planted world": evidence}).items()
+    assert twins[0].endswith("minus its twin") and tuned[0].endswith("the base tuned by itself")
+    assert [*twins[1].columns] == ["ReLU + L1", "JumpReLU"] and [*tuned[1]] == ["ReLU + L1"]
+    assert {*twins[1].loc["Raw absorption"].str[:10]} == {"**lower** "}
+    assert tuned[1].loc["Raw absorption"].item().startswith("**higher** 0.0500 ± ")
+    assert not any("Agreement" in name for name in tuned[1].index)
     first, second, *_ = verdict_sentences(evidence)
     assert first.startswith("**Planted world**, absorption of base with the mask minus its twin")
-    assert "less on ReLU + L1 and JumpReLU by raw" in first
+    assert "lower on ReLU + L1 and JumpReLU by raw" in first
     assert "For JumpReLU the twin and the base tuned by itself are the same SAE" in first
-    assert second.startswith("**Planted world, base tuned by itself**") and "more on ReLU" in second
-    table = mask_table(evidence).set_index(["base", "minus"])[RAW.heading]
-    assert table["ReLU + L1", "twin"].startswith("**less** -0.1000 ± ")
-    assert table["ReLU + L1", "base tuned by itself (learning rate × 2)"].startswith(
-        "**more** 0.0500 ± "
+    assert (
+        second.startswith("**Planted world, base tuned by itself**") and "higher on ReLU" in second
     )
-    assert table["JumpReLU", "twin"].startswith("**less** -0.2000 ± ")
+    table = mask_table(evidence).set_index(["base", "minus"])[RAW.heading]
+    assert table["ReLU + L1", "twin"].startswith("**lower** -0.1000 ± ")
+    assert table["ReLU + L1", "base tuned by itself (learning rate × 2)"].startswith(
+        "**higher** 0.0500 ± "
+    )
+    assert table["JumpReLU", "twin"].startswith("**lower** -0.2000 ± ")
 
 
 def test_a_twin_that_was_not_run_is_named():
     evidence = small(planted={m: TWINS[m] for m in ("atm", "standard")}, tuned=FASTER)
-    assert answer_table({"Planted world": evidence}).answer[0].startswith("Minus the base tuned")
+    (heading,) = brief({"Planted world": evidence})
+    assert heading.endswith("base with ATM minus the base tuned by itself")
     assert twin_note(evidence, "planted") == "No twin was run for ReLU + L1."
     assert verdict_sentences(evidence)[0].endswith("L0 4, 8). No twin was run for ReLU + L1.")
 
@@ -903,7 +890,7 @@ def test_the_effects_of_the_mask_are_computed_once(monkeypatch):
     calls = []
     monkeypatch.setattr(verdict, "compare_pairs", lambda *a: calls.append(a) or compare_pairs(*a))
     evidence = {"Planted world": small(planted=TWINS, tuned=FASTER)}
-    answer_table(evidence), answer_sentences(evidence), answer_lines(evidence)
+    answer_overview(evidence), answer_sentences(evidence), answer_lines(evidence)
     assert len(calls) == 4  # the mask, the controls, and each of two L0s left out
 
 
@@ -918,22 +905,25 @@ CONTROLLED = {
 
 def test_atm_is_compared_with_each_control():
     evidence = small(planted=CONTROLLED, letters=CONTROLLED)
-    row = answer_table({"Planted world": evidence.of_world(planted=True)}).iloc[1]
-    assert row.answer == (
-        "Planted world: minus dropout of the same share of latents, ReLU + L1: lower; minus "
-        "dropout of the same share of activity and ATM's probabilities shuffled among the latents, "
-        "ReLU + L1: the measures disagree"
+    _, importance = answer_lead({"Planted world": evidence.of_world(planted=True)})
+    assert importance.limits == (
+        "The controls hide latents without regard to their importance. In the planted world (5 "
+        "seeds), compared with dropout of latents, ATM lowers both measures of absorption on "
+        "ReLU + L1. Compared with dropout of activity, ATM lowers only absorption beyond misses on "
+        "ReLU + L1; it raises raw absorption on ReLU + L1. Compared with shuffled probabilities, "
+        "ATM lowers only raw absorption on ReLU + L1; it raises absorption beyond misses on "
+        "ReLU + L1. Explained variance: no difference is shown to any control."
     )
     said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
     assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
     assert (
-        "in the planted world (L0 4, 8), on ReLU + L1 the measures disagree: more by raw"
+        "in the planted world (L0 4, 8), on ReLU + L1 the measures disagree: higher by raw"
     ) in said
     table = control_table(evidence)
     assert (
         table.shape == (3, 7)
         and {*table.L0} == {"4, 8"}
-        and table[RAW.heading][0].startswith("**less** -0.2000 ± ")
+        and table[RAW.heading][0].startswith("**lower** -0.2000 ± ")
     )
     assert control_table(small(planted=TWINS)).empty
 
@@ -963,19 +953,21 @@ def test_the_share_of_the_shuffled_control_by_hand():
 
 
 @pytest.mark.parametrize(
-    "jumprelu, word, words",
+    "jumprelu, word, side",
     [
-        ((0.2, 0.2), "reproduced", "ATM minus JumpReLU: lower; JumpReLU minus TopK: lower"),
-        ((0.2, 0.1), "not shown", "the measures disagree (lower in full score only)"),
-        ((0.05, 0.05), "contradicted", "ATM minus JumpReLU: higher; JumpReLU minus TopK: lower"),
+        ((0.2, 0.2), "reproduced", "**lower** -0.1"),
+        ((0.2, 0.1), "not shown", "**lower** -0.1"),
+        ((0.05, 0.05), "contradicted", "**higher** 0.05"),
     ],
 )
-def test_the_published_order_at_equal_l0(jumprelu, word, words):
+def test_the_published_order_at_equal_l0(jumprelu, word, side):
     methods = {"atm": (0.1, 0.1), "jumprelu": jumprelu, "topk": (0.3, 0.3)}
     evidence = small(letters=methods, largest_l0=41)
-    answer = answer_table({"Language model": evidence}).answer.iloc[-1]
-    assert f"At equal L0: {word}. " in answer and words in answer
+    answer = answer_lead({"Language model": evidence})[-1].limits
+    assert answer.startswith(f"At equal L0, ATM < JumpReLU < TopK is {word}. It cannot be checked")
     assert "JumpReLU is 2666, the largest L0 here is 41" in answer
+    table = brief({"Language model": evidence}).popitem()[1]
+    assert table.loc["ATM minus JumpReLU", "Full score"].startswith(side)
     said = verdict_sentences(evidence)[-1]
     assert said.startswith("**The published order** (ATM < JumpReLU < TopK): At the published L0s:")
     assert f"At equal L0: {word}." in said
@@ -997,7 +989,7 @@ def test_the_published_l0s_are_compared_where_saes_were_trained_there():
     evidence = replace(evidence, at_published=there, largest_l0=2700.0)
     assert unavailable_order(evidence) == "the L0 of ATM was not published"
     said = verdict_sentences(evidence)[-1]
-    assert "At the published L0s: JumpReLU: less than TopK by the full score and by" in said
+    assert "At the published L0s: JumpReLU: lower than TopK by the full score and by" in said
 
 
 def test_the_published_l0s_are_those_of_the_manifest():
@@ -1019,7 +1011,7 @@ def test_the_best_attempt_and_ortsae_are_compared_with_atm_in_one_family():
         halves.append((line.high - line.low) / 2)
     assert halves[1] >= halves[0] > 0
     (said,) = [s for s in verdict_sentences(both) if s.startswith("**The best attempt**")]
-    assert "minus other SAEs: in the planted world, less than OrtSAE by raw absorption" in said
+    assert "minus other SAEs: in the planted world, lower than OrtSAE by raw absorption" in said
     assert "OrtSAE" in {*rival_table(alone).minus}
 
 
@@ -1075,10 +1067,7 @@ def test_bases_that_are_their_own_twins_are_compared_once():
     assert list(table.minus) == ["twin"] * 5 and "tuned" not in mask_caption(evidence)
     said = verdict_sentences(evidence)
     assert not any("minus the base tuned by itself" in sentence for sentence in said)
-    row = answer_table({"Language model": evidence}).iloc[0]
-    assert row.answer == (
-        "Minus its twin: all 5 bases: lower. By SAEBench's protocol: all 5 bases: lower"
-    )
+    assert not any("tuned" in heading for heading in brief({"Language model": evidence}))
     assert lead({"Language model": evidence}).startswith(
         "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on all "
     )
@@ -1093,7 +1082,9 @@ def test_each_pair_has_its_own_number_of_seeds():
     some = evidence.letters.query("method != 'topk' or seed < 3")
     table = mask_table(replace(evidence, letters=some)).set_index("base")
     assert table.loc["TopK", FULL_SCORE.heading].endswith("(3/3)")
-    assert answer_table({"Language model": evidence}).seeds[0] == "3 to 5"
+    assert next(iter(brief({"Language model": evidence}))).startswith(
+        "Language model (3 to 5 seeds"
+    )
 
 
 def test_the_seeds_of_agreement_are_not_those_of_absorption():
@@ -1118,12 +1109,11 @@ def test_protocols_that_do_not_show_the_same_are_named():
     evidence = language_model(**{full: {"topk+atm": 0.3}, fraction: {"topk+atm": 0.3}})
     assert protocols_differ(evidence) == ["topk"]
     assert protocol_sentence(evidence).endswith(
-        "more on TopK by SAEBench's full score and by SAEBench's fraction score. "
+        "higher on TopK by SAEBench's full score and by SAEBench's fraction score. "
         "The exact protocol shows something else on TopK."
     )
-    assert "by SAEBench's protocol it is higher on TopK;" in lead({"Language model": evidence})
-    answer = answer_table({"Language model": evidence}).answer[0]
-    assert answer.endswith("and JumpReLU: lower; TopK: higher")
+    said = lead({"Language model": evidence})
+    assert "on all 5 bases; by SAEBench's protocol, absorption is higher on TopK;" in said
     without = replace(evidence, letters=evidence.letters.drop(columns=[full, fraction]))
     assert protocol_sentence(without) == "" and protocols_differ(without) == []
 
@@ -1133,11 +1123,8 @@ def test_the_published_order_is_judged_by_both_protocols():
     lower = {full: {"jumprelu": -0.05, "atm": -0.2}, fraction: {"jumprelu": -0.05, "atm": -0.2}}
     evidence = replace(language_model(**lower), largest_l0=41.0)
     assert "By SAEBench's protocol, at equal L0: reproduced." in verdict_sentences(evidence)[-1]
-    assert (
-        answer_table({"Language model": evidence})
-        .answer.iloc[-1]
-        .endswith("By SAEBench's protocol: reproduced")
-    )
+    said = answer_lead({"Language model": evidence})[-1].limits
+    assert "is not shown; by SAEBench's protocol it is reproduced." in said
 
 
 def test_the_floor_is_given_by_each_score():
@@ -1147,19 +1134,18 @@ def test_the_floor_is_given_by_each_score():
     assert floor_sentence(small(planted=TWINS)) == ""
 
 
-def test_side_effects_have_a_sentence_a_row_and_a_table():
+def test_side_effects_have_a_sentence_and_rows():
     masked = ["atm", "topk+atm", "batchtopk+atm", "jumprelu+atm", "matryoshka+atm"]
     evidence = language_model(letter_f1=dict.fromkeys(masked, -0.1), dead_share={"atm": 0.1})
     (said,) = [s for s in verdict_sentences(evidence) if s.startswith("**Side effects**")]
-    assert "less on ReLU + L1, TopK, BatchTopK, Matryoshka and JumpReLU by the letter F1" in said
-    assert "more on ReLU + L1 by the share of dead latents" in said
-    table = answer_table({"Language model": evidence}).set_index("question")
-    answer = table.answer["What else does it change?"]
-    assert answer.startswith(
-        "Language model: Letter F1, all 5 bases: lower. Share of dead latents,"
-    )
+    assert "lower on ReLU + L1, TopK, BatchTopK, Matryoshka and JumpReLU by the letter F1" in said
+    assert "higher on ReLU + L1 by the share of dead latents" in said
+    table = next(iter(brief({"Language model": evidence}).values()))
+    assert {*table.loc["Letter F1"].str[:10]} == {"**lower** "}
+    dead = table.loc["Share of dead latents"].str.startswith("**higher** ")
+    assert [*dead[dead].index] == ["ReLU + L1"]
     table = mask_table(evidence, SIDE_EFFECTS["Language model"]).set_index("base")
-    assert table.loc["TopK", "model: letter F1"].startswith("**less** -0.1")
+    assert table.loc["TopK", "model: letter F1"].startswith("**lower** -0.1")
     assert not any("Side effects" in sentence for sentence in verdict_sentences(language_model()))
 
 
@@ -1183,12 +1169,6 @@ def side_by_side(evidence):
     return {"Planted world": planted, "Language model": letters}
 
 
-def stability(table):
-    "The row on stability."
-    (row,) = table[table.question.str.startswith("Do two seeds agree more?")].values.tolist()
-    return row[1:]
-
-
 def agreement(evidence):
     "The rows on agreement between seeds of the two worlds, the only base of each."
     tables = list(brief(side_by_side(evidence)).values())[:2]
@@ -1204,24 +1184,17 @@ def test_agreement_is_compared_with_the_twin_in_both_worlds():
     frequent = "Agreement over the most frequent, random dictionaries 0.30"
     assert planted[frequent].startswith("**higher** 0.2000 ± ")
     assert model[f"{name} 0.10"].startswith("**lower** -0.1000 ± ")
-    answer, difference, subtracted, seeds = stability(answer_table(side_by_side(evidence)))
-    assert "Planted world: ReLU + L1: higher; two random dictionaries agree by 0.20" in answer
-    assert "Language model: TopK: lower; two random dictionaries agree by 0.10" in answer
-    assert "Language model: over all latents -0.100 (± " in difference
-    assert subtracted.endswith(
-        "Language model: over all latents 0.400; one to one 0.400; over the most frequent 0.400"
-    )
     assert (
         "L0 4 to 8 in the planted world and L0 4 to 8 on the language model"
         in (answer_sentences(side_by_side(evidence))[-1])
     )
     (said,) = [s for s in verdict_sentences(evidence) if s.startswith("**Stability**")]
     measures = "over all latents and one to one and over the most frequent"
-    assert f"In the planted world, more on ReLU + L1 {measures}" in said
-    assert f"On the language model, less on TopK {measures}" in said
+    assert f"In the planted world, higher on ReLU + L1 {measures}" in said
+    assert f"On the language model, lower on TopK {measures}" in said
     table = mask_table(evidence).set_index(["base", "minus"])
-    assert table.loc[("ReLU + L1", "twin"), "planted: agreement"].startswith("**more** 0.1000")
-    assert table.loc[("TopK", "twin"), "model: agreement"].startswith("**less** -0.1000")
+    assert table.loc[("ReLU + L1", "twin"), "planted: agreement"].startswith("**higher** 0.1000")
+    assert table.loc[("TopK", "twin"), "model: agreement"].startswith("**lower** -0.1000")
     assert "over L0 4 to 8 (planted world) and L0 4 to 8 (language" in mask_caption(evidence)
 
 
@@ -1247,13 +1220,9 @@ def test_stability_has_a_row_where_it_was_not_measured(seeds):
     "The jackknife needs three seeds."
     evidence = replace(two_worlds({}), agreement=agree_rows(AGREE, seeds=seeds))
     assert [list(rows) for rows in agreement(evidence)] == [["not measured"]] * 2
-    assert stability(answer_table(side_by_side(evidence))) == ["not measured", "–", "–", "–"]
     assert "Stability" not in " ".join(verdict_sentences(evidence))
     evidence = two_worlds({"planted": AGREE["planted"]})
     assert list(agreement(evidence)[1]) == ["not measured"]
-    assert stability(answer_table(side_by_side(evidence)))[0].endswith(
-        ". Language model: not measured"
-    )
 
 
 def test_agreement_has_the_intervals_of_the_jackknife_over_the_common_l0s():
@@ -1305,14 +1274,14 @@ def test_a_result_that_rests_on_one_l0_is_named():
     evidence = replace(small(planted={}), planted=rows)
     (said,) = left_out_sentences(evidence)
     assert said.startswith("**Planted world, one L0 left out** of the mean")
-    assert "without L0 4, more on TopK, less on JumpReLU by raw absorption" in said
+    assert "without L0 4, higher on TopK, lower on JumpReLU by raw absorption" in said
     assert lead({"Planted world": evidence}).endswith(
         "Without L0 4, the mean raw absorption is lower on JumpReLU and higher on TopK and the "
         "mean absorption beyond misses is lower on JumpReLU and higher on TopK."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]
-    assert "without L0 4, more on TopK" in left_out_sentences(two)[0]
+    assert "without L0 4, higher on TopK" in left_out_sentences(two)[0]
     one = replace(evidence, planted=rows[at_4])
     assert left_out_sentences(one) == [] and one.left_out == {}
     assert left_out_sentences(small(planted=TWINS)) == []
@@ -1328,9 +1297,10 @@ def test_the_miss_rate_stands_beside_absorption_beyond_misses():
     said = misses_sentence(evidence)
     assert "the mask changes the miss rate by: BatchTopK 0.100 ± " in said
     for table in (mask_table(evidence), mask_table(evidence, [MISSES])):
-        assert table[MISSES.heading][0].startswith("**more** 0.100")
-    table = answer_table({"Planted world": evidence})
-    assert "; miss rate 0.100 (" in table.iloc[0, 2] and "; miss rate 0.100" in table.iloc[0, 3]
+        assert table[MISSES.heading][0].startswith("**higher** 0.100")
+    table = next(iter(brief({"Planted world": evidence}).values()))
+    assert table.loc["Miss rate", "BatchTopK"].startswith("**higher** 0.100")
+    assert table.loc["Miss rate", "BatchTopK"].endswith(" (0.100)")
     assert "Planted: miss rate" in {*answer_lines({"Planted world": evidence}).panel}
     assert misses_sentence(small(planted=TWINS)) == ""
 
@@ -1368,7 +1338,9 @@ def test_what_stands_at_equal_explained_variance_and_which_l0_it_needs():
     evidence = replace(small(planted=TWINS), curves={"planted": curves})
     ninety, *more = explained_sentences(evidence)
     assert ninety.startswith("**Planted world, at 90% explained variance** (not at equal L0)")
-    words = "on ReLU + L1 the measures disagree: less by raw absorption, more by absorption beyond"
+    words = (
+        "on ReLU + L1 the measures disagree: lower by raw absorption, higher by absorption beyond"
+    )
     assert words in ninety and ninety.endswith("twin: ReLU + L1 8 and 4.")
     assert more == []  # the mask does not reach 95%
     found = answer_lead({"Planted world": evidence})[0].limits
@@ -1380,7 +1352,7 @@ def test_the_saes_beside_the_controls_are_a_second_training():
     letters = {m: (one + 0.1, other + 0.1) for m, (one, other) in CONTROLLED.items()}
     said = repetition_sentence(small(letters=letters, controls=CONTROLLED))
     assert said.startswith("**Language model, trained again** (the SAEs beside the controls)")
-    assert "less on ReLU + L1 by the full score and by the fraction score" in said
+    assert "lower on ReLU + L1 by the full score and by the fraction score" in said
     assert "(n = 5 seeds; L0 4, 8)" in said and "By the full score: ReLU + L1 -0.1000 ± " in said
     assert repetition_sentence(small(letters=letters, controls={})) == ""
     assert repetition_sentence(small(planted=CONTROLLED)) == ""

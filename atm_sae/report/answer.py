@@ -4,19 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    "QUESTIONS",
-    "IMPORTANCE_QUESTION",
-    "PRICE_QUESTION",
-    "STABILITY_QUESTION",
-    "SIDE_QUESTION",
-    "ORDER_QUESTION",
     "OTHERS",
     "NOT_SHOWN",
+    "DISAGREE",
+    "OVERVIEW_CAPTION",
     "LABELS",
     "MARKERS",
     "WorldEvidence",
     "read_answer",
-    "answer_table",
     "AnswerTable",
     "answer_overview",
     "l0_lines",
@@ -33,6 +28,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/report/answer.ipynb #cell-3
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from ..methods import get_method, method_name, with_mask
-from ..stats import claim_verdict, format_margin, format_number, t_interval
+from ..stats import claim_verdict, format_margin, t_interval
 from .figures import FEW, plot_effects, save_figure, set_style
 from atm_sae.report.verdict import (
     ABLATION_RATE,
@@ -68,6 +64,7 @@ from atm_sae.report.verdict import (
     Evidence,
     Measure,
     against,
+    base_of,
     effect_lines,
     effect_side,
     explained_sentences,
@@ -86,6 +83,7 @@ from atm_sae.report.verdict import (
     rows_of,
     seed_differences,
     shuffled_sentences,
+    sides_without,
     twin_note,
     unavailable_order,
 )
@@ -120,57 +118,21 @@ def read_answer(
 
 
 # %% ../../nbs/report/answer.ipynb #cell-8
-QUESTIONS = {
-    "Planted world": "Does the mask lower absorption in the planted world?",
-    "Language model": "Does it lower absorption on a real language model?",
-}
-IMPORTANCE_QUESTION = "Is it the importance? Base with ATM minus each control"
-PRICE_QUESTION = "What does it cost in explained variance?"
-STABILITY_QUESTION = "Do two seeds agree more? Base with ATM minus its twin"
-SIDE_QUESTION = "What else does it change?"
-ORDER_QUESTION = f"Is the published order reproduced? {published_order()}"
 OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
-_LOWER = {"less": "lower", "more": "higher"}
-NOT_SHOWN = "no difference shown"
-
-
-_ALIKE = [measure.short for measures in ALIKE.values() for measure in measures]
-
-
-def _finding(
-    sides: Mapping[str, str],  # {name of a measure: its side}
-) -> str:
-    "What the measures show of one base together."
-    shown = [name for name, side in sides.items() if side != "none"]
-    words = {_LOWER[sides[name]] for name in shown}
-    if not shown:
-        return NOT_SHOWN
-    if len(words) > 1:
-        return "the measures disagree"
-    word = words.pop()
-    if len(shown) == len(sides):
-        return word
-    names = " and ".join(shown)
-    if shown[0] in _ALIKE:  # agreement between seeds
-        return f"{word} {names} only"
-    only = f"{word} in {names} only"
-    return only if RAW.short in sides else f"the measures disagree ({only})"
+NOT_SHOWN = "no difference is shown"
+DISAGREE = "the measures disagree"
+_SIDES = ("lower", "higher")
 
 
 @dataclass(frozen=True)
 class _Part:
-    "What one measure shows of all bases; with `sign` -1, of one minus the metric."
+    "What one measure shows of all pairs; with `sign` -1, of one minus the metric."
 
     name: str
     lines: Mapping[tuple[str, str], Any]  # {(a, b): line of a table of effects}
     read: pd.DataFrame  # `equal_l0_rows` of its world
     metric: str
     sign: int = 1
-
-    @property
-    def half(self) -> float:
-        "Half of the widest interval."
-        return max((line.high - line.low) / 2 for line in self.lines.values())
 
     def level(self, pair: tuple[str, str]) -> float:
         "The value that is subtracted, where the difference was read."
@@ -179,22 +141,9 @@ class _Part:
         value = of[self.metric][of.seed.isin(there.columns)].mean()
         return value if self.sign > 0 else 1 - value
 
-    @property
-    def levels(self) -> list[float]:
-        "The values that are subtracted, in ascending order."
-        return sorted(map(self.level, self.lines))
-
-    def span(self) -> str:
-        "The smallest and the largest difference, and half of the widest interval."
-        means = [line.mean for line in self.lines.values()]
-        ends = dict.fromkeys(f"{mean:.3f}" for mean in (min(means), max(means)))
-        about = f"± {format_number(self.half, 2)}{' or less' if len(means) > 1 else ''}"
-        return f"{self.name} {' to '.join(ends)} ({about})".strip()
-
-    def scale(self) -> str:
-        "The smallest and the largest value that is subtracted."
-        ends = dict.fromkeys(f"{value:.3f}" for value in (self.levels[0], self.levels[-1]))
-        return f"{self.name} {' to '.join(ends)}".strip()
+    def with_side(self, side: str) -> list[str]:
+        "The bases whose pairs have this side."
+        return [base_of(pair) for pair, line in self.lines.items() if effect_side(line) == side]
 
     def sides(self) -> dict[float, dict[str, list[str]]]:
         "{L0: {side: bases}}, what each L0 shows by its own interval; not corrected."
@@ -203,7 +152,7 @@ class _Part:
             differences = self.sign * seed_differences(self.read, *pair, self.metric)
             for l0, values in differences.iterrows():
                 side = SIDES[claim_verdict(t_interval(values)[:3])]
-                found.setdefault(float(str(l0)), {}).setdefault(side, []).append(_base(pair))
+                found.setdefault(float(str(l0)), {}).setdefault(side, []).append(base_of(pair))
         return dict(sorted(found.items()))
 
     def by_l0(self) -> str:
@@ -215,7 +164,7 @@ class _Part:
         total, by_l0 = len(self.lines), self.sides()
         shown = {
             side: [f"{l0:g}" for l0, of in by_l0.items() if len(of.get(side, ())) == total]
-            for side in _LOWER
+            for side in _SIDES
         }
         if not all(shown.values()):
             return ""
@@ -232,11 +181,11 @@ def _on(
     "The bases of each side in words."
     total = sum(map(len, sides.values()))
     words = []
-    for side, word in _LOWER.items():
+    for side in _SIDES:
         bases = sides.get(side, [])
         if bases:
             names = f"all {total}" if len(bases) == total > 1 else name_methods(bases)
-            words.append(f"{word} on {names}")
+            words.append(f"{side} on {names}")
     if words:
         return ", ".join(words)
     if total > 1:
@@ -244,28 +193,13 @@ def _on(
     return f"no difference shown on {name_methods(sides['none'])}, the only one compared there"
 
 
-def _base(
-    pair: tuple[str, str],  # (masked form, what is subtracted)
-) -> str:
-    "The base of the masked form of a pair."
-    return get_method(pair[0]).architecture
-
-
-def _by_finding(parts: Sequence[_Part]) -> dict[str, list[str]]:
-    "{what the measures show: bases}."
-    groups: dict[str, list[str]] = {}
+def _by_sides(parts: Sequence[_Part]) -> dict[tuple[str, ...], list[str]]:
+    "{a side for each measure: bases}."
+    groups: dict[tuple[str, ...], list[str]] = {}
     for pair in parts[0].lines:
-        finding = _finding({part.name: effect_side(part.lines[pair]) for part in parts})
-        groups.setdefault(finding, []).append(_base(pair))
+        sides = tuple(effect_side(part.lines[pair]) for part in parts)
+        groups.setdefault(sides, []).append(base_of(pair))
     return groups
-
-
-def _findings(parts: Sequence[_Part]) -> str:
-    "The bases, grouped by what the measures show of them."
-    groups = _by_finding(parts)
-    if len(groups) == 1 and len(parts[0].lines) > 2:
-        return f"all {len(parts[0].lines)} bases: {next(iter(groups))}"
-    return "; ".join(f"{name_methods(bases)}: {finding}" for finding, bases in groups.items())
 
 
 def _parts(
@@ -289,7 +223,7 @@ def _absorption_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> 
     return _parts(effects, evidence, {measure.short: measure for measure in WORLDS[world]})
 
 
-_OTHERS = {  # {what shows it: measures}; shown, not counted
+_OTHERS = {  # {what shows it: measures}
     "the miss rate": (MISSES,),
     "the ablation rate": (ABLATION_RATE,),
     "SAEBench's protocol": SAEBENCH,
@@ -313,11 +247,6 @@ def _all_parts(beside: Mapping[str, Sequence[_Part]]) -> list[_Part]:
     return [part for parts in beside.values() for part in parts]
 
 
-def _beside_words(beside: Mapping[str, Sequence[_Part]]) -> str:
-    "What they show, a sentence for each."
-    return "".join(f". By {name}: {_findings(parts)}" for name, parts in beside.items())
-
-
 def _by_kind(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
     "Absorption of base with the mask minus its twin, and minus the tuned base: those measured."
     effects = evidence.mask_effects
@@ -327,10 +256,18 @@ def _by_kind(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
     return {kind: parts for kind, parts in found.items() if parts}
 
 
-def _price_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
+def _first_kind(world: str, evidence: Evidence) -> tuple[str, list[_Part]]:
+    "`_by_kind` minus the twin, or minus the tuned base if no twin was run; no parts without both."
+    return next(iter(_by_kind(world, evidence).items()), (TWIN, []))
+
+
+def _price_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
     "Explained variance in one world."
     measure = PLANTED_FVU if world == "Planted world" else MODEL_FVU
-    return _parts(against(evidence.mask_effects, kind), evidence, {"": measure}, sign=-1)
+    return _parts(effects, evidence, {_PRICE: measure}, sign=-1)
+
+
+_PRICE = "explained variance"
 
 
 def _capital(words: str) -> str:
@@ -344,193 +281,9 @@ def _seeds(parts: Sequence[_Part]) -> str:
     return " to ".join(dict.fromkeys(f"{n:g}" for n in (min(numbers), max(numbers))))
 
 
-_COLUMNS = ("answer", "difference (lowest to highest)", "value subtracted", "seeds")
-
-
-def _cells(
-    parts: Sequence[_Part],
-    answer: str,
-    beside: Sequence[_Part] = (),  # of `_beside`
-) -> dict[str, str]:
-    "The cells of one world."
-    spans = "; ".join(part.span() for part in [*parts, *beside])
-    scales = "; ".join(part.scale() for part in [*parts, *beside])
-    return dict(zip(_COLUMNS, (answer, spans, scales, _seeds(parts))))
-
-
-def _too_few(parts: Sequence[_Part]) -> str:
-    "Says that the intervals are wider than the scores, if they are and show nothing."
-    sides = {effect_side(line) for part in parts for line in part.lines.values()}
-    wide = all(part.half > part.levels[-1] for part in parts)
-    return ". Too few seeds: the widest intervals exceed the scores" * (sides == {"none"} and wide)
-
-
-def _absorbed(world: str, evidence: Evidence) -> dict[str, str]:
-    "The row on absorption in one world; empty if it was not measured."
-    found = _by_kind(world, evidence)
-    if not found:
-        return {}
-    said = {kind: _findings(parts) + _too_few(parts) for kind, parts in found.items()}
-    answer = ". ".join(f"Minus {OTHERS[kind]}: {words}" for kind, words in said.items())
-    bases = evidence.no_mask(WORLD_KEYS[world])
-    answer += f". {name_methods(bases)}: tuning chose no mask" if bases else ""
-    kind, parts = next(iter(found.items()))
-    beside = _beside(world, evidence, against(evidence.mask_effects, kind))
-    answer += _beside_words(beside)
-    return {"question": QUESTIONS[world]} | _cells(parts, answer, _all_parts(beside))
-
-
-def _joined(question: str, found: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    "One row for all worlds, {world: cells}; empty if none has cells."
-    cells = {world.lower(): of for world, of in found.items() if of}
-    if not cells:
-        return {}
-    joined = {
-        column: ". ".join(f"{world.capitalize()}: {of[column]}" for world, of in cells.items())
-        for column in next(iter(cells.values()))
-    }
-    missing = [world.lower() for world in found if world.lower() not in cells]
-    if missing:
-        joined["answer"] += f". {' and '.join(missing).capitalize()}: not measured"
-    return {"question": question} | joined
-
-
-def _price(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on explained variance in all worlds; empty if it was not measured."
-    cells: dict[str, dict[str, str]] = {}
-    for world, of in evidence.items():
-        found = {kind: _price_parts(world, of, kind) for kind in (TWIN, TUNED)}
-        shown = {kind: parts for kind, parts in found.items() if parts}
-        parts = next(iter(shown.values()), [])
-        minus = "" if TWIN in shown else f"minus {OTHERS[TUNED]}: "
-        cells[world] = _cells(parts, minus + _findings(parts)) if parts else {}
-    return _joined(PRICE_QUESTION, cells)
-
-
-def _stability_parts(world: str, evidence: Evidence) -> list[_Part]:
-    "Agreement between seeds in one world, minus the twin; empty if it was not measured."
-    effects = against(evidence.mask_effects, TWIN)
-    rows = rows_of(evidence.agreement, ALIKE[world][0].planted)
-    parts = [_Part(m.short, effect_lines(effects, m), rows, m.metric) for m in ALIKE[world]]
-    return parts if all(part.lines for part in parts) else []
-
-
-def _stability(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on agreement between seeds. It is there also where it was not measured."
-    cells: dict[str, dict[str, str]] = {}
-    for world, of in evidence.items():
-        parts = _stability_parts(world, of)
-        answer = f"{_findings(parts)}; {random_agreement(of, world)}" if parts else ""
-        cells[world] = _cells(parts, answer) if parts else {}
-    row = _joined(STABILITY_QUESTION, cells)
-    if row or not evidence:
-        return row
-    return (
-        {"question": STABILITY_QUESTION} | dict.fromkeys(_COLUMNS, "–") | {"answer": "not measured"}
-    )
-
-
-def _side_effects(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on recovered features and dead latents, minus the twin; empty if not measured."
-    cells: dict[str, dict[str, str]] = {}
-    for world, of in evidence.items():
-        effects = against(of.mask_effects, TWIN)
-        found = [_parts(effects, of, {m.short: m}) for m in SIDE_EFFECTS[world]]
-        parts = [part for each in found for part in each]
-        words = ". ".join(f"{_capital(part.name)}, {_findings([part])}" for part in parts)
-        cells[world] = _cells(parts, words) if parts else {}
-    return _joined(SIDE_QUESTION, cells)
-
-
-def _importance_cells(world: str, evidence: Evidence) -> dict[str, str]:
-    "Each masked form against each control that was run in one world; empty if none was."
-    effects, beside_controls = evidence.control_effects, evidence.beside_controls
-    parts = _absorption_parts(world, beside_controls, effects)
-    if not parts:
-        return {}
-    beside = _all_parts(_beside(world, beside_controls, effects))
-    return _cells(parts, _controls_in_words(world, evidence), beside)
-
-
-def _controls_in_words(world: str, evidence: Evidence) -> str:
-    "What the measures of one world show of the masked forms minus their controls."
-    parts = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
-    others = _control_others(world, evidence)
-    return _by_control(parts) + "".join(f". By {n}: {_by_control(of)}" for n, of in others.items())
-
-
-def _control_others(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
-    "The measures beside absorption of the masked forms minus their controls, those measured."
-    effects, of = evidence.control_effects, evidence.beside_controls
-    f1 = _parts(effects, of, {_F1[world].short: _F1[world]})
-    return _beside(world, of, effects) | ({"the F1 of the best latent": f1} if f1 else {})
-
-
-def _by_control(parts: Sequence[_Part]) -> str:
-    "What measures show of the masked forms minus each control; controls that agree, together."
-    groups: dict[str, list[str]] = {}
-    for mask, label in CONTROLS.items():
-        of = [replace(part, lines=_of_mask(part.lines, mask)) for part in parts]
-        if of[0].lines:
-            groups.setdefault(_findings(of), []).append(label)
-    if len(groups) == 1:
-        (words,) = groups
-        return f"minus each control, {words}"
-    said = [f"minus {' and '.join(labels)}, {words}" for words, labels in groups.items()]
-    return "; ".join(said)
-
-
-def _of_mask(lines: Mapping[tuple[str, str], Any], mask: str) -> dict[tuple[str, str], Any]:
-    "The lines whose second method has a mask."
-    return {pair: line for pair, line in lines.items() if get_method(pair[1]).mask == mask}
-
-
-def _order(evidence: Mapping[str, Evidence]) -> dict[str, str]:
-    "The row on the published order; empty if it was not measured."
-    if "Language model" not in evidence:
-        return {}
-    of = evidence["Language model"]
-    parts = _absorption_parts("Language model", of, of.order_effects)
-    if not parts:
-        return {}
-    pairs = []
-    for a, b in parts[0].lines:
-        finding = _finding({part.name: effect_side(part.lines[a, b]) for part in parts})
-        pairs.append(f"{method_name(a)} minus {method_name(b)}: {finding}")
-    missing = unavailable_order(of)
-    first = f"At the published L0s: not available ({missing}). " if missing else ""
-    answer = f"{first}At equal L0: {order_verdict(of.order_effects)}. {'; '.join(pairs)}"
-    beside = _beside("Language model", of, of.order_effects)
-    if "SAEBench's protocol" in beside:
-        answer += f". By SAEBench's protocol: {order_verdict(of.order_effects, SAEBENCH)}"
-    return {"question": ORDER_QUESTION} | _cells(parts, answer, _all_parts(beside))
-
-
-def answer_table(
-    evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
-) -> pd.DataFrame:
-    """A row for each question, those that were measured, and always one on stability.
-
-    They are: the mask in each world, the importance, the price, the stability, the side effects,
-    the published order."""
-    importance = {world: _importance_cells(world, of) for world, of in evidence.items()}
-    rows = [
-        *(_absorbed(world, of) for world, of in evidence.items()),
-        _joined(IMPORTANCE_QUESTION, importance),
-        _price(evidence),
-        _stability(evidence),
-        _side_effects(evidence),
-        _order(evidence),
-    ]
-    return pd.DataFrame([row for row in rows if row])
-
-
 # %% ../../nbs/report/answer.ipynb #cell-10
-_PRICE = "explained variance"
-
-
 class AnswerTable(NamedTuple):
-    "A table of the answer in brief."
+    "A table of the answer."
 
     heading: str
     table: pd.DataFrame
@@ -539,7 +292,7 @@ class AnswerTable(NamedTuple):
 def _cell(line: Any) -> str:
     "The side in bold if there is one, then mean ± half of the corrected interval."
     side = effect_side(line)
-    bold = f"**{_LOWER[side]}** " if side in _LOWER else ""
+    bold = f"**{side}** " if side in _SIDES else ""
     return f"{bold}{format_margin(line.mean, (line.high - line.low) / 2)}"
 
 
@@ -558,28 +311,29 @@ def _named(parts: Iterable[_Part], usual: str) -> dict[str, _Part]:
 
 
 def _alike_parts(world: str, evidence: Evidence) -> list[_Part]:
-    "Agreement between seeds, named with that of two random dictionaries."
+    """Agreement between seeds minus the twin, named with that of two random dictionaries.
+
+    Empty if it was not measured."""
+    effects = against(evidence.mask_effects, TWIN)
     rows = rows_of(evidence.agreement, ALIKE[world][0].planted)
-    chance = rows[rows.method == "random"].mean(numeric_only=True)
+    chance = random_agreement(evidence, world)
     parts = []
-    for part in _stability_parts(world, evidence):
-        known = part.metric in chance and not math.isnan(chance[part.metric])
-        random = f"{chance[part.metric]:.2f}" if known else "not measured"
-        parts.append(replace(part, name=f"agreement {part.name}, random dictionaries {random}"))
-    return parts
+    for measure in ALIKE[world]:
+        random = f"{chance[measure.metric]:.2f}" if chance else "not measured"
+        name = f"agreement {measure.short}, random dictionaries {random}"
+        parts.append(_Part(name, effect_lines(effects, measure), rows, measure.metric))
+    return parts if all(part.lines for part in parts) else []
 
 
 def _mask_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
-    "What the mask changes in one world: absorption, explained variance, F1 and agreement."
+    "What the mask changes in one world: absorption, explained variance and side effects."
     effects = against(evidence.mask_effects, kind)
-    absorbed = _absorption_parts(world, evidence, effects)
-    price = _price_parts(world, evidence, kind)
+    others = [_parts(effects, evidence, {of.short: of}) for of in SIDE_EFFECTS[world]]
     return [
-        *absorbed,
+        *_absorption_parts(world, evidence, effects),
         *_all_parts(_beside(world, evidence, effects)),
-        *(replace(part, name=_PRICE) for part in price),
-        *_parts(effects, evidence, {_F1[world].short: _F1[world]}),
-        *_alike_parts(world, evidence),
+        *_price_parts(world, evidence, effects),
+        *itertools.chain(*others),
     ]
 
 
@@ -587,29 +341,36 @@ def _l0_needed(world: str, evidence: Evidence) -> dict[str, str]:
     "{base: L0 with the mask and, in brackets, of the twin} at the largest share of `EXPLAINED`."
     of = evidence.explained_effects
     lines = effect_lines(of[of.explained == EXPLAINED[-1]], WORLDS[world][0])
-    return {_base(pair): f"{line.l0_a:.2g} ({line.l0_b:.2g})" for pair, line in lines.items()}
+    return {base_of(pair): f"{line.l0_a:.2g} ({line.l0_b:.2g})" for pair, line in lines.items()}
 
 
-def _mask_brief(world: str, evidence: Evidence) -> AnswerTable | None:
-    "A row for each measure, a column for each base; None if absorption was not measured."
-    kind, first = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
-    if not first:
-        return None
-    usual = _seeds(first)
-    parts = _named(_mask_parts(world, evidence, kind), usual)
+def _mask_rows(world: str, evidence: Evidence, kind: str, usual: str) -> dict[str, dict[str, str]]:
+    "{name of a measure: {base: cell}}."
+    parts = _mask_parts(world, evidence, kind)
+    alike = _alike_parts(world, evidence) if kind == TWIN else []
     rows: dict[str, dict[str, str]] = {}
-    for name, part in parts.items():
+    for name, part in _named([*parts, *alike], usual).items():
         rows[name] = {
-            _base(pair): f"{_cell(line)} ({part.level(pair):.3f})"
+            base_of(pair): f"{_cell(line)} ({part.level(pair):.3f})"
             for pair, line in part.lines.items()
         }
-        needed = _l0_needed(world, evidence) if part.name == _PRICE else {}
+        needed = _l0_needed(world, evidence) if part.name == _PRICE and kind == TWIN else {}
         if needed:
             rows[f"L0 that explains {EXPLAINED[-1]:.0%}"] = needed
-    if not _stability_parts(world, evidence):
+    if kind == TWIN and not alike:
         rows["Agreement between seeds"] = dict.fromkeys(MASKED, "not measured")
+    return rows
+
+
+def _mask_overview(world: str, evidence: Evidence, kind: str) -> AnswerTable | None:
+    "A row for each measure, a column for each base; None if absorption was not measured."
+    absorbed = _by_kind(world, evidence).get(kind, [])
+    if not absorbed:
+        return None
+    usual = _seeds(absorbed)
+    rows = _mask_rows(world, evidence, kind, usual)
     unmasked = evidence.no_mask(WORLD_KEYS[world])
-    measured = {_base(pair) for part in first for pair in part.lines}
+    measured = {base_of(pair) for pair in absorbed[0].lines}
     bases = [base for base in MASKED if base in measured or base in unmasked]
     next(iter(rows.values())).update(dict.fromkeys(unmasked, "tuning chose no mask"))
     table = pd.DataFrame(
@@ -618,18 +379,38 @@ def _mask_brief(world: str, evidence: Evidence) -> AnswerTable | None:
             for name, of in rows.items()
         ]
     )
-    place = f"{world} ({usual} seeds, L0 {_read_at(first[0])})"
+    place = f"{world} ({usual} seeds, L0 {_read_at(absorbed[0])})"
     return AnswerTable(f"{place}: base with ATM minus {OTHERS[kind]}", table)
 
 
-def _control_brief(world: str, evidence: Evidence) -> AnswerTable | None:
-    "A row for each base and control, a column for each measure; None if no control was run."
+def _first_overview(world: str, evidence: Evidence) -> AnswerTable | None:
+    "Minus the twin, or minus the tuned base if no twin was run."
+    return _mask_overview(world, evidence, _first_kind(world, evidence)[0])
+
+
+def _tuned_overview(world: str, evidence: Evidence) -> AnswerTable | None:
+    "Minus the tuned base, where the twin comes first."
+    if _first_kind(world, evidence)[0] == TUNED:
+        return None
+    return _mask_overview(world, evidence, TUNED)
+
+
+def _control_others(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
+    "The measures beside absorption of the masked forms minus their controls, those measured."
     effects, of = evidence.control_effects, evidence.beside_controls
-    absorbed = _absorption_parts(world, of, effects)
+    price = _price_parts(world, of, effects)
+    return _beside(world, of, effects) | ({_PRICE: price} if price else {})
+
+
+def _control_overview(world: str, evidence: Evidence) -> AnswerTable | None:
+    "A row for each base and control, a column for each measure; None if no control was run."
+    absorbed = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
     if not absorbed:
         return None
     usual = _seeds(absorbed)
-    parts = _named([*absorbed, *_all_parts(_control_others(world, evidence))], usual)
+    others = _all_parts(_control_others(world, evidence))
+    f1 = _parts(evidence.control_effects, evidence.beside_controls, {_F1[world].short: _F1[world]})
+    parts = _named([*absorbed, *others, *f1], usual)
     rows = []
     for mask, label in CONTROLS.items():
         for base, masked in MASKED.items():
@@ -642,7 +423,7 @@ def _control_brief(world: str, evidence: Evidence) -> AnswerTable | None:
     return AnswerTable(heading, pd.DataFrame(rows))
 
 
-def _order_brief(world: str, evidence: Evidence) -> AnswerTable | None:
+def _order_overview(world: str, evidence: Evidence) -> AnswerTable | None:
     "A row for each pair of neighbours in the published order; None if they were not compared."
     effects = evidence.order_effects
     absorbed = _absorption_parts(world, evidence, effects)
@@ -660,14 +441,27 @@ def _order_brief(world: str, evidence: Evidence) -> AnswerTable | None:
     return AnswerTable(heading, pd.DataFrame(rows))
 
 
+OVERVIEW_CAPTION = (
+    "A cell gives the mean difference ± half of its 95% interval over seeds. In brackets: the "
+    "value that is subtracted. At 95% explained variance, the table gives the L0 of the masked "
+    "form and, in brackets, of the twin. *Lower* and *higher*: the interval, corrected (Holm) over "
+    "all comparisons of one measure in one world, excludes 0. No word: no difference is shown. L0 "
+    "is the mean number of active latents. Each difference is read at equal L0, on the line "
+    "between two trained SAEs, and is a mean over the L0s that the table names. Lower absorption "
+    "and a lower miss rate are better. Lower explained variance, recovered features, F1 and "
+    "agreement are worse."
+)
+
+
 def answer_overview(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[AnswerTable]:
     """The answer in numbers, those tables that were measured.
 
-    For each world base with ATM minus its twin, then minus each control, then the published order.
-    The heading has the number of seeds. A row or column from another number names it."""
-    makers = (_mask_brief, _control_brief, _order_brief)
+    For each world base with ATM minus its twin, then minus each control, the published order, and
+    minus the base tuned by itself. The heading has the number of seeds. A row or column from
+    another number names it."""
+    makers = (_first_overview, _control_overview, _order_overview, _tuned_overview)
     found = [make(world, of) for make in makers for world, of in evidence.items()]
     return [table for table in found if table]
 
@@ -681,7 +475,7 @@ def l0_lines(
     Bases with fewer than `FEW` seeds are left out."""
     lines = []
     for world, of in evidence.items():
-        kind, parts = next(iter(_by_kind(world, of).items()), (TWIN, []))
+        kind, parts = _first_kind(world, of)
         other = "" if kind == TWIN else f", minus {OTHERS[TUNED]}"
         said = {part.name: part.by_l0() for part in parts}
         lines += [
@@ -715,7 +509,7 @@ def agreement_sentence(
     "Defines agreement between seeds and gives its L0s; empty if it was not measured."
     l0s = []
     for world, of in evidence.items():
-        lines = [line for part in _stability_parts(world, of) for line in part.lines.values()]
+        lines = [line for part in _alike_parts(world, of) for line in part.lines.values()]
         if lines:
             low, high = min(line.l0_low for line in lines), max(line.l0_high for line in lines)
             l0s.append(f"L0 {low:g} to {high:g} {PLACES[world]}")
@@ -734,7 +528,7 @@ def agreement_sentence(
 def answer_sentences(
     evidence: Mapping[str, Evidence],  # {"Planted world": ..., "Language model": ...}, or one
 ) -> list[str]:
-    """The sentences under the table.
+    """The sentences under the tables.
 
     They are about: each L0, miss rate, twins, learning rates, controls, floor, agreement."""
     said = l0_lines(evidence)
@@ -753,57 +547,59 @@ def _bases(
     total: int,  # bases compared
 ) -> str:
     "`all 4 bases`, `TopK and JumpReLU`, or `TopK, one of 4 bases`."
-    if len(names) == total > 1:
+    if len(names) == total > 2:
         return f"all {total} bases"
-    return name_methods(names) + (f", one of {total} bases" if len(names) == 1 < total else "")
-
-
-def _with_side(
-    sides: Mapping[tuple[str, str], str],  # {pair: its side}
-    side: str,
-) -> list[str]:
-    "The bases of the pairs that have this side."
-    return [_base(pair) for pair, its in sides.items() if its == side]
+    return name_methods(names) + (f", one of {total} bases" if len(names) == 1 < total - 1 else "")
 
 
 def _changes(
-    found: Mapping[str, Sequence[str]],  # {base: a side for each measure}
-    measures: Sequence[Measure],
+    world: str,
+    parts: Sequence[_Part],  # of `_absorption_parts`
 ) -> str:
-    "On which bases the mask lowers or raises each measure of absorption."
-    names = [measure.words.removeprefix("by ") for measure in measures]
-    both = [base for base, sides in found.items() if {*sides} == {"less"}]
-    lowered, raised = {"both measures of absorption": both}, {}
-    for i, name in enumerate(names):
-        alone = {base: {*s} == {"less", "none"} and s[i] == "less" for base, s in found.items()}
-        lowered[f"only {name}"] = [base for base, is_alone in alone.items() if is_alone]
-        raised[name] = [base for base, sides in found.items() if sides[i] == "more"]
-    said = []
-    for verb, groups in (("lowers", lowered), ("raises", raised)):
-        words = [f"{name} on {_bases(of, len(found))}" for name, of in groups.items() if of]
-        said += [f"{verb} {' and '.join(words)}"] if words else []
-    if not said:
-        return f"is not shown to change absorption on any of {len(found)} bases"
-    return "; it ".join(said)
+    "On which bases ATM lowers or raises each of the two measures of absorption."
+    names = [measure.words.removeprefix("by ") for measure in WORLDS[world]]
+    total, said = len(parts[0].lines), []
+    for verb, side, only in (("lowers", "lower", "only "), ("raises", "higher", "")):
+        on: dict[str, list[str]] = {"both measures of absorption": []}
+        for sides, bases in _by_sides(parts).items():
+            shown = [name for name, its in zip(names, sides) if its == side]
+            if shown:
+                what = only + shown[0] if len(shown) == 1 else "both measures of absorption"
+                on.setdefault(what, []).extend(bases)
+        words = [f"{what} on {_bases(bases, total)}" for what, bases in on.items() if bases]
+        said += [f"{verb} {', and '.join(words)}"] if words else []
+    if said:
+        return "; it ".join(said)
+    among = f"any of {total} bases" if total > 1 else _bases(parts[0].with_side("none"), 1)
+    return f"is not shown to change absorption on {among}"
+
+
+def _too_few(parts: Sequence[_Part]) -> str:
+    "Says that the intervals are wider than the scores, if they are and show nothing."
+    nothing = {*_by_sides(parts)} == {("none",) * len(parts)}
+    wide = all(
+        max(line.high - line.low for line in part.lines.values()) / 2
+        > max(map(part.level, part.lines))
+        for part in parts
+    )
+    return ". Too few seeds: the widest intervals exceed the scores" * (nothing and wide)
 
 
 def _without(world: str, evidence: Evidence, part: _Part) -> tuple[float, str]:
     """An L0 without which a measure is lower on fewest bases, and what the mean shows without it.
 
     `nan` and no words if no base that is lower depends on one L0."""
-    lower = {pair for pair, line in part.lines.items() if effect_side(line) == "less"}
+    lower = {pair for pair, line in part.lines.items() if effect_side(line) == "lower"}
     (measure,) = (of for of in WORLDS[world] if of.short == part.name)
-    left = {
-        l0: {pair: effect_side(line) for pair, line in effect_lines(effects, measure).items()}
-        for (name, l0), effects in evidence.left_out.items()
-        if name == world
-    }
-    still = {l0: sum(sides.get(p) == "less" for p in lower) for l0, sides in left.items()}
+    left = sides_without(evidence, world, measure)
+    still = {l0: sum(sides.get(p) == "lower" for p in lower) for l0, sides in left.items()}
     fewest = min(still, key=lambda l0: still[l0], default=math.nan)
     if still.get(fewest, 0) >= len(lower):
         return math.nan, ""
-    sides = {pair: left[fewest][pair] for pair in part.lines if pair in left[fewest]}
-    on = {word: _with_side(sides, side) for side, word in _LOWER.items()}
+    sides = left[fewest]
+    on = {
+        side: [base_of(pair) for pair in part.lines if sides.get(pair) == side] for side in _SIDES
+    }
     words = f"lower on {name_methods(on['lower']) if on['lower'] else 'no base'}"
     words += f" and higher on {name_methods(on['higher'])}" if on["higher"] else ""
     return fewest, words
@@ -829,27 +625,38 @@ def _at_equal_variance(world: str, evidence: Evidence) -> str:
     for share, of in effects.groupby("explained"):
         sides: dict[str, list[str]] = {}
         for pair, line in effect_lines(of, first).items():
-            sides.setdefault(effect_side(line), []).append(_base(pair))
+            sides.setdefault(effect_side(line), []).append(base_of(pair))
         said += [f"{_on(sides)} at {share:.0%}"] if sides else []
     words = "; ".join(said)
     return f"At equal explained variance, {first.short} is {words}." if words else ""
+
+
+def _finding(
+    sides: Iterable[str],  # of several measures or pairs
+) -> str:
+    "What they show together: `lower`, `higher`, `NOT_SHOWN` or `DISAGREE`."
+    sides = {*sides}
+    if sides == {"none"}:
+        return NOT_SHOWN
+    return sides.pop() if len(sides) == 1 else DISAGREE
 
 
 def _protocol_words(evidence: Evidence) -> str:
     "What SAEBench's protocol shows on the bases where the exact one shows something else."
     twins = against(evidence.mask_effects, TWIN)
     parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
-    differ = {*protocols_differ(evidence)}
-    said = [
-        f"{'it is ' * (finding in _LOWER.values())}{finding} on {name_methods(bases)}"
-        for finding, of in (_by_finding(parts) if parts else {}).items()
-        if (bases := [base for base in of if base in differ])
-    ]
-    return f"; by SAEBench's protocol {', '.join(said)}" if said else ""
+    differ, groups = {*protocols_differ(evidence)}, _by_sides(parts) if parts else {}
+    found: dict[str, list[str]] = {}
+    for sides, bases in groups.items():
+        finding = _finding(sides)
+        words = f"absorption is {finding}" if finding in _SIDES else finding
+        found.setdefault(words, []).extend(base for base in bases if base in differ)
+    said = [f"{words} on {name_methods(bases)}" for words, bases in found.items() if bases]
+    return f"; by SAEBench's protocol, {', '.join(said)}" if said else ""
 
 
 class Lead(NamedTuple):
-    "The answer for one world: its first sentence, and what limits it."
+    "The answer to one question: its first words, and the rest."
 
     first: str
     limits: str  # may be empty
@@ -866,54 +673,103 @@ def answer_lead(
     return [lead for lead in found if lead]
 
 
+def _of_mask(part: _Part, mask: str) -> _Part:
+    "The same for the pairs whose second method has a mask."
+    of = {pair: line for pair, line in part.lines.items() if get_method(pair[1]).mask == mask}
+    return replace(part, lines=of)
+
+
+_SHORT = {  # names of CONTROLS in a sentence
+    "dropout": "dropout of latents",
+    "activity": "dropout of activity",
+    "shuffled": "shuffled probabilities",
+}
+
+
+def _with_controls(found: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    "{words: the controls in words}; `each control` if the words are the same for all."
+    if len(found) == 1:
+        return dict.fromkeys(found, "each control")
+    return {words: " and ".join(labels) for words, labels in found.items()}
+
+
+def _by_control(world: str, parts: Sequence[_Part]) -> list[str]:
+    "What absorption shows of ATM minus each control; controls that agree, together."
+    groups: dict[str, list[str]] = {}
+    for mask, label in _SHORT.items():
+        of = [_of_mask(part, mask) for part in parts]
+        if of[0].lines:
+            groups.setdefault(_changes(world, of), []).append(label)
+    found = _with_controls(groups)
+    return [f"compared with {labels}, ATM {words}" for words, labels in found.items()]
+
+
+def _measure_by_control(parts: Sequence[_Part]) -> tuple[str, ...]:
+    "What these measures show of ATM minus each control, over all bases."
+    groups: dict[str, list[str]] = {}
+    for mask, label in _SHORT.items():
+        of = [_of_mask(part, mask) for part in parts]
+        if of[0].lines:
+            groups.setdefault(_finding(itertools.chain(*_by_sides(of))), []).append(label)
+    words = {side: f"{side} than with" for side in _SIDES}
+    words |= {NOT_SHOWN: "no difference is shown to", DISAGREE: "bases or measures disagree with"}
+    if [*groups] == [NOT_SHOWN]:
+        return ("no difference is shown to any control",)
+    return tuple(f"{words[found]} {labels}" for found, labels in _with_controls(groups).items())
+
+
+def _beside_controls(world: str, evidence: Evidence) -> list[str]:
+    "The other measures of ATM minus its controls, by what they show."
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, parts in _control_others(world, evidence).items():
+        groups.setdefault(_measure_by_control(parts), []).append(name.removeprefix("the "))
+    return [f"{' and '.join(names)}: {', '.join(found)}" for found, names in groups.items()]
+
+
 def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
-    "What the measures of absorption show minus each control; None if no control was run."
+    "What the measures show of ATM minus each control; None if no control was run."
     said = []
     for world, of in evidence.items():
-        beside = of.beside_controls
-        parts = _absorption_parts(world, beside, of.control_effects)
-        if not parts:
-            continue
-        words = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds), {_by_control(parts)}"
-        alike: dict[str, list[str]] = {}
-        for name, others in _control_others(world, of).items():
-            finding, *more = _by_finding(others)
-            if not more:
-                alike.setdefault(finding, []).append(f"by {name}")
-        said.append("; ".join([words, *(f"{f} {' and '.join(n)}" for f, n in alike.items())]))
+        parts = _absorption_parts(world, of.beside_controls, of.control_effects)
+        if parts:
+            first, *more = [*_by_control(world, parts), *_beside_controls(world, of)]
+            said.append(f"{_capital(PLACES[world])} ({_seeds(parts)} seeds), {first}")
+            said += map(_capital, more)
     if not said:
         return None
-    return Lead("Is it the importance?", f"Base with ATM against its controls. {'. '.join(said)}.")
+    return Lead(
+        "Is it the importance?",
+        f"The controls hide latents without regard to their importance. {'. '.join(said)}.",
+    )
 
 
 def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
-    "Is the published order reproduced at equal L0, by both protocols? None if not measured."
+    "Is the published order reproduced, by both protocols? None if not measured."
     if "Language model" not in evidence:
         return None
-    effects = evidence["Language model"].order_effects
-    verdict, other = order_verdict(effects), order_verdict(effects, SAEBENCH)
+    of = evidence["Language model"]
+    verdict = order_verdict(of.order_effects)
+    other = order_verdict(of.order_effects, SAEBENCH)
     if verdict == "not measured":
         return None
-    beside = "" if other == "not measured" else f"; by SAEBench's protocol: {other}"
-    words = f"{published_order()} at equal L0: {verdict}{beside}."
+    words = f"At equal L0, {published_order()} is {verdict}"
+    words += "." if other == "not measured" else f"; by SAEBench's protocol it is {other}."
+    missing = unavailable_order(of)
+    words += f" It cannot be checked at the published L0s: {missing}." if missing else ""
     return Lead("Is the published order reproduced?", words)
 
 
 def _lead(world: str, evidence: Evidence) -> Lead | None:
     "The answer for one world; None if it was not measured."
-    kind, parts = next(iter(_by_kind(world, evidence).items()), (TWIN, []))
+    kind, parts = _first_kind(world, evidence)
     if not parts:
         return None
-    found = {
-        _base(pair): [effect_side(part.lines[pair]) for part in parts] for pair in parts[0].lines
-    }
     place = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds)"
-    sentence = f"{place}, the mask {_changes(found, WORLDS[world])}"
+    sentence = f"{place}, the mask {_changes(world, parts)}"
     if world == "Language model":
         sentence += _protocol_words(evidence)
-    for price in _price_parts(world, evidence, kind):
-        sides = {pair: effect_side(line) for pair, line in price.lines.items()}
-        lower = _with_side(sides, "less")
+    for price in _price_parts(world, evidence, against(evidence.mask_effects, kind)):
+        lower = price.with_side("lower")
         if lower:
             sentence += f"; explained variance falls on {_bases(lower, len(price.lines))}"
         else:
@@ -967,7 +823,7 @@ def answer_lines(
                 for part in _parts(effects, of, {title: measure}, sign):
                     for pair, line in part.lines.items():
                         numbers = (line.mean, line.low, line.high, line.n, line.agree)
-                        lines.append((title, _base(pair), label, *numbers, _runs(part, pair)))
+                        lines.append((title, base_of(pair), label, *numbers, _runs(part, pair)))
     columns = ["panel", "base", "minus", "mean", "low", "high", "n", "agree", "runs"]
     panels, bases = list(dict.fromkeys(line[0] for line in lines)), list(MASKED)
     lines.sort(key=lambda line: (panels.index(line[0]), bases.index(line[1])))

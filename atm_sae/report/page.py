@@ -55,13 +55,13 @@ import pandas as pd
 from ..artefacts import atomic_write
 from ..methods import method_name
 from atm_sae.report.answer import (
+    OVERVIEW_CAPTION,
     AnswerTable,
     Lead,
     answer_caption,
     answer_lead,
     answer_overview,
     answer_sentences,
-    answer_table,
     read_answer,
     write_answer,
 )
@@ -128,7 +128,7 @@ class Table:
 def _text_cell(text: str) -> Cell:
     "The cell of a finished table; its key is the number at its beginning, if there is one."
     plain = re.sub(r"\*\*|`", "", text).strip()
-    number = re.match(r"(?:less |more )?(-?\d+(?:\.\d+)?)(?![\w.])", plain)
+    number = re.match(r"(?:lower |higher )?(-?\d+(?:\.\d+)?)(?![\w.])", plain)
     if plain in ("", "–"):
         return Cell(plain, "")
     return Cell(plain, number[1] if number else None)
@@ -472,7 +472,7 @@ def _links(experiment: Experiment, folder: Path) -> tuple[tuple[str, str], ...]:
 def slug(
     text: str,  # any
 ) -> str:
-    "The text as a part of an identifier: 'At L0 4: less' -> 'at-l0-4-less'."
+    "The text as a part of an identifier: 'At L0 4: lower' -> 'at-l0-4-lower'."
     return re.sub(r"[^a-z0-9+]+", "-", text.lower()).strip("-")
 
 
@@ -726,7 +726,6 @@ def markdown_page(
             results=ordered,
             answer=answer,
             brief={} if answer is None else {h: to_markdown(t) for h, t in answer.overview},
-            table="" if answer is None else to_markdown(answer.table),
             headline=headline(ordered),
             overview=to_markdown(_overview(ordered)),
         )
@@ -736,11 +735,11 @@ def markdown_page(
 
 @dataclass(frozen=True)
 class Answer:
-    "What the page shows first: the answer in words, in brief and in full, and its figure."
+    "What the page shows first: the answer in words and in tables, its figure, more sentences."
 
     lead: Sequence[Lead]
     overview: Sequence[AnswerTable]
-    table: pd.DataFrame
+    note: str  # how to read them
     picture: str  # path of the figure, from the page
     alt: str
     caption: str
@@ -760,7 +759,7 @@ def page_answer(
     return Answer(
         answer_lead(evidence),
         answer_overview(evidence),
-        answer_table(evidence),
+        OVERVIEW_CAPTION,
         path.relative_to(home).as_posix(),
         figure_text(path).alt,
         answer_caption(found),

@@ -59,6 +59,7 @@ __all__ = [
     "Measure",
     "effect_side",
     "effect_lines",
+    "base_of",
     "effect_cell",
     "rate_ratio",
     "against",
@@ -74,6 +75,7 @@ __all__ = [
     "layer_sentence",
     "twin_note",
     "misses_sentence",
+    "sides_without",
     "left_out_sentences",
     "protocols_differ",
     "protocol_sentence",
@@ -785,13 +787,13 @@ SIDE_EFFECTS = {
 }
 ABSORBED = (RAW, MISSES, BEYOND, FULL_SCORE, FRACTION_SCORE, ABLATION_RATE)
 MEASURES = (*ABSORBED, PLANTED_FVU, MODEL_FVU, *sum(ALIKE.values(), ()))
-SIDES = dict(holds="less", fails="more", undecided="none")  # of zero
+SIDES = dict(holds="lower", fails="higher", undecided="none")  # than zero
 
 
 def effect_side(
     line: Any,  # of a table of effects
 ) -> str:
-    "'less' or 'more' if the corrected interval excludes zero, else 'none'."
+    "'lower' or 'higher' if the corrected interval excludes zero, else 'none'."
     return SIDES[claim_verdict((line.mean, line.low, line.high))]
 
 
@@ -802,6 +804,13 @@ def effect_lines(
     "{(a, b): line} of one measure."
     lines = rows_of(effects[effects.metric == measure.metric], measure.planted)
     return {(line.a, line.b): line for line in lines.itertuples()}
+
+
+def base_of(
+    pair: tuple[str, str],  # (masked form, what is subtracted)
+) -> str:
+    "The base of the masked form of a pair."
+    return get_method(pair[0]).architecture
 
 
 def effect_cell(line: Any) -> str:
@@ -874,8 +883,8 @@ def mask_table(
     effects = evidence.mask_effects
     found: dict[str, dict[str, dict[str, Any]]] = {}  # {measure: {base: {kind: line}}}
     for measure in measures:
-        for (masked, _), line in effect_lines(effects, measure).items():
-            base = get_method(masked).architecture
+        for pair, line in effect_lines(effects, measure).items():
+            base = base_of(pair)
             found.setdefault(measure.heading, {}).setdefault(base, {})[line.against] = line
     table: list[dict[str, str]] = []
     for base, masked in MASKED.items():
@@ -908,9 +917,9 @@ def mask_caption(
         "L0. Where base and masked form differ in the mask alone, the base is the twin. A cell is "
         "mean ± half of the 95% interval (paired t over seeds, corrected by Holm over all "
         "comparisons of its column); in brackets, how many of "
-        f"{seeds} seeds have the sign of the mean. **less** and **more**: the interval excludes 0. "
-        "No word: no difference shown. A measured difference above the number after ± would have "
-        "excluded 0. FVU: fraction of variance unexplained. Mean over L0 "
+        f"{seeds} seeds have the sign of the mean. **lower** and **higher**: the interval excludes "
+        "0. No word: no difference shown. A measured difference above the number after ± would "
+        "have excluded 0. FVU: fraction of variance unexplained. Mean over L0 "
         f"{' and '.join(ranges)}, where both reach it.{_agreement_note(effects)}"
     )
 
@@ -1035,7 +1044,7 @@ def describe_effects(
     parts = []
     for sides, pairs in groups.items():
         lines = [[of[pair] for pair in pairs] for of in found]
-        bases = (b if than else get_method(a).architecture for a, b in pairs)
+        bases = (pair[1] if than else base_of(pair) for pair in pairs)
         parts.append(_group(sides, lines, measures, name_methods(bases), than))
     return "; ".join(parts)
 
@@ -1090,9 +1099,9 @@ def twin_note(
 ) -> str:
     "Says which bases are twins themselves, and of which no twin was run; empty if all were run."
     kinds = evidence.mask_pairs(world)
-    twins = {get_method(a).architecture: b for (a, b), kind in kinds.items() if kind == TWIN}
+    twins = {base_of(pair): pair[1] for pair, kind in kinds.items() if kind == TWIN}
     same = [base for base, twin in twins.items() if base == twin]
-    bases = {get_method(a).architecture: None for a, _ in kinds}
+    bases = dict.fromkeys(map(base_of, kinds))
     missing = [base for base in bases if base not in twins]
     notes = []
     if same:
@@ -1143,10 +1152,9 @@ def misses_sentence(
     )
     found = []
     for pair in beyond:
-        if pair in misses and pair in raw and effect_side(beyond[pair]) == "less":
-            if effect_side(raw[pair]) != "less":
-                base = method_name(get_method(pair[0]).architecture)
-                found.append(f"{base} {_margin(misses[pair])}")
+        if pair in misses and pair in raw and effect_side(beyond[pair]) == "lower":
+            if effect_side(raw[pair]) != "lower":
+                found.append(f"{method_name(base_of(pair))} {_margin(misses[pair])}")
     if not found:
         return ""
     return (
@@ -1156,19 +1164,30 @@ def misses_sentence(
     )
 
 
+def sides_without(
+    evidence: Evidence,
+    world: str,  # one of WORLDS
+    measure: Measure,
+) -> dict[float, dict[tuple[str, str], str]]:
+    "{L0: {pair: side of the mean without that L0}}; a pair that was read at it alone is left out."
+    return {
+        l0: {pair: effect_side(line) for pair, line in effect_lines(effects, measure).items()}
+        for (name, l0), effects in evidence.left_out.items()
+        if name == world
+    }
+
+
 def _changed_sides(
     evidence: Evidence, world: str, measure: Measure
 ) -> dict[float, dict[str, list[str]]]:
     "{L0: {side without that L0: bases}} where this side is another one than in the whole mean."
     whole = first_kind(evidence.mask_effects, measure)
     changed: dict[float, dict[str, list[str]]] = {}
-    for (name, l0), effects in evidence.left_out.items():
-        left = effect_lines(effects, measure)
+    for l0, left in sides_without(evidence, world, measure).items():
         for pair, line in whole.items():
-            side = effect_side(left[pair]) if pair in left else "none"
-            if name == world and line.l0_low <= l0 <= line.l0_high and side != effect_side(line):
-                base = get_method(pair[0]).architecture
-                changed.setdefault(l0, {}).setdefault(side, []).append(base)
+            side = left.get(pair, "none")
+            if line.l0_low <= l0 <= line.l0_high and side != effect_side(line):
+                changed.setdefault(l0, {}).setdefault(side, []).append(base_of(pair))
     return changed
 
 
@@ -1208,7 +1227,7 @@ def protocols_differ(
         pair: [[effect_side(lines[pair]) for lines in of] for of in (exact, other)]
         for pair in pairs
     }
-    return [get_method(a).architecture for (a, _), (one, two) in sides.items() if one != two]
+    return [base_of(pair) for pair, (one, two) in sides.items() if one != two]
 
 
 def protocol_sentence(
@@ -1282,11 +1301,17 @@ def _price_sentence(effects: pd.DataFrame) -> str:
 def random_agreement(
     evidence: Evidence,
     world: str,  # one of WORLDS
-) -> str:
-    "How much two random dictionaries agree, in words."
+) -> dict[str, float]:
+    "{metric of `AGREEMENT`: that of two random dictionaries}; empty if it was not measured."
     rows = rows_of(evidence.agreement, ALIKE[world][0].planted)
     means = rows.loc[rows.method == "random", [*AGREEMENT]].mean()
-    if means.isna().any():
+    return {} if means.isna().any() else {str(metric): value for metric, value in means.items()}
+
+
+def _random_words(evidence: Evidence, world: str) -> str:
+    "How much two random dictionaries agree, in words."
+    means = random_agreement(evidence, world)
+    if not means:
         return "the agreement of two random dictionaries was not measured"
     found = [f"{format_number(means[of.metric], 2)} {of.words}" for of in ALIKE[world]]
     return f"two random dictionaries agree by {', '.join(found)}"
@@ -1301,7 +1326,7 @@ def stability_sentence(
     for world, measures in ALIKE.items():
         words = describe_effects(twins, measures)
         place = PLACES[world]
-        found = f"{place}, {words}; {random_agreement(evidence, world)}"
+        found = f"{place}, {words}; {_random_words(evidence, world)}"
         parts += [f"{found[0].upper()}{found[1:]}"] if words else []
     head = "**Stability**, agreement between seeds (mean cosine; more is better)"
     return f"{head} of base with the mask minus its twin: {'. '.join(parts)}." if parts else ""
@@ -1408,7 +1433,7 @@ def shuffled_sentences(
             found = [
                 _shuffled_share(evidence, world, measure, *pair)
                 for pair, line in lines.items()
-                if effect_side(line) == "less"
+                if effect_side(line) == "lower"
             ]
             found = [share for share in found if share]
             parts += [f"{measure.words}, {', '.join(found)}"] if found else []
@@ -1436,7 +1461,7 @@ def _shuffled_share(
         return ""
     gains, shares = whole[seeds].mean(), part[seeds].mean()
     gain, share, single = gains.mean(), shares.mean(), shares / gains
-    name = method_name(get_method(masked).architecture)
+    name = method_name(base_of((masked, twin)))
     values = f"{name} {format_number(share)} against {format_number(gain)}"
     l0s = f"L0 {', '.join(f'{l0:g}' for l0 in whole.index)}"
     if share * gain < 0:
@@ -1462,8 +1487,8 @@ def repetition_sentence(
     numbers = [
         f"By the {measure.short}: "
         + ", ".join(
-            f"{method_name(get_method(a).architecture)} {_margin(line)}"
-            for (a, _), line in effect_lines(effects, measure).items()
+            f"{method_name(base_of(pair))} {_margin(line)}"
+            for pair, line in effect_lines(effects, measure).items()
         )
         for measure in WORLDS["Language model"]
     ]
@@ -1485,11 +1510,9 @@ def explained_sentences(
         for share, of in evidence.explained_effects.groupby("explained"):
             words = describe_effects(of, measures)
             if words:
-                lines = effect_lines(of, measures[0]).values()
                 l0s = [
-                    f"{method_name(get_method(line.a).architecture)} {line.l0_a:.3g} and "
-                    f"{line.l0_b:.3g}"
-                    for line in lines
+                    f"{method_name(base_of(pair))} {line.l0_a:.3g} and {line.l0_b:.3g}"
+                    for pair, line in effect_lines(of, measures[0]).items()
                 ]
                 sentences.append(
                     f"**{world}, at {share:.0%} explained variance** (not at equal L0), absorption "
@@ -1528,9 +1551,9 @@ def order_verdict(
     if not all(pair in of for of in lines for pair in pairs):
         return "not measured"
     sides = [{effect_side(of[pair]) for of in lines} for pair in pairs]
-    if all(side == {"less"} for side in sides):
+    if all(side == {"lower"} for side in sides):
         return "reproduced"
-    return "contradicted" if {"more"} in sides else "not shown"
+    return "contradicted" if {"higher"} in sides else "not shown"
 
 
 def _order_words(effects: pd.DataFrame) -> str:
