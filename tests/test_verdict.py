@@ -583,39 +583,46 @@ def as_twins(folder):
 
 def lead(evidence):
     "The answer of all worlds as one text."
-    return " ".join(f"{of.first} {of.limits}".strip() for of in answer_lead(evidence))
+    return " ".join(f"{of.bold} {of.rest}".strip() for of in answer_lead(evidence))
 
 
 def brief(evidence):
-    "The tables of the answer in brief: {heading: table by its first column}."
-    return {of.heading: of.table.set_index(of.table.columns[0]) for of in answer_overview(evidence)}
+    "{heading: table by its first column}, without the values of random dictionaries."
+    tables = {
+        of.heading: of.table.set_index(of.table.columns[0]) for of in answer_overview(evidence)
+    }
+    for table in tables.values():
+        table.index = table.index.str.replace(r", random dictionary -?[\d.]+", "", regex=True)
+    return tables
 
 
 def test_the_answer_in_short_names_the_bases(runs):
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     first, importance = answer_lead(planted)
-    assert importance.first == "Is it the importance?"
-    assert importance.limits.startswith(
+    assert importance.bold == "Is it the importance?"
+    assert importance.rest.startswith(
         "The controls hide latents without regard to their importance. In the planted world "
-        "(5 seeds), compared with each control, ATM lowers both measures of absorption on ReLU + L1"
+        "(5 seeds), compared with each control, absorption is lower on ReLU + L1 by both measures"
     )
-    assert f"{first.first} {first.limits}" == (
-        "In the planted world (5 seeds), the mask lowers both measures of absorption on ReLU + L1 "
-        "and TopK, and only absorption beyond misses on BatchTopK and JumpReLU; explained variance "
-        "falls on all 4 bases. Without L0 4, the mean raw absorption is lower on no base and "
-        "the mean absorption beyond misses is lower on ReLU + L1 and TopK. At equal explained "
-        "variance, raw absorption is lower on all 4 at 90%; lower on BatchTopK at 95%."
+    assert f"{first.bold} {first.rest}" == (
+        "In the planted world (5 seeds), absorption with the mask is lower on 2 of 4 bases (ReLU + "
+        "L1 and TopK) by both measures, on 2 of 4 bases (BatchTopK and JumpReLU) by absorption "
+        "beyond misses only; explained variance is lower on all 4 bases, by 0.005 to 0.029; on "
+        "Matryoshka, tuning chose no mask. Without L0 4, raw absorption is lower on no base; "
+        "absorption beyond misses is lower on ReLU + L1 and TopK. At 95% explained variance (L0 "
+        "1.2 to 4.7 times that of the twin): raw absorption lower on BatchTopK; absorption beyond "
+        "misses lower on all 4."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     assert (
-        "lowers both measures of absorption on ReLU + L1, one of 4 bases, and only absorption "
-        "beyond misses on BatchTopK and JumpReLU; it raises both measures of absorption on TopK, "
-        "one of 4 bases;"
+        "lower on 1 of 4 bases (ReLU + L1) by both measures, on 2 of 4 bases (BatchTopK and "
+        "JumpReLU) by absorption beyond misses only, and higher on 1 of 4 bases (TopK) by both "
+        "measures;"
     ) in lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
-    assert "; no change of explained variance is shown." in lead({"Planted world": free})
+    assert "; explained variance is not shown to differ." in lead({"Planted world": free})
     assert answer_lead({}) == []
 
 
@@ -648,6 +655,28 @@ def test_the_answer_in_brief_has_a_table_for_each_question(runs):
     assert answer_overview({}) == []
 
 
+def test_scores_stand_beside_those_of_a_random_dictionary():
+    (model, _) = answer_overview({"Language model": language_model()})
+    assert list(model.table.measure)[:2] == [
+        "Full score, random dictionary 0.010",
+        "Fraction score, random dictionary 0.020",
+    ]
+
+
+def test_a_result_against_a_control_that_rests_on_one_l0_is_named():
+    "Minus shuffled, ATM is lower by 1 at L0 4 and higher by 0.1 elsewhere."
+    rows = read_rows("planted", {"atm": (0.5, 0.5), "standard+shuffled": (0.5, 0.5)}, (4, 8, 16))
+    at_4, atm = rows.sparsity == 4, rows.method == "atm"
+    for column in ("absorption", "excess_absorption"):
+        rows.loc[atm, column] += 0.1
+        rows.loc[atm & at_4, column] -= 1.1
+    evidence = replace(small(planted={}), planted=rows)
+    (said,) = left_out_sentences(evidence)
+    assert said.startswith("**Planted world, its controls, one L0 left out** of the mean")
+    words = "higher on ReLU + L1 minus ATM's probabilities shuffled among the latents by raw"
+    assert f"without L0 4, {words}" in said
+
+
 def test_the_value_of_the_twin_stands_in_brackets():
     "Also for explained variance, which is one minus FVU."
     planted, _ = brief({"Planted world": small(planted=TWINS, tuned=FASTER)}).values()
@@ -664,7 +693,7 @@ def test_a_measure_from_another_number_of_seeds_names_it(runs):
     assert list(tables)[1] == "Planted world (3 seeds): base with ATM minus each control"
     fewer = replace(evidence, agreement=evidence.agreement[evidence.agreement.seed < 4])
     index = brief({"Planted world": fewer})[next(iter(tables))].index
-    assert [name.endswith("(4 seeds)") for name in index] == ["Agreement" in n for n in index]
+    assert ["(4 seeds; L0 " in name for name in index] == ["Agreement" in n for n in index]
 
 
 def test_the_answer_says_where_the_mean_over_l0_hides_a_change_of_sign(runs):
@@ -680,10 +709,10 @@ def test_the_answer_changes_with_the_table(runs):
         return [*brief(as_twins(runs)).values()][1].loc["Full score", "TopK"]
 
     assert cell().startswith("**lower** ")
-    assert "lowers both measures of absorption on TopK" in lead(as_twins(runs))
+    assert "(TopK) by both measures" in lead(as_twins(runs)).partition("language model")[2]
     move(runs, "absorption", "topk+atm", "mean_full_absorption_score", 0.5)
     assert cell().startswith("**higher** ")
-    assert " the full score on TopK" in lead(as_twins(runs)).partition("the language model")[2]
+    assert "(TopK) by the full score only" in lead(as_twins(runs))
 
 
 def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
@@ -695,7 +724,7 @@ def test_intervals_wider_than_the_scores_are_called_too_few_seeds(runs):
         table[score] += wide * table.method.str.contains("atm") + 0.001
     table.to_csv(path, index=False)
     said = lead({"Language model": as_twins(runs)["Language model"]})
-    assert "the mask is not shown to change absorption on any of 4 bases" in said
+    assert "absorption with the mask is not shown to differ on all 4 bases" in said
     assert ". Too few seeds: the widest intervals exceed the scores." in said
 
 
@@ -906,13 +935,15 @@ CONTROLLED = {
 def test_atm_is_compared_with_each_control():
     evidence = small(planted=CONTROLLED, letters=CONTROLLED)
     _, importance = answer_lead({"Planted world": evidence.of_world(planted=True)})
-    assert importance.limits == (
+    assert importance.rest == (
         "The controls hide latents without regard to their importance. In the planted world (5 "
-        "seeds), compared with dropout of latents, ATM lowers both measures of absorption on "
-        "ReLU + L1. Compared with dropout of activity, ATM lowers only absorption beyond misses on "
-        "ReLU + L1; it raises raw absorption on ReLU + L1. Compared with shuffled probabilities, "
-        "ATM lowers only raw absorption on ReLU + L1; it raises absorption beyond misses on "
-        "ReLU + L1. Explained variance: no difference is shown to any control."
+        "seeds), compared with dropout of latents, absorption is lower on ReLU + L1 by both "
+        "measures. Compared with dropout of activity, absorption is lower on ReLU + L1 by "
+        "absorption beyond misses only, and higher on ReLU + L1 by raw absorption only. Compared "
+        "with shuffled probabilities, absorption is lower on ReLU + L1 by raw absorption only, and "
+        "higher on ReLU + L1 by absorption beyond misses only. Of the mask's reduction, "
+        "shuffled probabilities reach 80% (ReLU + L1) by raw absorption; 110% (ReLU + L1) by "
+        "absorption beyond misses."
     )
     said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
     assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
@@ -953,18 +984,33 @@ def test_the_share_of_the_shuffled_control_by_hand():
 
 
 @pytest.mark.parametrize(
-    "jumprelu, word, side",
+    "jumprelu, word, words, side",
     [
-        ((0.2, 0.2), "reproduced", "**lower** -0.1"),
-        ((0.2, 0.1), "not shown", "**lower** -0.1"),
-        ((0.05, 0.05), "contradicted", "**higher** 0.05"),
+        (
+            (0.2, 0.2),
+            "reproduced",
+            "reproduced by the full score and by the fraction score",
+            "**lower** -0.1",
+        ),
+        (
+            (0.2, 0.1),
+            "not shown",
+            "reproduced by the full score; not shown by the fraction score",
+            "**lower** -0.1",
+        ),
+        (
+            (0.05, 0.05),
+            "contradicted",
+            "contradicted by the full score and by the fraction score",
+            "**higher** 0.05",
+        ),
     ],
 )
-def test_the_published_order_at_equal_l0(jumprelu, word, side):
+def test_the_published_order_at_equal_l0(jumprelu, word, words, side):
     methods = {"atm": (0.1, 0.1), "jumprelu": jumprelu, "topk": (0.3, 0.3)}
     evidence = small(letters=methods, largest_l0=41)
-    answer = answer_lead({"Language model": evidence})[-1].limits
-    assert answer.startswith(f"At equal L0, ATM < JumpReLU < TopK is {word}. It cannot be checked")
+    answer = answer_lead({"Language model": evidence})[-1].rest
+    assert answer.startswith(f"At equal L0, ATM < JumpReLU < TopK is {words}. It cannot be checked")
     assert "JumpReLU is 2666, the largest L0 here is 41" in answer
     table = brief({"Language model": evidence}).popitem()[1]
     assert table.loc["ATM minus JumpReLU", "Full score"].startswith(side)
@@ -1069,7 +1115,7 @@ def test_bases_that_are_their_own_twins_are_compared_once():
     assert not any("minus the base tuned by itself" in sentence for sentence in said)
     assert not any("tuned" in heading for heading in brief({"Language model": evidence}))
     assert lead({"Language model": evidence}).startswith(
-        "On the language model (3 to 5 seeds), the mask lowers both measures of absorption on all "
+        "On the language model (3 to 5 seeds), absorption with the mask is lower on all 5 bases"
     )
 
 
@@ -1113,7 +1159,11 @@ def test_protocols_that_do_not_show_the_same_are_named():
         "The exact protocol shows something else on TopK."
     )
     said = lead({"Language model": evidence})
-    assert "on all 5 bases; by SAEBench's protocol, absorption is higher on TopK;" in said
+    assert (
+        "lower on all 5 bases by both measures; by SAEBench's protocol it is lower on 4 of 5 bases "
+        "(ReLU + L1, BatchTopK, Matryoshka and JumpReLU) by both measures, and higher on 1 of 5 "
+        "bases (TopK) by both measures;"
+    ) in said
     without = replace(evidence, letters=evidence.letters.drop(columns=[full, fraction]))
     assert protocol_sentence(without) == "" and protocols_differ(without) == []
 
@@ -1123,8 +1173,11 @@ def test_the_published_order_is_judged_by_both_protocols():
     lower = {full: {"jumprelu": -0.05, "atm": -0.2}, fraction: {"jumprelu": -0.05, "atm": -0.2}}
     evidence = replace(language_model(**lower), largest_l0=41.0)
     assert "By SAEBench's protocol, at equal L0: reproduced." in verdict_sentences(evidence)[-1]
-    said = answer_lead({"Language model": evidence})[-1].limits
-    assert "is not shown; by SAEBench's protocol it is reproduced." in said
+    said = answer_lead({"Language model": evidence})[-1].rest
+    assert (
+        "is not shown by the full score and by the fraction score; reproduced by SAEBench's full "
+        "score and by SAEBench's fraction score."
+    ) in said
 
 
 def test_the_floor_is_given_by_each_score():
@@ -1276,8 +1329,8 @@ def test_a_result_that_rests_on_one_l0_is_named():
     assert said.startswith("**Planted world, one L0 left out** of the mean")
     assert "without L0 4, higher on TopK, lower on JumpReLU by raw absorption" in said
     assert lead({"Planted world": evidence}).endswith(
-        "Without L0 4, the mean raw absorption is lower on JumpReLU and higher on TopK and the "
-        "mean absorption beyond misses is lower on JumpReLU and higher on TopK."
+        "Without L0 4, raw absorption is lower on JumpReLU, higher on TopK; absorption beyond "
+        "misses is lower on JumpReLU, higher on TopK."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]
@@ -1343,8 +1396,8 @@ def test_what_stands_at_equal_explained_variance_and_which_l0_it_needs():
     )
     assert words in ninety and ninety.endswith("twin: ReLU + L1 8 and 4.")
     assert more == []  # the mask does not reach 95%
-    found = answer_lead({"Planted world": evidence})[0].limits
-    assert "At equal explained variance, raw absorption is lower on ReLU + L1 at 90%" in found
+    found = answer_lead({"Planted world": evidence})[0].rest
+    assert "explained variance (L0" not in found
     assert explained_sentences(small(planted=TWINS)) == []
 
 

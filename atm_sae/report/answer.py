@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = [
     "OTHERS",
-    "NOT_SHOWN",
-    "DISAGREE",
+    "HOLM",
     "OVERVIEW_CAPTION",
     "LABELS",
     "MARKERS",
@@ -65,6 +64,7 @@ from atm_sae.report.verdict import (
     Measure,
     against,
     base_of,
+    capital,
     effect_lines,
     effect_side,
     explained_sentences,
@@ -74,7 +74,6 @@ from atm_sae.report.verdict import (
     misses_sentence,
     name_methods,
     order_verdict,
-    protocols_differ,
     published_order,
     random_agreement,
     rate_ratio,
@@ -83,6 +82,7 @@ from atm_sae.report.verdict import (
     rows_of,
     seed_differences,
     shuffled_sentences,
+    shuffled_shares,
     sides_without,
     twin_note,
     unavailable_order,
@@ -119,8 +119,6 @@ def read_answer(
 
 # %% ../../nbs/report/answer.ipynb #cell-8
 OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
-NOT_SHOWN = "no difference is shown"
-DISAGREE = "the measures disagree"
 _SIDES = ("lower", "higher")
 
 
@@ -170,7 +168,7 @@ class _Part:
             return ""
         lower, higher = (" and ".join(l0s) for l0s in shown.values())
         return (
-            f"{_capital(self.name)} is lower at L0 {lower}, and higher at L0 {higher}, on all "
+            f"{capital(self.name)} is lower at L0 {lower}, and higher at L0 {higher}, on all "
             f"{total} (not corrected)."
         )
 
@@ -223,7 +221,7 @@ def _absorption_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> 
     return _parts(effects, evidence, {measure.short: measure for measure in WORLDS[world]})
 
 
-_OTHERS = {  # {what shows it: measures}
+_BESIDE = {  # {what shows it: measures}
     "the miss rate": (MISSES,),
     "the ablation rate": (ABLATION_RATE,),
     "SAEBench's protocol": SAEBENCH,
@@ -236,29 +234,19 @@ def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> dict[str, 
     planted = world == "Planted world"
     found = {
         name: _parts(effects, evidence, {measure.short: measure for measure in measures})
-        for name, measures in _OTHERS.items()
+        for name, measures in _BESIDE.items()
         if measures[0].planted == planted
     }
     return {name: parts for name, parts in found.items() if parts}
 
 
-def _all_parts(beside: Mapping[str, Sequence[_Part]]) -> list[_Part]:
-    "The parts of `_beside` in one list."
-    return [part for parts in beside.values() for part in parts]
-
-
-def _by_kind(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
-    "Absorption of base with the mask minus its twin, and minus the tuned base: those measured."
-    effects = evidence.mask_effects
-    found = {
-        kind: _absorption_parts(world, evidence, against(effects, kind)) for kind in (TWIN, TUNED)
-    }
-    return {kind: parts for kind, parts in found.items() if parts}
-
-
 def _first_kind(world: str, evidence: Evidence) -> tuple[str, list[_Part]]:
-    "`_by_kind` minus the twin, or minus the tuned base if no twin was run; no parts without both."
-    return next(iter(_by_kind(world, evidence).items()), (TWIN, []))
+    "Absorption minus the twin, or minus the tuned base if no twin was run; no parts without both."
+    for kind in (TWIN, TUNED):
+        parts = _absorption_parts(world, evidence, against(evidence.mask_effects, kind))
+        if parts:
+            return kind, parts
+    return TWIN, []
 
 
 def _price_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
@@ -268,11 +256,6 @@ def _price_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[
 
 
 _PRICE = "explained variance"
-
-
-def _capital(words: str) -> str:
-    "The words with a capital letter in front."
-    return f"{words[0].upper()}{words[1:]}"
 
 
 def _seeds(parts: Sequence[_Part]) -> str:
@@ -301,13 +284,26 @@ def _read_at(part: _Part, pairs: Iterable[tuple[str, str]] = ()) -> str:
     return " or ".join(dict.fromkeys(part.lines[pair].l0s for pair in pairs or part.lines))
 
 
-def _named(parts: Iterable[_Part], usual: str) -> dict[str, _Part]:
-    "{name: part}; the name has the number of seeds where it is not the usual one."
+def _named(parts: Iterable[_Part], usual: str, l0s: str = "") -> dict[str, _Part]:
+    "{name: part}; the name has the number of seeds and the L0s where they are not the usual ones."
     found = {}
     for part in parts:
-        seeds = _seeds([part])
-        found[_capital(part.name) + ("" if seeds == usual else f" ({seeds} seeds)")] = part
+        seeds, there = _seeds([part]), _read_at(part)
+        notes = [f"{seeds} seeds"] * (seeds != usual) + [f"L0 {there}"] * (
+            bool(l0s) and there != l0s
+        )
+        found[capital(part.name) + (f" ({'; '.join(notes)})" if notes else "")] = part
     return found
+
+
+def _with_floor(part: _Part) -> _Part:
+    "Named with the value of a random dictionary at the same L0s, if there is one."
+    l0s = {float(l0) for line in part.lines.values() for l0 in line.l0s.split(", ")}
+    rows = part.read[(part.read.method == "random") & part.read.sparsity.isin(l0s)]
+    floor = rows[part.metric].mean()
+    if math.isnan(floor):
+        return part
+    return replace(part, name=f"{part.name}, random dictionary {floor:.3f}")
 
 
 def _alike_parts(world: str, evidence: Evidence) -> list[_Part]:
@@ -328,13 +324,11 @@ def _alike_parts(world: str, evidence: Evidence) -> list[_Part]:
 def _mask_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
     "What the mask changes in one world: absorption, explained variance and side effects."
     effects = against(evidence.mask_effects, kind)
+    beside = _beside(world, evidence, effects)
+    absorbed = [*_absorption_parts(world, evidence, effects), *itertools.chain(*beside.values())]
     others = [_parts(effects, evidence, {of.short: of}) for of in SIDE_EFFECTS[world]]
-    return [
-        *_absorption_parts(world, evidence, effects),
-        *_all_parts(_beside(world, evidence, effects)),
-        *_price_parts(world, evidence, effects),
-        *itertools.chain(*others),
-    ]
+    price = _price_parts(world, evidence, effects)
+    return [*map(_with_floor, absorbed), *price, *itertools.chain(*others)]
 
 
 def _l0_needed(world: str, evidence: Evidence) -> dict[str, str]:
@@ -344,12 +338,14 @@ def _l0_needed(world: str, evidence: Evidence) -> dict[str, str]:
     return {base_of(pair): f"{line.l0_a:.2g} ({line.l0_b:.2g})" for pair, line in lines.items()}
 
 
-def _mask_rows(world: str, evidence: Evidence, kind: str, usual: str) -> dict[str, dict[str, str]]:
+def _mask_rows(
+    world: str, evidence: Evidence, kind: str, absorbed: Sequence[_Part]
+) -> dict[str, dict[str, str]]:
     "{name of a measure: {base: cell}}."
     parts = _mask_parts(world, evidence, kind)
     alike = _alike_parts(world, evidence) if kind == TWIN else []
     rows: dict[str, dict[str, str]] = {}
-    for name, part in _named([*parts, *alike], usual).items():
+    for name, part in _named([*parts, *alike], _seeds(absorbed), _read_at(absorbed[0])).items():
         rows[name] = {
             base_of(pair): f"{_cell(line)} ({part.level(pair):.3f})"
             for pair, line in part.lines.items()
@@ -364,14 +360,13 @@ def _mask_rows(world: str, evidence: Evidence, kind: str, usual: str) -> dict[st
 
 def _mask_overview(world: str, evidence: Evidence, kind: str) -> AnswerTable | None:
     "A row for each measure, a column for each base; None if absorption was not measured."
-    absorbed = _by_kind(world, evidence).get(kind, [])
+    absorbed = _absorption_parts(world, evidence, against(evidence.mask_effects, kind))
     if not absorbed:
         return None
-    usual = _seeds(absorbed)
-    rows = _mask_rows(world, evidence, kind, usual)
+    rows = _mask_rows(world, evidence, kind, absorbed)
     unmasked = evidence.no_mask(WORLD_KEYS[world])
-    measured = {base_of(pair) for pair in absorbed[0].lines}
-    bases = [base for base in MASKED if base in measured or base in unmasked]
+    first = {base_of(pair) for pair in absorbed[0].lines}
+    bases = [base for base in MASKED if base in first or base in unmasked]
     next(iter(rows.values())).update(dict.fromkeys(unmasked, "tuning chose no mask"))
     table = pd.DataFrame(
         [
@@ -379,7 +374,7 @@ def _mask_overview(world: str, evidence: Evidence, kind: str) -> AnswerTable | N
             for name, of in rows.items()
         ]
     )
-    place = f"{world} ({usual} seeds, L0 {_read_at(absorbed[0])})"
+    place = f"{world} ({_seeds(absorbed)} seeds, L0 {_read_at(absorbed[0])})"
     return AnswerTable(f"{place}: base with ATM minus {OTHERS[kind]}", table)
 
 
@@ -395,29 +390,29 @@ def _tuned_overview(world: str, evidence: Evidence) -> AnswerTable | None:
     return _mask_overview(world, evidence, TUNED)
 
 
-def _control_others(world: str, evidence: Evidence) -> dict[str, list[_Part]]:
-    "The measures beside absorption of the masked forms minus their controls, those measured."
+def _control_parts(world: str, evidence: Evidence) -> list[_Part]:
+    "ATM minus its controls: absorption first, then what else was measured; empty without controls."
     effects, of = evidence.control_effects, evidence.beside_controls
-    price = _price_parts(world, of, effects)
-    return _beside(world, of, effects) | ({_PRICE: price} if price else {})
+    absorbed = _absorption_parts(world, of, effects)
+    f1 = _parts(effects, of, {_F1[world].short: _F1[world]})
+    beside = itertools.chain(*_beside(world, of, effects).values())
+    return [*absorbed, *beside, *_price_parts(world, of, effects), *f1] if absorbed else []
 
 
 def _control_overview(world: str, evidence: Evidence) -> AnswerTable | None:
     "A row for each base and control, a column for each measure; None if no control was run."
-    absorbed = _absorption_parts(world, evidence.beside_controls, evidence.control_effects)
-    if not absorbed:
+    found = _control_parts(world, evidence)
+    if not found:
         return None
-    usual = _seeds(absorbed)
-    others = _all_parts(_control_others(world, evidence))
-    f1 = _parts(evidence.control_effects, evidence.beside_controls, {_F1[world].short: _F1[world]})
-    parts = _named([*absorbed, *others, *f1], usual)
+    first, usual = found[0], _seeds(found[:1])
+    parts = _named(found, usual)
     rows = []
     for mask, label in CONTROLS.items():
         for base, masked in MASKED.items():
             pair = (masked, with_mask(base, mask))
-            if pair in absorbed[0].lines:
+            if pair in first.lines:
                 cells = {name: _cell(part.lines[pair]) for name, part in parts.items()}
-                head = (label, method_name(base), _read_at(absorbed[0], [pair]))
+                head = (label, method_name(base), _read_at(first, [pair]))
                 rows.append(dict(zip(("minus", "base", "L0"), head)) | cells)
     heading = f"{world} ({usual} seeds): base with ATM minus each control"
     return AnswerTable(heading, pd.DataFrame(rows))
@@ -429,27 +424,31 @@ def _order_overview(world: str, evidence: Evidence) -> AnswerTable | None:
     absorbed = _absorption_parts(world, evidence, effects)
     if world != "Language model" or not absorbed:
         return None
-    usual = _seeds(absorbed)
-    parts = _named([*absorbed, *_all_parts(_beside(world, evidence, effects))], usual)
+    usual, l0s = _seeds(absorbed), _read_at(absorbed[0])
+    beside = itertools.chain(*_beside(world, evidence, effects).values())
+    parts = _named([*absorbed, *beside], usual, l0s)
     rows = [
         {"difference": f"{method_name(a)} minus {method_name(b)}"}
         | {name: _cell(part.lines[a, b]) for name, part in parts.items()}
         for a, b in absorbed[0].lines
     ]
-    place = f"{world} ({usual} seeds, L0 {_read_at(absorbed[0])})"
+    place = f"{world} ({usual} seeds, L0 {l0s})"
     heading = f"{place}: the published order, {published_order()}"
     return AnswerTable(heading, pd.DataFrame(rows))
 
 
+HOLM = (
+    "corrected (Holm) over the comparisons of one measure that answer one question: the mask (twin "
+    "and tuned base together), the controls, the published order, or agreement"
+)
 OVERVIEW_CAPTION = (
     "A cell gives the mean difference ± half of its 95% interval over seeds. In brackets: the "
     "value that is subtracted. At 95% explained variance, the table gives the L0 of the masked "
-    "form and, in brackets, of the twin. *Lower* and *higher*: the interval, corrected (Holm) over "
-    "all comparisons of one measure in one world, excludes 0. No word: no difference is shown. L0 "
-    "is the mean number of active latents. Each difference is read at equal L0, on the line "
-    "between two trained SAEs, and is a mean over the L0s that the table names. Lower absorption "
-    "and a lower miss rate are better. Lower explained variance, recovered features, F1 and "
-    "agreement are worse."
+    "form and, in brackets, of the twin. *Lower* and *higher*: the interval excludes 0. No word: "
+    f"no difference is shown. Intervals are {HOLM}. L0 is the mean number of active latents. Each "
+    "difference is read at equal L0, by linear interpolation in log L0 between trained SAEs, and "
+    "is a mean over the L0s that the table names. Lower absorption and a lower miss rate are "
+    "better. Lower explained variance, recovered features, F1 and agreement are worse."
 )
 
 
@@ -476,6 +475,8 @@ def l0_lines(
     lines = []
     for world, of in evidence.items():
         kind, parts = _first_kind(world, of)
+        twins = against(of.mask_effects, kind)
+        parts = [*parts, *_beside(world, of, twins).get("SAEBench's protocol", [])]
         other = "" if kind == TWIN else f", minus {OTHERS[TUNED]}"
         said = {part.name: part.by_l0() for part in parts}
         lines += [
@@ -546,32 +547,32 @@ def _bases(
     names: Sequence[str],  # of bases
     total: int,  # bases compared
 ) -> str:
-    "`all 4 bases`, `TopK and JumpReLU`, or `TopK, one of 4 bases`."
-    if len(names) == total > 2:
+    "`all 4 bases`, `1 of 4 bases (TopK)`; or their names, if two or fewer were compared."
+    if total < 3:
+        return name_methods(names)
+    if len(names) == total:
         return f"all {total} bases"
-    return name_methods(names) + (f", one of {total} bases" if len(names) == 1 < total - 1 else "")
+    return f"{len(names)} of {total} bases ({name_methods(names)})"
 
 
 def _changes(
-    world: str,
-    parts: Sequence[_Part],  # of `_absorption_parts`
+    parts: Sequence[_Part],  # of two measures of absorption
+    measures: Sequence[Measure],
 ) -> str:
-    "On which bases ATM lowers or raises each of the two measures of absorption."
-    names = [measure.words.removeprefix("by ") for measure in WORLDS[world]]
+    "`lower on TopK by both measures, on JumpReLU by raw absorption only`: what absorption is."
     total, said = len(parts[0].lines), []
-    for verb, side, only in (("lowers", "lower", "only "), ("raises", "higher", "")):
-        on: dict[str, list[str]] = {"both measures of absorption": []}
+    for side in _SIDES:
+        on: dict[str, list[str]] = {"by both measures": []}
         for sides, bases in _by_sides(parts).items():
-            shown = [name for name, its in zip(names, sides) if its == side]
+            shown = [measure.words for measure, its in zip(measures, sides) if its == side]
             if shown:
-                what = only + shown[0] if len(shown) == 1 else "both measures of absorption"
+                what = f"{shown[0]} only" if len(shown) == 1 else "by both measures"
                 on.setdefault(what, []).extend(bases)
-        words = [f"{what} on {_bases(bases, total)}" for what, bases in on.items() if bases]
-        said += [f"{verb} {', and '.join(words)}"] if words else []
+        words = [f"on {_bases(bases, total)} {what}" for what, bases in on.items() if bases]
+        said += [f"{side} {', '.join(words)}"] if words else []
     if said:
-        return "; it ".join(said)
-    among = f"any of {total} bases" if total > 1 else _bases(parts[0].with_side("none"), 1)
-    return f"is not shown to change absorption on {among}"
+        return ", and ".join(said)
+    return f"not shown to differ on {_bases(list(map(base_of, parts[0].lines)), total)}"
 
 
 def _too_few(parts: Sequence[_Part]) -> str:
@@ -582,84 +583,88 @@ def _too_few(parts: Sequence[_Part]) -> str:
         > max(map(part.level, part.lines))
         for part in parts
     )
-    return ". Too few seeds: the widest intervals exceed the scores" * (nothing and wide)
+    return ". Too few seeds: the widest intervals exceed the scores" if nothing and wide else ""
 
 
-def _without(world: str, evidence: Evidence, part: _Part) -> tuple[float, str]:
-    """An L0 without which a measure is lower on fewest bases, and what the mean shows without it.
-
-    `nan` and no words if no base that is lower depends on one L0."""
-    lower = {pair for pair, line in part.lines.items() if effect_side(line) == "lower"}
-    (measure,) = (of for of in WORLDS[world] if of.short == part.name)
-    left = sides_without(evidence, world, measure)
-    still = {l0: sum(sides.get(p) == "lower" for p in lower) for l0, sides in left.items()}
-    fewest = min(still, key=lambda l0: still[l0], default=math.nan)
-    if still.get(fewest, 0) >= len(lower):
-        return math.nan, ""
-    sides = left[fewest]
-    on = {
-        side: [base_of(pair) for pair in part.lines if sides.get(pair) == side] for side in _SIDES
+def _rests_on(
+    part: _Part,
+    without: Mapping[float, Mapping[tuple[str, str], str]],  # of `sides_without`
+) -> float | None:
+    "The L0 without which most pairs lose their side; None if each L0 can be left out."
+    shown = {
+        pair: side for pair, line in part.lines.items() if (side := effect_side(line)) != "none"
     }
-    words = f"lower on {name_methods(on['lower']) if on['lower'] else 'no base'}"
-    words += f" and higher on {name_methods(on['higher'])}" if on["higher"] else ""
-    return fewest, words
+    lost = {l0: sum(of.get(p) != side for p, side in shown.items()) for l0, of in without.items()}
+    l0 = max(lost, key=lambda l0: lost[l0], default=None)
+    return l0 if l0 is not None and lost[l0] else None
 
 
 def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
-    """What the means show without one L0: those measures that are then lower on fewer bases.
-
-    Empty if each L0 can be left out."""
-    found: dict[float, list[str]] = {}
-    for part in parts:
-        l0, words = _without(world, evidence, part)
-        if words:
-            found.setdefault(l0, []).append(f"the mean {part.name} is {words}")
-    said = [f"without L0 {l0:g}, {' and '.join(words)}" for l0, words in found.items()]
-    return f"{_capital('; '.join(said))}." if said else ""
+    "What the means show without the L0 that they rest on most; empty if each can be left out."
+    found: dict[str, list[str]] = {}
+    for part, measure in zip(parts, WORLDS[world]):
+        without = sides_without(evidence.left_out, world, measure)
+        l0 = _rests_on(part, without)
+        if l0 is None:
+            continue
+        sides = without[l0]
+        on = {side: [base_of(p) for p in part.lines if sides.get(p) == side] for side in _SIDES}
+        words = f"lower on {name_methods(on['lower']) if on['lower'] else 'no base'}"
+        words += f", higher on {name_methods(on['higher'])}" if on["higher"] else ""
+        others = [other for other in without if other != l0]
+        place = f"at L0 {others[0]:g} alone" if len(others) == 1 else f"without L0 {l0:g}"
+        found.setdefault(place, []).append(f"{part.name} is {words}")
+    said = [f"{place}, {'; '.join(words)}" for place, words in found.items()]
+    return f"{capital('. '.join(map(capital, said)))}." if said else ""
 
 
 def _at_equal_variance(world: str, evidence: Evidence) -> str:
-    "Where the first measure is lower or higher at equal explained variance; or empty."
-    first, effects = WORLDS[world][0], evidence.explained_effects
-    said = []
-    for share, of in effects.groupby("explained"):
+    "Where absorption is lower or higher at the largest equal explained variance; or empty."
+    of = evidence.explained_effects
+    of = of[of.explained == EXPLAINED[-1]]
+    said: dict[str, list[str]] = {}
+    times: list[float] = []
+    for measure in WORLDS[world]:
+        lines = effect_lines(of, measure)
         sides: dict[str, list[str]] = {}
-        for pair, line in effect_lines(of, first).items():
+        for pair, line in lines.items():
             sides.setdefault(effect_side(line), []).append(base_of(pair))
-        said += [f"{_on(sides)} at {share:.0%}"] if sides else []
-    words = "; ".join(said)
-    return f"At equal explained variance, {first.short} is {words}." if words else ""
-
-
-def _finding(
-    sides: Iterable[str],  # of several measures or pairs
-) -> str:
-    "What they show together: `lower`, `higher`, `NOT_SHOWN` or `DISAGREE`."
-    sides = {*sides}
-    if sides == {"none"}:
-        return NOT_SHOWN
-    return sides.pop() if len(sides) == 1 else DISAGREE
+            times.append(line.l0_a / line.l0_b)
+        if lines:
+            said.setdefault(_on(sides), []).append(measure.short)
+    if not said:
+        return ""
+    words = "; ".join(f"{' and '.join(names)} {on}" for on, names in said.items())
+    ends = " to ".join(dict.fromkeys(f"{of:.2g}" for of in (min(times), max(times))))
+    return f"At {EXPLAINED[-1]:.0%} explained variance (L0 {ends} times that of the twin): {words}."
 
 
 def _protocol_words(evidence: Evidence) -> str:
-    "What SAEBench's protocol shows on the bases where the exact one shows something else."
+    "What SAEBench's protocol shows; empty if it was not measured."
     twins = against(evidence.mask_effects, TWIN)
     parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
-    differ, groups = {*protocols_differ(evidence)}, _by_sides(parts) if parts else {}
-    found: dict[str, list[str]] = {}
-    for sides, bases in groups.items():
-        finding = _finding(sides)
-        words = f"absorption is {finding}" if finding in _SIDES else finding
-        found.setdefault(words, []).extend(base for base in bases if base in differ)
-    said = [f"{words} on {name_methods(bases)}" for words, bases in found.items() if bases]
-    return f"; by SAEBench's protocol, {', '.join(said)}" if said else ""
+    return f"; by SAEBench's protocol it is {_changes(parts, SAEBENCH)}" if parts else ""
+
+
+def _price_words(world: str, evidence: Evidence, kind: str) -> str:
+    "On which bases explained variance is lower or higher, and by how much."
+    said = []
+    for price in _price_parts(world, evidence, against(evidence.mask_effects, kind)):
+        for side in _SIDES:
+            bases = price.with_side(side)
+            by = [abs(line.mean) for line in price.lines.values() if effect_side(line) == side]
+            if bases:
+                ends = " to ".join(dict.fromkeys(f"{of:.3f}" for of in (min(by), max(by))))
+                said.append(f"{side} on {_bases(bases, len(price.lines))}, by {ends}")
+        said = said or ["not shown to differ"]
+    return f"; explained variance is {'; '.join(said)}" if said else ""
 
 
 class Lead(NamedTuple):
-    "The answer to one question: its first words, and the rest."
+    "The answer to one question."
 
-    first: str
-    limits: str  # may be empty
+    bold: str  # its first words
+    rest: str  # may be empty
 
 
 def answer_lead(
@@ -699,31 +704,36 @@ def _by_control(world: str, parts: Sequence[_Part]) -> list[str]:
     for mask, label in _SHORT.items():
         of = [_of_mask(part, mask) for part in parts]
         if of[0].lines:
-            groups.setdefault(_changes(world, of), []).append(label)
+            groups.setdefault(_changes(of, WORLDS[world]), []).append(label)
     found = _with_controls(groups)
-    return [f"compared with {labels}, ATM {words}" for words, labels in found.items()]
+    return [f"compared with {labels}, absorption is {words}" for words, labels in found.items()]
 
 
-def _measure_by_control(parts: Sequence[_Part]) -> tuple[str, ...]:
-    "What these measures show of ATM minus each control, over all bases."
-    groups: dict[str, list[str]] = {}
-    for mask, label in _SHORT.items():
-        of = [_of_mask(part, mask) for part in parts]
-        if of[0].lines:
-            groups.setdefault(_finding(itertools.chain(*_by_sides(of))), []).append(label)
-    words = {side: f"{side} than with" for side in _SIDES}
-    words |= {NOT_SHOWN: "no difference is shown to", DISAGREE: "bases or measures disagree with"}
-    if [*groups] == [NOT_SHOWN]:
-        return ("no difference is shown to any control",)
-    return tuple(f"{words[found]} {labels}" for found, labels in _with_controls(groups).items())
+def _shuffled_words(world: str, evidence: Evidence) -> list[str]:
+    "The share of the mask's reduction that shuffled probabilities reach; empty if not measured."
+    said = []
+    for measure in WORLDS[world]:
+        shares = shuffled_shares(evidence, world, measure)
+        words = [
+            f"{f'{share.share:.0%}' if share.share > 0 else 'none'} ({method_name(base)})"
+            for base, share in shares.items()
+        ]
+        said += [f"{' and '.join(words)} {measure.words}"] if words else []
+    head = "of the mask's reduction, shuffled probabilities reach"
+    return [f"{head} {'; '.join(said)}"] if said else []
 
 
-def _beside_controls(world: str, evidence: Evidence) -> list[str]:
-    "The other measures of ATM minus its controls, by what they show."
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, parts in _control_others(world, evidence).items():
-        groups.setdefault(_measure_by_control(parts), []).append(name.removeprefix("the "))
-    return [f"{' and '.join(names)}: {', '.join(found)}" for found, names in groups.items()]
+def _saebench_by_control(evidence: Evidence) -> list[str]:
+    "What SAEBench's protocol shows of ATM minus its controls; empty if it was not measured."
+    effects, of = evidence.control_effects, evidence.beside_controls
+    parts = _beside("Language model", of, effects).get("SAEBench's protocol", [])
+    sides = {*itertools.chain(*_by_sides(parts))} if parts else set()
+    words = "the controls differ"
+    if len(sides) == 1:
+        (side,) = sides
+        nothing = "no difference is shown to any control"
+        words = nothing if side == "none" else f"{side} than with each control"
+    return [f"by SAEBench's protocol, {words}"] if parts else []
 
 
 def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
@@ -732,9 +742,10 @@ def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
     for world, of in evidence.items():
         parts = _absorption_parts(world, of.beside_controls, of.control_effects)
         if parts:
-            first, *more = [*_by_control(world, parts), *_beside_controls(world, of)]
-            said.append(f"{_capital(PLACES[world])} ({_seeds(parts)} seeds), {first}")
-            said += map(_capital, more)
+            words = [*_by_control(world, parts), *_shuffled_words(world, of)]
+            first, *more = [*words, *_saebench_by_control(of)]
+            said.append(f"{capital(PLACES[world])} ({_seeds(parts)} seeds), {first}")
+            said += map(capital, more)
     if not said:
         return None
     return Lead(
@@ -744,16 +755,18 @@ def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
 
 
 def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
-    "Is the published order reproduced, by both protocols? None if not measured."
+    "Is the published order reproduced, by each measure? None if not measured."
     if "Language model" not in evidence:
         return None
     of = evidence["Language model"]
-    verdict = order_verdict(of.order_effects)
-    other = order_verdict(of.order_effects, SAEBENCH)
-    if verdict == "not measured":
+    found: dict[str, list[str]] = {}
+    for measure in (*WORLDS["Language model"], *SAEBENCH):
+        found.setdefault(order_verdict(of.order_effects, [measure]), []).append(measure.words)
+    found.pop("not measured", None)
+    if not found:
         return None
-    words = f"At equal L0, {published_order()} is {verdict}"
-    words += "." if other == "not measured" else f"; by SAEBench's protocol it is {other}."
+    verdicts = "; ".join(f"{verdict} {' and '.join(words)}" for verdict, words in found.items())
+    words = f"At equal L0, {published_order()} is {verdicts}."
     missing = unavailable_order(of)
     words += f" It cannot be checked at the published L0s: {missing}." if missing else ""
     return Lead("Is the published order reproduced?", words)
@@ -764,22 +777,19 @@ def _lead(world: str, evidence: Evidence) -> Lead | None:
     kind, parts = _first_kind(world, evidence)
     if not parts:
         return None
-    place = f"{_capital(PLACES[world])} ({_seeds(parts)} seeds)"
-    sentence = f"{place}, the mask {_changes(world, parts)}"
+    place = f"{capital(PLACES[world])} ({_seeds(parts)} seeds)"
+    sentence = f"{place}, absorption with the mask is {_changes(parts, WORLDS[world])}"
     if world == "Language model":
         sentence += _protocol_words(evidence)
-    for price in _price_parts(world, evidence, against(evidence.mask_effects, kind)):
-        lower = price.with_side("lower")
-        if lower:
-            sentence += f"; explained variance falls on {_bases(lower, len(price.lines))}"
-        else:
-            sentence += "; no change of explained variance is shown"
-    limits = (
-        parts[0].sign_change(),
+    sentence += _price_words(world, evidence, kind)
+    unmasked = evidence.no_mask(WORLD_KEYS[world])
+    sentence += f"; on {name_methods(unmasked)}, tuning chose no mask" if unmasked else ""
+    rest = (
+        *(part.sign_change() for part in parts),
         _one_l0(world, evidence, parts),
         _at_equal_variance(world, evidence),
     )
-    return Lead(f"{sentence}{_too_few(parts)}.", " ".join(filter(None, limits)))
+    return Lead(f"{sentence}{_too_few(parts)}.", " ".join(filter(None, rest)))
 
 
 # %% ../../nbs/report/answer.ipynb #cell-15
@@ -886,7 +896,7 @@ def answer_caption(
         "Each mark is the value with the mask minus another value, for one base at equal L0, as a "
         f"mean over L0 ({_l0s_of_means(found)}). The other value is that of {OTHERS[TWIN]} (same "
         f"settings, mask off){tuned}. Bars: 95% interval over seeds, corrected (Holm) over all "
-        "comparisons of the measure in that world. "
+        "comparisons of the measure with twins and tuned bases in that world. "
         f"Filled marks: the interval excludes 0. {few}"
         "On the right: how many of the seeds have the sign of the mean. Lower absorption is "
         f"better. Lower explained variance is worse. Profiles: {profiles}."
@@ -904,7 +914,8 @@ def answer_alt(
         found = {"lower": list(lower), "higher": list(higher)}
         words = [f"{side} on {name_methods(bases)}" for side, bases in found.items() if bases]
         nothing = "no difference shown" if len(shown) else "single runs, no interval"
-        parts.append(f"{panel}, {label}: {', '.join(words) or nothing}.")
+        minus = label.partition(":")[0]
+        parts.append(f"{panel}, {minus}: {', '.join(words) or nothing}.")
     return f"With the mask. {' '.join(parts)}"
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "TWIN",
     "TUNED",
     "AGREEMENT",
+    "LeftOut",
     "PLACES",
     "RAW",
     "MISSES",
@@ -53,6 +54,7 @@ __all__ = [
     "agreement_rows",
     "measured_metrics",
     "rows_of",
+    "control_pairs",
     "Evidence",
     "published_rows",
     "read_evidence",
@@ -67,6 +69,7 @@ __all__ = [
     "mask_table",
     "mask_caption",
     "control_table",
+    "capital",
     "name_methods",
     "l0_words",
     "seeds_range",
@@ -83,6 +86,8 @@ __all__ = [
     "random_agreement",
     "stability_sentence",
     "rival_table",
+    "ShuffledShare",
+    "shuffled_shares",
     "shuffled_sentences",
     "repetition_sentence",
     "explained_sentences",
@@ -475,6 +480,14 @@ def rows_of(
     return table[(table.world == "planted") == planted]
 
 
+def control_pairs() -> list[tuple[str, str]]:
+    "Each masked method with each of its controls."
+    return [(m, with_mask(b, mask)) for mask in CONTROLS for b, m in MASKED.items()]
+
+
+LeftOut = dict[tuple[str, float], pd.DataFrame]  # {(world, L0): `EFFECT_COLUMNS` without that L0}
+
+
 def _no_rows() -> pd.DataFrame:
     return pd.DataFrame(columns=[*_KEYS])
 
@@ -579,19 +592,27 @@ class Evidence:
         tables += [_agreement_effects(self, w).assign(against=TWIN) for w in self.worlds]
         return _joined(tables, [*EFFECT_COLUMNS, "against"])
 
-    @cached_property
-    def left_out(self) -> dict[tuple[str, float], pd.DataFrame]:
-        """{(world, L0): `EFFECT_COLUMNS` of `mask_pairs` without that L0}, absorption alone.
+    def _without_each(self, world: str, pairs: Iterable[tuple[str, str]]) -> "LeftOut":
+        "Absorption of these pairs without one L0; empty for a world with one L0."
+        read, pairs = self.read(WORLD_KEYS[world]), self.pairs(WORLD_KEYS[world], pairs)
+        metrics = [measure.metric for measure in WORLDS[world]]
+        l0s = sorted(read.sparsity.unique())
+        return {
+            (world, l0): compare_pairs(read[read.sparsity != l0], metrics, pairs)
+            for l0 in (l0s if pairs and len(l0s) > 1 else [])
+        }
 
-        Only worlds with two L0s at least."""
-        found = {}
-        for world, measures in WORLDS.items():
-            read, metrics = self.read(WORLD_KEYS[world]), [measure.metric for measure in measures]
-            l0s = sorted(read.sparsity.unique())
-            for l0 in l0s if len(l0s) > 1 else []:
-                pairs = self.mask_pairs(WORLD_KEYS[world])
-                found[world, l0] = compare_pairs(read[read.sparsity != l0], metrics, pairs)
-        return found
+    @cached_property
+    def left_out(self) -> "LeftOut":
+        "`mask_effects` without one L0, absorption alone."
+        found = (self._without_each(world, self.mask_pairs(WORLD_KEYS[world])) for world in WORLDS)
+        return {key: effects for each in found for key, effects in each.items()}
+
+    @cached_property
+    def controls_left_out(self) -> "LeftOut":
+        "`control_effects` without one L0, absorption alone."
+        found = (self.beside_controls._without_each(world, control_pairs()) for world in WORLDS)
+        return {key: effects for each in found for key, effects in each.items()}
 
     @cached_property
     def explained_effects(self) -> pd.DataFrame:
@@ -615,8 +636,7 @@ class Evidence:
     @cached_property
     def control_effects(self) -> pd.DataFrame:
         "Is it the importance? `EFFECT_COLUMNS` of each masked method minus each of its controls."
-        controls = [(m, with_mask(b, mask)) for mask in CONTROLS for b, m in MASKED.items()]
-        return self.beside_controls.compare(controls)
+        return self.beside_controls.compare(control_pairs())
 
     @cached_property
     def rival_effects(self) -> dict[str, pd.DataFrame]:
@@ -964,6 +984,11 @@ def control_table(
 
 
 # %% ../../nbs/report/verdict.ipynb #cell-30
+def capital(words: str) -> str:
+    "The words with a capital letter in front."
+    return f"{words[0].upper()}{words[1:]}"
+
+
 def name_methods(
     methods: Iterable[str],  # at least one
 ) -> str:
@@ -1110,7 +1135,7 @@ def twin_note(
     if missing:
         notes.append(f"no twin was run for {name_methods(missing)}")
     said = "; ".join(notes)
-    return f"{said[0].upper()}{said[1:]}." if said else ""
+    return f"{capital(said)}." if said else ""
 
 
 def _mask_sentences(evidence: Evidence) -> list[str]:
@@ -1165,50 +1190,81 @@ def misses_sentence(
 
 
 def sides_without(
-    evidence: Evidence,
+    left_out: LeftOut,  # of an `Evidence`
     world: str,  # one of WORLDS
     measure: Measure,
 ) -> dict[float, dict[tuple[str, str], str]]:
     "{L0: {pair: side of the mean without that L0}}; a pair that was read at it alone is left out."
     return {
         l0: {pair: effect_side(line) for pair, line in effect_lines(effects, measure).items()}
-        for (name, l0), effects in evidence.left_out.items()
+        for (name, l0), effects in left_out.items()
         if name == world
     }
 
 
 def _changed_sides(
-    evidence: Evidence, world: str, measure: Measure
-) -> dict[float, dict[str, list[str]]]:
-    "{L0: {side without that L0: bases}} where this side is another one than in the whole mean."
-    whole = first_kind(evidence.mask_effects, measure)
-    changed: dict[float, dict[str, list[str]]] = {}
-    for l0, left in sides_without(evidence, world, measure).items():
-        for pair, line in whole.items():
+    lines: Mapping[tuple[str, str], Any],  # of the whole mean
+    without: Mapping[float, Mapping[tuple[str, str], str]],  # of `sides_without`
+) -> dict[float, dict[str, list[tuple[str, str]]]]:
+    "{L0: {side without that L0: pairs}} where this side is another one than in the whole mean."
+    changed: dict[float, dict[str, list[tuple[str, str]]]] = {}
+    for l0, left in without.items():
+        for pair, line in lines.items():
             side = left.get(pair, "none")
             if line.l0_low <= l0 <= line.l0_high and side != effect_side(line):
-                changed.setdefault(l0, {}).setdefault(side, []).append(base_of(pair))
+                changed.setdefault(l0, {}).setdefault(side, []).append(pair)
     return changed
+
+
+def _side_words(side: str) -> str:
+    "A side in a sentence."
+    return "no difference shown" if side == "none" else side
+
+
+def _masks_left_out(evidence: Evidence, world: str, measure: Measure) -> list[str]:
+    "What the mean of base with the mask minus its twin shows without one L0, where it changes."
+    lines = first_kind(evidence.mask_effects, measure)
+    without = sides_without(evidence.left_out, world, measure)
+    parts = []
+    for l0, sides in _changed_sides(lines, without).items():
+        words = [
+            f"{_side_words(side)} on {name_methods(map(base_of, pairs))}"
+            for side, pairs in sides.items()
+        ]
+        parts.append(f"without L0 {l0:g}, {', '.join(words)} {measure.words}")
+    return parts
+
+
+def _controls_left_out(evidence: Evidence, world: str, measure: Measure) -> list[str]:
+    "The same of base with the mask minus its controls."
+    lines = effect_lines(evidence.control_effects, measure)
+    without = sides_without(evidence.controls_left_out, world, measure)
+    parts = []
+    for l0, sides in _changed_sides(lines, without).items():
+        words = [
+            f"{_side_words(side)} on {method_name(base_of(pair))} minus "
+            f"{CONTROLS[get_method(pair[1]).mask]}"
+            for side, pairs in sides.items()
+            for pair in pairs
+        ]
+        parts.append(f"without L0 {l0:g}, {', '.join(words)} {measure.words}")
+    return parts
 
 
 def left_out_sentences(
     evidence: Evidence,
 ) -> list[str]:
-    "Which results depend on a single L0, a sentence for each world; none where no result does."
+    """Which results depend on a single L0: those of the mask, then those of its controls.
+
+    A sentence for each world; none where no result does."""
+    heads = {"": _masks_left_out, ", its controls": _controls_left_out}
     sentences = []
-    for world, measures in WORLDS.items():
-        parts = []
-        for measure in measures:
-            for l0, sides in _changed_sides(evidence, world, measure).items():
-                words = [
-                    f"{'no difference shown' if side == 'none' else side} on {name_methods(bases)}"
-                    for side, bases in sides.items()
-                ]
-                parts.append(f"without L0 {l0:g}, {', '.join(words)} {measure.words}")
+    for (subject, changed), world in itertools.product(heads.items(), WORLDS):
+        parts = [part for of in WORLDS[world] for part in changed(evidence, world, of)]
         if parts:
             sentences.append(
-                f"**{world}, one L0 left out** of the mean, as far as it changes what is shown: "
-                f"{'; '.join(parts)}."
+                f"**{world}{subject}, one L0 left out** of the mean, as far as it changes what is "
+                f"shown: {'; '.join(parts)}."
             )
     return sentences
 
@@ -1279,7 +1335,7 @@ def _side_effects_sentence(evidence: Evidence) -> str:
         words = "; ".join(found for found in said if found)
         parts += [f"{PLACES[world]}, {words}"] if words else []
     head = "**Side effects**, base with the mask minus its twin"
-    return f"{head}: {'. '.join(part[0].upper() + part[1:] for part in parts)}." if parts else ""
+    return f"{head}: {'. '.join(map(capital, parts))}." if parts else ""
 
 
 def _toy(evidence: Evidence) -> str:
@@ -1327,7 +1383,7 @@ def stability_sentence(
         words = describe_effects(twins, measures)
         place = PLACES[world]
         found = f"{place}, {words}; {_random_words(evidence, world)}"
-        parts += [f"{found[0].upper()}{found[1:]}"] if words else []
+        parts += [capital(found)] if words else []
     head = "**Stability**, agreement between seeds (mean cosine; more is better)"
     return f"{head} of base with the mask minus its twin: {'. '.join(parts)}." if parts else ""
 
@@ -1418,6 +1474,46 @@ def _importance_sentences(evidence: Evidence) -> list[str]:
     return [*sentences, *shuffled_sentences(evidence)]
 
 
+class ShuffledShare(NamedTuple):
+    "What the mask and the shuffled control change, both minus the twin."
+
+    gain: float  # of the mask
+    control: float
+    low: float  # smallest and largest control / gain of a seed
+    high: float
+    l0s: str
+
+    @property
+    def share(self) -> float:
+        "control / gain; negative if they have opposite signs."
+        return self.control / self.gain
+
+    def __str__(self) -> str:
+        "`-0.08 against -0.10 (80% at L0 4; single seeds 70% to 90%)`."
+        values = f"{format_number(self.control)} against {format_number(self.gain)}"
+        if self.share < 0:
+            return f"{values} (L0 {self.l0s}: the control changes it in the other direction)"
+        return (
+            f"{values} ({self.share:.0%} at L0 {self.l0s}; single seeds {self.low:.0%} to "
+            f"{self.high:.0%})"
+        )
+
+
+def shuffled_shares(
+    evidence: Evidence,
+    world: str,  # one of WORLDS
+    measure: Measure,
+) -> dict[str, ShuffledShare]:
+    "{base: its share}, the bases on which the mask is shown to lower a measure."
+    lines = effect_lines(against(evidence.mask_effects, TWIN), measure)
+    found = {
+        base_of(pair): _shuffled_share(evidence, world, measure, *pair)
+        for pair, line in lines.items()
+        if effect_side(line) == "lower"
+    }
+    return {base: share for base, share in found.items() if share}
+
+
 def shuffled_sentences(
     evidence: Evidence,
 ) -> list[str]:
@@ -1429,13 +1525,8 @@ def shuffled_sentences(
     for world, measures in WORLDS.items():
         parts = []
         for measure in measures:
-            lines = effect_lines(against(evidence.mask_effects, TWIN), measure)
-            found = [
-                _shuffled_share(evidence, world, measure, *pair)
-                for pair, line in lines.items()
-                if effect_side(line) == "lower"
-            ]
-            found = [share for share in found if share]
+            shares = shuffled_shares(evidence, world, measure)
+            found = [f"{method_name(base)} {share}" for base, share in shares.items()]
             parts += [f"{measure.words}, {', '.join(found)}"] if found else []
         if parts:
             sentences.append(
@@ -1447,29 +1538,22 @@ def shuffled_sentences(
 
 def _shuffled_share(
     evidence: Evidence, world: str, measure: Measure, masked: str, twin: str
-) -> str:
-    "`TopK -0.08 against -0.10 (80%; ...)` at the L0s that all three reach; empty without one."
+) -> ShuffledShare | None:
+    "At the L0s that all three reach; None without one."
     control = with_mask(masked, "shuffled")
     of_all = evidence.beside_controls.where_all([masked, twin, control])
     there = of_all.read(WORLD_KEYS[world])
     if control not in {*there.method}:
-        return ""
+        return None
     wide = _by_method(there, measure.metric)
     whole, part = (_seed_differences(wide, m, twin) for m in (masked, control))
     seeds = whole.columns.intersection(part.columns)
     if whole.empty or not len(seeds):
-        return ""
-    gains, shares = whole[seeds].mean(), part[seeds].mean()
-    gain, share, single = gains.mean(), shares.mean(), shares / gains
-    name = method_name(base_of((masked, twin)))
-    values = f"{name} {format_number(share)} against {format_number(gain)}"
-    l0s = f"L0 {', '.join(f'{l0:g}' for l0 in whole.index)}"
-    if share * gain < 0:
-        return f"{values} ({l0s}: the control changes it in the other direction)"
-    return (
-        f"{values} ({share / gain:.0%} at {l0s}; single seeds {single.min():.0%} to "
-        f"{single.max():.0%})"
-    )
+        return None
+    gains, controls = whole[seeds].mean(), part[seeds].mean()
+    single = controls / gains
+    l0s = ", ".join(f"{l0:g}" for l0 in whole.index)
+    return ShuffledShare(gains.mean(), controls.mean(), single.min(), single.max(), l0s)
 
 
 def repetition_sentence(
