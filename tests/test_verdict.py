@@ -24,6 +24,7 @@ from atm_sae.report.answer import (
     l0_lines,
     rate_sentence,
     read_answer,
+    scale_lead,
     write_answer,
 )
 from atm_sae.report.page import html_page, markdown_page, profile_results, verdict_lines
@@ -766,13 +767,15 @@ def test_readme_and_results_hold_the_committed_sentences_and_tables():
     found = read_answer({"default": REPORTS, "full": REPORTS / "full"})
     committed = {world: of.evidence for world, of in found.items()}
     tables = answer_overview(committed)
+    scale = scale_lead({"default": REPORTS, "full": REPORTS / "full"})
+    assert f"**{scale.bold}** {scale.rest}" in readme and f"{scale.rest}" in index
     cells = [cell for of in tables for cell in [of.heading, *of.table.to_numpy().ravel()]]
     first = [PUBLISHED_STANDING, *sum(answer_lead(committed), ()), *cells]
     for cell in [*first, answer_caption(found)]:
         assert cell in readme, cell
     for cell in [*cells, *answer_sentences(committed)]:
         assert cell in index, cell
-    assert len(readme.splitlines()) < 240
+    assert len(readme.splitlines()) < 250
     places = [readme.index(text) for text in (*first[:2], "make reports", cells[0])]
     assert places == sorted(places) and places[-1] < readme.index("## The tut")
 
@@ -1399,6 +1402,27 @@ def test_what_stands_at_equal_explained_variance_and_which_l0_it_needs():
     found = answer_lead({"Planted world": evidence})[0].rest
     assert "explained variance (L0" not in found
     assert explained_sentences(small(planted=TWINS)) == []
+
+
+def test_the_effect_of_the_mask_is_read_at_the_ends_of_size_and_length(tmp_path):
+    "By hand: two seeds, 0.1 lower at 128 latents; at 256 one seed is lower by 0.2, one higher."
+    points = [(20, 128, -0.1, -0.1), (20, 256, -0.2, 0.1), (60, 128, 0.3, 0.3)]
+    rows = [
+        (method, 8, seed, steps, d_sae, steps / 10, *[0.5 + by * (method == "topk+atm")] * 3)
+        for steps, d_sae, *both in points
+        for seed, by in enumerate(both)
+        for method in ("topk", "topk+atm")
+    ]
+    columns = ["method", "sparsity", "seed", "steps", "d_sae", "tokens"]
+    columns += [FULL, FRACTION, "explained_variance"]
+    (tmp_path / "tables").mkdir()
+    table = pd.DataFrame(rows, columns=columns)
+    table.to_csv(tmp_path / "tables/scale-runs.csv", index=False)
+    said = scale_lead({"full": tmp_path}).rest
+    assert said.startswith("Exploratory, TopK + ATM minus TopK on the language model, ")
+    assert "2 seeds, L0 8. From 128 to 256 latents: full score -0.100 to -0.050, fract" in said
+    assert "From 2 to 6 million training tokens: full score -0.100 to 0.300, fraction" in said
+    assert scale_lead({"smoke": tmp_path}) is None and scale_lead({"full": tmp_path / "no"}) is None
 
 
 def test_the_saes_beside_the_controls_are_a_second_training():

@@ -19,6 +19,7 @@ __all__ = [
     "answer_sentences",
     "Lead",
     "answer_lead",
+    "scale_lead",
     "answer_lines",
     "answer_figure",
     "answer_caption",
@@ -790,6 +791,51 @@ def _lead(world: str, evidence: Evidence) -> Lead | None:
         _at_equal_variance(world, evidence),
     )
     return Lead(f"{sentence}{_too_few(parts)}.", " ".join(filter(None, rest)))
+
+
+def _scale_words(rows: pd.DataFrame, masked: str, base: str, by: str, unit: str) -> str:
+    "What the mask changes at the smallest and at the largest value of a column, in words."
+    ends = [rows[by].min(), rows[by].max()]
+    said = []
+    for name, metric in {
+        FULL_SCORE.short: FULL_SCORE.metric,
+        FRACTION_SCORE.short: FRACTION_SCORE.metric,
+        _PRICE: "explained_variance",
+    }.items():
+        wide = rows.pivot(index=[by, "seed"], columns="method", values=metric)
+        of = [(wide[masked] - wide[base]).xs(end, level=by) for end in ends]
+        said.append(f"{name} {' to '.join(f'{values.mean():.3f}' for values in of)}")
+    low, high = (f"{end:,.3g}" if end < 1000 else f"{end:,}" for end in ends)
+    return f"From {low} to {high} {unit}: {', '.join(said)}."
+
+
+def scale_lead(
+    folders: Mapping[str, str | Path],  # {profile: reports folder}
+) -> Lead | None:
+    """How the effect of the mask changes with the number of latents and of training tokens.
+
+    From tables/scale-runs.csv of the largest profile that has it; None without one."""
+    for profile in sorted(folders, key=lambda name: name != "full"):
+        path = Path(folders[profile]) / "tables" / "scale-runs.csv"
+        if profile != "smoke" and path.is_file():
+            rows = pd.read_csv(path)
+            break
+    else:
+        return None
+    pairs = [(m, get_method(m).architecture) for m in rows.method.unique() if get_method(m).mask]
+    masked, base = pairs[0]
+    steps = rows.groupby("steps").d_sae.nunique().idxmax()
+    latents = rows.groupby("d_sae").steps.nunique().idxmax()
+    sizes = _scale_words(rows[rows.steps == steps], masked, base, "d_sae", "latents")
+    lengths = _scale_words(
+        rows[rows.d_sae == latents], masked, base, "tokens", "million training tokens"
+    )
+    names = f"{method_name(masked)} minus {method_name(base)} on the language model"
+    return Lead(
+        "Does it depend on dictionary size and training length?",
+        f"Exploratory, {names}, {rows.seed.nunique()} seeds, L0 {rows.sparsity.iloc[0]:g}. {sizes} "
+        f"{lengths}",
+    )
 
 
 # %% ../../nbs/report/answer.ipynb #cell-15

@@ -63,6 +63,7 @@ from atm_sae.report.answer import (
     answer_overview,
     answer_sentences,
     read_answer,
+    scale_lead,
     write_answer,
 )
 from .figures import figure_text
@@ -756,8 +757,9 @@ def page_answer(
     if path is None:
         return None
     evidence = {world: of.evidence for world, of in found.items()}
+    scale = scale_lead(folders)
     return Answer(
-        answer_lead(evidence),
+        [*answer_lead(evidence), *([scale] if scale else [])],
         answer_overview(evidence),
         OVERVIEW_CAPTION,
         path.relative_to(home).as_posix(),
