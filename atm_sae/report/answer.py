@@ -290,9 +290,8 @@ def _named(parts: Iterable[_Part], usual: str, l0s: str = "") -> dict[str, _Part
     found = {}
     for part in parts:
         seeds, there = _seeds([part]), _read_at(part)
-        notes = [f"{seeds} seeds"] * (seeds != usual) + [f"L0 {there}"] * (
-            bool(l0s) and there != l0s
-        )
+        notes = [] if seeds == usual else [f"{seeds} seeds"]
+        notes += [f"L0 {there}"] if l0s and there != l0s else []
         found[capital(part.name) + (f" ({'; '.join(notes)})" if notes else "")] = part
     return found
 
@@ -476,8 +475,8 @@ def l0_lines(
     lines = []
     for world, of in evidence.items():
         kind, parts = _first_kind(world, of)
-        twins = against(of.mask_effects, kind)
-        parts = [*parts, *_beside(world, of, twins).get("SAEBench's protocol", [])]
+        effects = against(of.mask_effects, kind)
+        parts = [*parts, *_beside(world, of, effects).get("SAEBench's protocol", [])]
         other = "" if kind == TWIN else f", minus {OTHERS[TUNED]}"
         said = {part.name: part.by_l0() for part in parts}
         lines += [

@@ -100,7 +100,7 @@ __all__ = [
 # %% ../../nbs/report/verdict.ipynb #cell-3
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -1221,31 +1221,29 @@ def _side_words(side: str) -> str:
     return "no difference shown" if side == "none" else side
 
 
-def _masks_left_out(evidence: Evidence, world: str, measure: Measure) -> list[str]:
-    "What the mean of base with the mask minus its twin shows without one L0, where it changes."
-    lines = first_kind(evidence.mask_effects, measure)
-    without = sides_without(evidence.left_out, world, measure)
+def _bases_named(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    "The bases of these pairs in one phrase."
+    return [name_methods(map(base_of, pairs))]
+
+
+def _controls_named(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    "Base and control of each pair, a phrase for each."
+    return [
+        f"{method_name(base_of(pair))} minus {CONTROLS[get_method(pair[1]).mask]}" for pair in pairs
+    ]
+
+
+def _left_out_words(
+    lines: Mapping[tuple[str, str], Any],  # of the whole mean
+    without: Mapping[float, Mapping[tuple[str, str], str]],  # of `sides_without`
+    measure: Measure,
+    named: Callable[[Sequence[tuple[str, str]]], list[str]],
+) -> list[str]:
+    "What the mean shows without one L0, a phrase for each L0 where it changes."
     parts = []
     for l0, sides in _changed_sides(lines, without).items():
         words = [
-            f"{_side_words(side)} on {name_methods(map(base_of, pairs))}"
-            for side, pairs in sides.items()
-        ]
-        parts.append(f"without L0 {l0:g}, {', '.join(words)} {measure.words}")
-    return parts
-
-
-def _controls_left_out(evidence: Evidence, world: str, measure: Measure) -> list[str]:
-    "The same of base with the mask minus its controls."
-    lines = effect_lines(evidence.control_effects, measure)
-    without = sides_without(evidence.controls_left_out, world, measure)
-    parts = []
-    for l0, sides in _changed_sides(lines, without).items():
-        words = [
-            f"{_side_words(side)} on {method_name(base_of(pair))} minus "
-            f"{CONTROLS[get_method(pair[1]).mask]}"
-            for side, pairs in sides.items()
-            for pair in pairs
+            f"{_side_words(side)} on {n}" for side, pairs in sides.items() for n in named(pairs)
         ]
         parts.append(f"without L0 {l0:g}, {', '.join(words)} {measure.words}")
     return parts
@@ -1257,16 +1255,24 @@ def left_out_sentences(
     """Which results depend on a single L0: those of the mask, then those of its controls.
 
     A sentence for each world; none where no result does."""
-    heads = {"": _masks_left_out, ", its controls": _controls_left_out}
-    sentences = []
-    for (subject, changed), world in itertools.product(heads.items(), WORLDS):
-        parts = [part for of in WORLDS[world] for part in changed(evidence, world, of)]
-        if parts:
-            sentences.append(
-                f"**{world}{subject}, one L0 left out** of the mean, as far as it changes what is "
-                f"shown: {'; '.join(parts)}."
-            )
-    return sentences
+    masks, controls = evidence.left_out, evidence.controls_left_out
+    found: dict[str, list[str]] = {}
+    for world, measures in WORLDS.items():
+        for of in measures:
+            lines, without = first_kind(evidence.mask_effects, of), sides_without(masks, world, of)
+            found.setdefault(world, []).extend(_left_out_words(lines, without, of, _bases_named))
+    for world, measures in WORLDS.items():
+        for of in measures:
+            lines = effect_lines(evidence.control_effects, of)
+            without = sides_without(controls, world, of)
+            words = _left_out_words(lines, without, of, _controls_named)
+            found.setdefault(f"{world}, its controls", []).extend(words)
+    return [
+        f"**{subject}, one L0 left out** of the mean, as far as it changes what is shown: "
+        f"{'; '.join(parts)}."
+        for subject, parts in found.items()
+        if parts
+    ]
 
 
 def protocols_differ(
