@@ -153,9 +153,9 @@ def test_differences_stand_at_each_l0_that_both_reach():
 
 
 def test_reading_at_equal_explained_variance_by_hand():
-    "FVU 0.1 lies halfway along both curves: absorption 0.3 and 0.5, L0 4 and 8; seeds 0.1 apart."
+    "A share of 0.9 lies halfway along both curves: absorption 0.3 and 0.5, L0 4 and 8."
     table = rows(atm=[(2, 0.4), (8, 0.2)], topk=[(4, 0.6), (16, 0.4)])
-    table["fvu"] = table.l0.map({2: 0.15, 8: 0.05, 4: 0.12, 16: 0.08})
+    table["explained_variance"] = table.l0.map({2: 0.85, 8: 0.95, 4: 0.88, 16: 0.92})
     pairs = [("atm", "topk"), ("atm", "jumprelu")]
     found = equal_explained_table(table, "absorption", pairs, [0.9, 0.99])
     line = found.iloc[0]
@@ -166,9 +166,10 @@ def test_reading_at_equal_explained_variance_by_hand():
 
 
 def test_a_curve_that_has_a_share_at_two_l0s_is_not_read():
-    "ATM's FVU falls below 0.1 between L0 2 and 4, and rises above it between L0 8 and 16."
+    "ATM explains 0.9 between L0 2 and 4, and again between L0 8 and 16."
     table = rows(atm=[(2, 0.4), (4, 0.3), (8, 0.2), (16, 0.1)], topk=[(4, 0.6), (9, 0.4)])
-    table["fvu"] = table.l0.map({2: 0.15, 4: 0.05, 8: 0.05, 16: 0.15, 9: 0.15})
+    explained = {2: 0.85, 4: 0.95, 8: 0.95, 16: 0.85, 9: 0.85}
+    table["explained_variance"] = table.l0.map(explained)
     pairs = [("atm", "topk")]
     assert equal_explained_table(table, "absorption", pairs, [0.9]).empty
     once = table[table.l0 != 16]
@@ -178,7 +179,7 @@ def test_a_curve_that_has_a_share_at_two_l0s_is_not_read():
 
 def test_one_common_seed_is_no_difference_at_equal_explained_variance():
     table = rows(atm=[(2, 0.4), (8, 0.2)], topk=[(4, 0.6), (16, 0.4)])
-    table["fvu"] = 1 / table.l0
+    table["explained_variance"] = 1 - 1 / table.l0
     table.loc[table.method == "topk", "seed"] += 1
     assert equal_explained_table(table, "absorption", [("atm", "topk")], [0.8]).empty
 
@@ -304,7 +305,7 @@ def test_one_world_alone_has_a_verdict(runs, missing, kept, gone):
         (runs / "tables" / f"{name}-runs.csv").unlink()
     after = subjects(runs)
     assert before[kept] == after[kept] and after[kept].endswith(NO_MASK)
-    assert gone not in after and {"Reconstruction cost", "Importance"} <= after.keys()
+    assert gone not in after and {"Reconstruction", "Importance"} <= after.keys()
     evidence = read_evidence(runs)
     columns = [*mask_table(evidence), *rival_table(evidence)]
     word = "planted:" if missing == "planted" else "model:"
@@ -416,8 +417,9 @@ def changed(before, after):
             "topk+atm",
             "explained_variance",
             0.3,
-            "lower on TopK on the language model",
-            "Reconstruction cost",
+            "on the language model, lower on ReLU + L1 and BatchTopK by explained variance; "
+            "higher on TopK",
+            "Reconstruction",
         ),
         (
             "planted",
@@ -603,16 +605,20 @@ def test_the_answer_in_short_names_the_bases(runs):
     assert importance.bold == "Is it the importance?"
     assert importance.rest.startswith(
         "The controls hide latents without regard to their importance. In the planted world "
-        "(5 seeds), compared with each control, absorption is lower on ReLU + L1 by both measures"
+        "(5 seeds), absorption is lower than with each control by both measures on ReLU + L1."
     )
+    assert "Compared with each control, absorption is lower on ReLU + L1 by both" in importance.more
     assert f"{first.bold} {first.rest}" == (
         "In the planted world (5 seeds), absorption with the mask is lower on 2 of 4 bases (ReLU + "
         "L1 and TopK) by both measures, on 2 of 4 bases (BatchTopK and JumpReLU) by absorption "
-        "beyond misses only; explained variance is lower on all 4 bases, by 0.005 to 0.029; on "
-        "Matryoshka, tuning chose no mask. Without L0 4, raw absorption is lower on no base; "
-        "absorption beyond misses is lower on ReLU + L1 and TopK. At 95% explained variance (L0 "
-        "1.2 to 4.7 times that of the twin): raw absorption lower on BatchTopK; absorption beyond "
-        "misses lower on all 4."
+        "beyond misses only; on Matryoshka, tuning chose no mask. Raw absorption changes by "
+        "-0.118 ± 0.040 (TopK) to 0.005 ± 0.033 (BatchTopK). Explained variance is lower on all 4 "
+        "bases, by 0.005 to 0.029. Without L0 4, raw absorption is lower on no base; absorption "
+        "beyond misses is lower on ReLU + L1 and TopK."
+    )
+    assert first.more == (
+        "At 95% explained variance (L0 1.2 to 4.7 times that of the twin): raw absorption lower "
+        "on BatchTopK; absorption beyond misses lower on all 4."
     )
     move(runs, "planted", "topk+atm", "absorption", 0.5)
     move(runs, "planted", "topk+atm", "excess_absorption", 0.5)
@@ -620,10 +626,10 @@ def test_the_answer_in_short_names_the_bases(runs):
     assert (
         "lower on 1 of 4 bases (ReLU + L1) by both measures, on 2 of 4 bases (BatchTopK and "
         "JumpReLU) by absorption beyond misses only, and higher on 1 of 4 bases (TopK) by both "
-        "measures;"
+        "measures; on Matryoshka"
     ) in lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
-    assert "; explained variance is not shown to differ." in lead({"Planted world": free})
+    assert "Explained variance is not shown to differ." in lead({"Planted world": free})
     assert answer_lead({}) == []
 
 
@@ -679,7 +685,6 @@ def test_a_result_against_a_control_that_rests_on_one_l0_is_named():
 
 
 def test_the_value_of_the_twin_stands_in_brackets():
-    "Also for explained variance, which is one minus FVU."
     planted, _ = brief({"Planted world": small(planted=TWINS, tuned=FASTER)}).values()
     assert planted.loc["Raw absorption", "ReLU + L1"].startswith("**lower** -0.1000 ± ")
     assert planted.loc["Raw absorption", "ReLU + L1"].endswith(" (0.200)")
@@ -768,7 +773,7 @@ def test_readme_and_results_hold_the_committed_sentences_and_tables():
     committed = {world: of.evidence for world, of in found.items()}
     tables = answer_overview(committed)
     scale = scale_lead({"default": REPORTS, "full": REPORTS / "full"})
-    assert f"**{scale.bold}** {scale.rest}" in readme and f"{scale.rest}" in index
+    assert f"**{scale.bold}** {scale.rest}" in readme and f"{scale.rest} {scale.more}" in index
     cells = [cell for of in tables for cell in [of.heading, *of.table.to_numpy().ravel()]]
     first = [PUBLISHED_STANDING, *sum(answer_lead(committed), ()), *cells]
     for cell in [*first, answer_caption(found)]:
@@ -816,13 +821,13 @@ def read_rows(world, methods, l0s=(4, 8)):
                 "sparsity": l0,
                 first: one + 0.001 * number * (seed - 2),
                 second: other + 0.001 * number * (seed - 2),
-                "fvu": 0.1,
+                "explained_variance": 0.9,
             }
             for number, (method, (one, other)) in enumerate(methods.items())
             for seed in range(5)
             for l0 in l0s
         ],
-        columns=["world", "method", "seed", "l0", "sparsity", first, second, "fvu"],
+        columns=["world", "method", "seed", "l0", "sparsity", first, second, "explained_variance"],
     )
 
 
@@ -940,13 +945,16 @@ def test_atm_is_compared_with_each_control():
     _, importance = answer_lead({"Planted world": evidence.of_world(planted=True)})
     assert importance.rest == (
         "The controls hide latents without regard to their importance. In the planted world (5 "
-        "seeds), compared with dropout of latents, absorption is lower on ReLU + L1 by both "
+        "seeds), absorption is lower than with each control by both measures not on ReLU + L1."
+        " Of the mask's reduction, shuffled probabilities reach 80% to 110%."
+    )
+    assert importance.more == (
+        "Planted world. Compared with dropout of latents, absorption is lower on ReLU + L1 by both "
         "measures. Compared with dropout of activity, absorption is lower on ReLU + L1 by "
         "absorption beyond misses only, and higher on ReLU + L1 by raw absorption only. Compared "
         "with shuffled probabilities, absorption is lower on ReLU + L1 by raw absorption only, and "
-        "higher on ReLU + L1 by absorption beyond misses only. Of the mask's reduction, "
-        "shuffled probabilities reach 80% (ReLU + L1) by raw absorption; 110% (ReLU + L1) by "
-        "absorption beyond misses."
+        "higher on ReLU + L1 by absorption beyond misses only. Shares of shuffled probabilities: "
+        "by raw absorption 80% (ReLU + L1); by absorption beyond misses 110% (ReLU + L1)."
     )
     said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
     assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
@@ -1137,7 +1145,9 @@ def test_each_pair_has_its_own_number_of_seeds():
 
 
 def test_the_seeds_of_agreement_are_not_those_of_absorption():
-    lines = pd.DataFrame(dict(metric=["absorption", "fvu", "best_cosine"], n=[20, 20, 5]))
+    lines = pd.DataFrame(
+        dict(metric=["absorption", "explained_variance", "best_cosine"], n=[20, 20, 5])
+    )
     assert seeds_range(lines) == "n = 20 seeds"
     assert seeds_range(lines.assign(n=[20, 5, 5])) == "n = 5 to 20 seeds"
 
@@ -1163,9 +1173,9 @@ def test_protocols_that_do_not_show_the_same_are_named():
     )
     said = lead({"Language model": evidence})
     assert (
-        "lower on all 5 bases by both measures; by SAEBench's protocol it is lower on 4 of 5 bases "
-        "(ReLU + L1, BatchTopK, Matryoshka and JumpReLU) by both measures, and higher on 1 of 5 "
-        "bases (TopK) by both measures;"
+        "By SAEBench's protocol, absorption is lower on 4 of 5 bases (ReLU + L1, BatchTopK, "
+        "Matryoshka and JumpReLU) by both measures, and higher on 1 of 5 bases (TopK) by both "
+        "measures."
     ) in said
     without = replace(evidence, letters=evidence.letters.drop(columns=[full, fraction]))
     assert protocol_sentence(without) == "" and protocols_differ(without) == []
@@ -1386,11 +1396,11 @@ def test_the_verdict_is_given_the_settings_of_the_runs_that_it_reads(runs):
 
 
 def test_what_stands_at_equal_explained_variance_and_which_l0_it_needs():
-    "At FVU 0.1 the mask is at L0 8 with absorption 0.1, the twin at L0 4 with absorption 0.3."
+    "At a share of 0.9 the mask has L0 8 and absorption 0.1, the twin L0 4 and absorption 0.3."
     curves = read_rows("planted", {"atm": (0.1, 0.3), "standard": (0.3, 0.1)}, (2, 4, 8, 16))
-    fvu = {2: 0.2, 4: 0.1, 8: 0.06, 16: 0.04}
+    explained = {2: 0.8, 4: 0.9, 8: 0.94, 16: 0.96}
     later = curves.l0 / (1 + (curves.method == "atm"))  # the mask needs twice the L0
-    curves["fvu"] = later.map({1: 0.3} | fvu)
+    curves["explained_variance"] = later.map({1: 0.7} | explained)
     evidence = replace(small(planted=TWINS), curves={"planted": curves})
     ninety, *more = explained_sentences(evidence)
     assert ninety.startswith("**Planted world, at 90% explained variance** (not at equal L0)")
@@ -1418,10 +1428,13 @@ def test_the_effect_of_the_mask_is_read_at_the_ends_of_size_and_length(tmp_path)
     (tmp_path / "tables").mkdir()
     table = pd.DataFrame(rows, columns=columns)
     table.to_csv(tmp_path / "tables/scale-runs.csv", index=False)
-    said = scale_lead({"full": tmp_path}).rest
+    found = scale_lead({"full": tmp_path})
+    said, each = found.rest, found.more
     assert said.startswith("Exploratory, TopK + ATM minus TopK on the language model, ")
-    assert "2 seeds, L0 8. From 128 to 256 latents: full score -0.100 to -0.050, fract" in said
-    assert "From 2 to 6 million training tokens: full score -0.100 to 0.300, fraction" in said
+    assert "2 seeds, L0 8. From 128 to 256 latents, no sign changes. From 2 to 6 mill" in said
+    assert "the sign changes for the full score (-0.100 to 0.300), the fraction score (" in said
+    assert each.startswith("From 128 to 256 latents: full score -0.100 to -0.050, fract")
+    assert "From 2 to 6 million training tokens: full score -0.100 to 0.300, fraction" in each
     assert scale_lead({"smoke": tmp_path}) is None and scale_lead({"full": tmp_path / "no"}) is None
 
 

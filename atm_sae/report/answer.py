@@ -50,9 +50,8 @@ from atm_sae.report.verdict import (
     FULL_SCORE,
     MASKED,
     MISSES,
-    MODEL_FVU,
     PLACES,
-    PLANTED_FVU,
+    PRICE,
     RAW,
     SAEBENCH,
     SIDE_EFFECTS,
@@ -72,6 +71,7 @@ from atm_sae.report.verdict import (
     floor_sentence,
     l0_words,
     left_out_sentences,
+    listed,
     misses_sentence,
     name_methods,
     order_verdict,
@@ -125,20 +125,18 @@ _SIDES = ("lower", "higher")
 
 @dataclass(frozen=True)
 class _Part:
-    "What one measure shows of all pairs; with `sign` -1, of one minus the metric."
+    "What one measure shows of all pairs."
 
     name: str
     lines: Mapping[tuple[str, str], Any]  # {(a, b): line of a table of effects}
     read: pd.DataFrame  # `equal_l0_rows` of its world
     metric: str
-    sign: int = 1
 
     def level(self, pair: tuple[str, str]) -> float:
         "The value that is subtracted, where the difference was read."
         there = seed_differences(self.read, *pair, self.metric)
         of = self.read[(self.read.method == pair[1]) & self.read.sparsity.isin(there.index)]
-        value = of[self.metric][of.seed.isin(there.columns)].mean()
-        return value if self.sign > 0 else 1 - value
+        return of[self.metric][of.seed.isin(there.columns)].mean()
 
     def with_side(self, side: str) -> list[str]:
         "The bases whose pairs have this side."
@@ -148,7 +146,7 @@ class _Part:
         "{L0: {side: bases}}, what each L0 shows by its own interval; not corrected."
         found: dict[float, dict[str, list[str]]] = {}
         for pair in (pair for pair, line in self.lines.items() if line.n >= FEW):
-            differences = self.sign * seed_differences(self.read, *pair, self.metric)
+            differences = seed_differences(self.read, *pair, self.metric)
             for l0, values in differences.iterrows():
                 side = SIDES[claim_verdict(t_interval(values)[:3])]
                 found.setdefault(float(str(l0)), {}).setdefault(side, []).append(base_of(pair))
@@ -205,15 +203,12 @@ def _parts(
     effects: pd.DataFrame,  # a table of effects
     evidence: Evidence,
     measures: Mapping[str, Measure],  # {name: measure}
-    sign: int = 1,
 ) -> list[_Part]:
     "A part for each measure; empty if one of them was not measured."
-    if sign < 0:
-        effects = effects.assign(mean=-effects["mean"], low=-effects.high, high=-effects.low)
     parts = []
     for name, measure in measures.items():
         read = evidence.planted if measure.planted else evidence.letters
-        parts.append(_Part(name, effect_lines(effects, measure), read, measure.metric, sign))
+        parts.append(_Part(name, effect_lines(effects, measure), read, measure.metric))
     return parts if all(part.lines for part in parts) else []
 
 
@@ -252,11 +247,7 @@ def _first_kind(world: str, evidence: Evidence) -> tuple[str, list[_Part]]:
 
 def _price_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
     "Explained variance in one world."
-    measure = PLANTED_FVU if world == "Planted world" else MODEL_FVU
-    return _parts(effects, evidence, {_PRICE: measure}, sign=-1)
-
-
-_PRICE = "explained variance"
+    return _parts(effects, evidence, {PRICE[world].short: PRICE[world]})
 
 
 def _seeds(parts: Sequence[_Part]) -> str:
@@ -273,11 +264,16 @@ class AnswerTable(NamedTuple):
     table: pd.DataFrame
 
 
+def _half(line: Any) -> float:
+    "Half of the corrected interval."
+    return (line.high - line.low) / 2
+
+
 def _cell(line: Any) -> str:
     "The side in bold if there is one, then mean ± half of the corrected interval."
     side = effect_side(line)
     bold = f"**{side}** " if side in _SIDES else ""
-    return f"{bold}{format_margin(line.mean, (line.high - line.low) / 2)}"
+    return f"{bold}{format_margin(line.mean, _half(line))}"
 
 
 def _read_at(part: _Part, pairs: Iterable[tuple[str, str]] = ()) -> str:
@@ -350,7 +346,11 @@ def _mask_rows(
             base_of(pair): f"{_cell(line)} ({part.level(pair):.3f})"
             for pair, line in part.lines.items()
         }
-        needed = _l0_needed(world, evidence) if part.name == _PRICE and kind == TWIN else {}
+        needed = (
+            _l0_needed(world, evidence)
+            if part.metric == PRICE[world].metric and kind == TWIN
+            else {}
+        )
         if needed:
             rows[f"L0 that explains {EXPLAINED[-1]:.0%}"] = needed
     if kind == TWIN and not alike:
@@ -367,7 +367,7 @@ def _mask_overview(world: str, evidence: Evidence, kind: str) -> AnswerTable | N
     unmasked = evidence.no_mask(WORLD_KEYS[world])
     first = {base_of(pair) for pair in absorbed[0].lines}
     bases = [base for base in MASKED if base in first or base in unmasked]
-    next(iter(rows.values())).update(dict.fromkeys(unmasked, "tuning chose no mask"))
+    rows[next(iter(rows))] |= dict.fromkeys(unmasked, "tuning chose no mask")
     table = pd.DataFrame(
         [
             {"measure": name} | {method_name(base): of.get(base, "–") for base in bases}
@@ -543,6 +543,7 @@ def answer_sentences(
     return [sentence for sentence in [*said, agreement_sentence(evidence)] if sentence]
 
 
+# %% ../../nbs/report/answer.ipynb #ce5b7c59
 def _bases(
     names: Sequence[str],  # of bases
     total: int,  # bases compared
@@ -613,7 +614,7 @@ def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
         words += f", higher on {name_methods(on['higher'])}" if on["higher"] else ""
         others = [other for other in without if other != l0]
         place = f"at L0 {others[0]:g} alone" if len(others) == 1 else f"without L0 {l0:g}"
-        found.setdefault(place, []).append(f"{part.name} is {words}")
+        found.setdefault(place, []).append(f"{measure.subject} is {words}")
     said = [f"{place}, {'; '.join(words)}" for place, words in found.items()]
     return f"{capital('. '.join(map(capital, said)))}." if said else ""
 
@@ -639,14 +640,26 @@ def _at_equal_variance(world: str, evidence: Evidence) -> str:
     return f"At {EXPLAINED[-1]:.0%} explained variance (L0 {ends} times that of the twin): {words}."
 
 
-def _protocol_words(evidence: Evidence) -> str:
+def _least_and_most(part: _Part, measure: Measure) -> str:
+    "The least and the largest difference of all bases, with half of their intervals."
+    lines = {base_of(pair): line for pair, line in part.lines.items()}
+    ends = [min(lines, key=lambda base: lines[base].mean)]
+    ends += [base for base in [max(lines, key=lambda base: lines[base].mean)] if base != ends[0]]
+    said = [
+        f"{format_margin(lines[base].mean, _half(lines[base]))} ({method_name(base)})"
+        for base in ends
+    ]
+    return f"{capital(measure.subject)} changes by {' to '.join(said)}."
+
+
+def _protocol_sentence(evidence: Evidence) -> str:
     "What SAEBench's protocol shows; empty if it was not measured."
     twins = against(evidence.mask_effects, TWIN)
     parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
-    return f"; by SAEBench's protocol it is {_changes(parts, SAEBENCH)}" if parts else ""
+    return f"By SAEBench's protocol, absorption is {_changes(parts, SAEBENCH)}." if parts else ""
 
 
-def _price_words(world: str, evidence: Evidence, kind: str) -> str:
+def _price_sentence(world: str, evidence: Evidence, kind: str) -> str:
     "On which bases explained variance is lower or higher, and by how much."
     said = []
     for price in _price_parts(world, evidence, against(evidence.mask_effects, kind)):
@@ -657,14 +670,16 @@ def _price_words(world: str, evidence: Evidence, kind: str) -> str:
                 ends = " to ".join(dict.fromkeys(f"{of:.3f}" for of in (min(by), max(by))))
                 said.append(f"{side} on {_bases(bases, len(price.lines))}, by {ends}")
         said = said or ["not shown to differ"]
-    return f"; explained variance is {'; '.join(said)}" if said else ""
+    return f"Explained variance is {'; '.join(said)}." if said else ""
 
 
 class Lead(NamedTuple):
     "The answer to one question."
 
+    subject: str
     bold: str  # its first words
     rest: str  # may be empty
+    more: str = ""  # details, which README and page fold
 
 
 def answer_lead(
@@ -691,67 +706,92 @@ _SHORT = {  # names of CONTROLS in a sentence
 }
 
 
-def _with_controls(found: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    "{words: the controls in words}; `each control` if the words are the same for all."
-    if len(found) == 1:
-        return dict.fromkeys(found, "each control")
-    return {words: " and ".join(labels) for words, labels in found.items()}
-
-
-def _by_control(world: str, parts: Sequence[_Part]) -> list[str]:
+def _by_control(world: str, parts: Sequence[_Part]) -> str:
     "What absorption shows of ATM minus each control; controls that agree, together."
     groups: dict[str, list[str]] = {}
     for mask, label in _SHORT.items():
         of = [_of_mask(part, mask) for part in parts]
         if of[0].lines:
             groups.setdefault(_changes(of, WORLDS[world]), []).append(label)
-    found = _with_controls(groups)
-    return [f"compared with {labels}, absorption is {words}" for words, labels in found.items()]
+    if len(groups) == 1:
+        groups = dict.fromkeys(groups, ["each control"])
+    said = [
+        f"Compared with {listed(labels)}, absorption is {words}."
+        for words, labels in groups.items()
+    ]
+    return " ".join(said)
 
 
-def _shuffled_words(world: str, evidence: Evidence) -> list[str]:
-    "The share of the mask's reduction that shuffled probabilities reach; empty if not measured."
+def _below_all_controls(parts: Sequence[_Part]) -> str:
+    "The bases on which both measures are lower than with each control, and the other bases."
+    sides: dict[str, set[str]] = {}
+    for part in parts:
+        for pair, line in part.lines.items():
+            sides.setdefault(base_of(pair), set()).add(effect_side(line))
+    below = [base for base, of in sides.items() if of == {"lower"}]
+    others = [base for base in sides if base not in below]
+    where = [f"on {name_methods(below)}"] if below else []
+    where += [f"not on {name_methods(others)}"] if others else []
+    return f"absorption is lower than with each control by both measures {', '.join(where)}."
+
+
+def _shares(world: str, evidence: Evidence) -> dict[str, dict[str, float]]:
+    "{measure in words: {base: share of the mask's reduction}} of shuffled probabilities."
+    found = {of.words: shuffled_shares(evidence, world, of) for of in WORLDS[world]}
+    return {
+        words: {base: max(0.0, of.share) for base, of in shares.items()}
+        for words, shares in found.items()
+        if shares
+    }
+
+
+def _share_sentence(world: str, evidence: Evidence) -> str:
+    "The least and the largest share of all bases and measures; empty if not measured."
+    shares = [share for of in _shares(world, evidence).values() for share in of.values()]
+    if not shares:
+        return ""
+    ends = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(shares), max(shares))))
+    return f"Of the mask's reduction, shuffled probabilities reach {ends}."
+
+
+def _each_share(world: str, evidence: Evidence) -> str:
+    "The share of each measure and base; empty if not measured."
     said = []
-    for measure in WORLDS[world]:
-        shares = shuffled_shares(evidence, world, measure)
-        words = [
-            f"{f'{share.share:.0%}' if share.share > 0 else 'none'} ({method_name(base)})"
-            for base, share in shares.items()
-        ]
-        said += [f"{' and '.join(words)} {measure.words}"] if words else []
-    head = "of the mask's reduction, shuffled probabilities reach"
-    return [f"{head} {'; '.join(said)}"] if said else []
+    for words, shares in _shares(world, evidence).items():
+        each = [f"{share:.0%} ({method_name(base)})" for base, share in shares.items()]
+        said.append(f"{words} {listed(each)}")
+    return f"Shares of shuffled probabilities: {'; '.join(said)}." if said else ""
 
 
-def _saebench_by_control(evidence: Evidence) -> list[str]:
+def _saebench_by_control(evidence: Evidence) -> str:
     "What SAEBench's protocol shows of ATM minus its controls; empty if it was not measured."
     effects, of = evidence.control_effects, evidence.beside_controls
     parts = _beside("Language model", of, effects).get("SAEBench's protocol", [])
-    sides = {*itertools.chain(*_by_sides(parts))} if parts else set()
+    if not parts:
+        return ""
+    sides = {*itertools.chain(*_by_sides(parts))}
     words = "the controls differ"
     if len(sides) == 1:
         (side,) = sides
         nothing = "no difference is shown to any control"
         words = nothing if side == "none" else f"{side} than with each control"
-    return [f"by SAEBench's protocol, {words}"] if parts else []
+    return f"By SAEBench's protocol, {words}."
 
 
 def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
     "What the measures show of ATM minus each control; None if no control was run."
-    said = []
+    said, more = [], []
     for world, of in evidence.items():
         parts = _absorption_parts(world, of.beside_controls, of.control_effects)
         if parts:
-            words = [*_by_control(world, parts), *_shuffled_words(world, of)]
-            first, *more = [*words, *_saebench_by_control(of)]
-            said.append(f"{capital(PLACES[world])} ({_seeds(parts)} seeds), {first}")
-            said += map(capital, more)
+            place = f"{capital(PLACES[world])} ({_seeds(parts)} seeds)"
+            said.append(f"{place}, {_below_all_controls(parts)}")
+            said += [_share_sentence(world, of), _saebench_by_control(of)]
+            more += [f"{world}.", _by_control(world, parts), _each_share(world, of)]
     if not said:
         return None
-    return Lead(
-        "Is it the importance?",
-        f"The controls hide latents without regard to their importance. {'. '.join(said)}.",
-    )
+    head = "The controls hide latents without regard to their importance."
+    return Lead("Importance", "Is it the importance?", _joined([head, *said]), _joined(more))
 
 
 def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
@@ -765,11 +805,11 @@ def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
     found.pop("not measured", None)
     if not found:
         return None
-    verdicts = "; ".join(f"{verdict} {' and '.join(words)}" for verdict, words in found.items())
+    verdicts = "; ".join(f"{verdict} {listed(words)}" for verdict, words in found.items())
     words = f"At equal L0, {published_order()} is {verdicts}."
     missing = unavailable_order(of)
     words += f" It cannot be checked at the published L0s: {missing}." if missing else ""
-    return Lead("Is the published order reproduced?", words)
+    return Lead("Published order", "Is the published order reproduced?", words)
 
 
 def _lead(world: str, evidence: Evidence) -> Lead | None:
@@ -779,33 +819,52 @@ def _lead(world: str, evidence: Evidence) -> Lead | None:
         return None
     place = f"{capital(PLACES[world])} ({_seeds(parts)} seeds)"
     sentence = f"{place}, absorption with the mask is {_changes(parts, WORLDS[world])}"
-    if world == "Language model":
-        sentence += _protocol_words(evidence)
-    sentence += _price_words(world, evidence, kind)
     unmasked = evidence.no_mask(WORLD_KEYS[world])
     sentence += f"; on {name_methods(unmasked)}, tuning chose no mask" if unmasked else ""
-    rest = (
-        *(part.sign_change() for part in parts),
-        _one_l0(world, evidence, parts),
-        _at_equal_variance(world, evidence),
-    )
-    return Lead(f"{sentence}{_too_few(parts)}.", " ".join(filter(None, rest)))
+    rest = [_least_and_most(parts[0], WORLDS[world][0]), _price_sentence(world, evidence, kind)]
+    rest += [_protocol_sentence(evidence)] if world == "Language model" else []
+    signs, one_l0 = [part.sign_change() for part in parts], _one_l0(world, evidence, parts)
+    rest += signs if any(signs) else [one_l0]
+    more = [one_l0 if any(signs) else "", _at_equal_variance(world, evidence)]
+    return Lead(world, f"{sentence}{_too_few(parts)}.", _joined(rest), _joined(more))
 
 
-def _scale_words(rows: pd.DataFrame, masked: str, base: str, by: str, unit: str) -> str:
-    "What the mask changes at the smallest and at the largest value of a column, in words."
-    ends = [rows[by].min(), rows[by].max()]
-    said = []
-    for name, metric in {
-        FULL_SCORE.short: FULL_SCORE.metric,
-        FRACTION_SCORE.short: FRACTION_SCORE.metric,
-        _PRICE: "explained_variance",
-    }.items():
-        wide = rows.pivot(index=[by, "seed"], columns="method", values=metric)
-        of = [(wide[masked] - wide[base]).xs(end, level=by) for end in ends]
-        said.append(f"{name} {' to '.join(f'{values.mean():.3f}' for values in of)}")
-    low, high = (f"{end:,.3g}" if end < 1000 else f"{end:,}" for end in ends)
-    return f"From {low} to {high} {unit}: {', '.join(said)}."
+def _joined(sentences: Iterable[str]) -> str:
+    "Those that are not empty, as one text."
+    return " ".join(filter(None, sentences))
+
+
+_SCALED = (FULL_SCORE, FRACTION_SCORE, PRICE["Language model"])
+
+
+def _effect_at_ends(
+    rows: pd.DataFrame, masked: str, base: str, by: str
+) -> dict[Measure, list[float]]:
+    "{measure: what the mask changes at the smallest and at the largest value of a column}."
+    found = {}
+    for measure in _SCALED:
+        wide = rows.pivot(index=[by, "seed"], columns="method", values=measure.metric)
+        effects = (wide[masked] - wide[base]).groupby(by).mean()
+        found[measure] = [effects.iloc[0], effects.iloc[-1]]
+    return found
+
+
+def _scale_words(
+    effects: Mapping[Measure, Sequence[float]],  # at both ends
+    place: str,  # the two ends in words
+) -> tuple[str, str]:
+    "The measures whose effect changes its sign; then all measures."
+    said = {of: " to ".join(f"{value:.3f}" for value in values) for of, values in effects.items()}
+    changed = [f"{of.subject} ({said[of]})" for of, (a, b) in effects.items() if a * b < 0]
+    signs = f"the sign changes for {listed(changed)}" if changed else "no sign changes"
+    each = ", ".join(f"{of.short} {words}" for of, words in said.items())
+    return f"From {place}, {signs}.", f"From {place}: {each}."
+
+
+def _ends(values: pd.Series, unit: str) -> str:
+    "`2,048 to 16,384 latents`"
+    ends = (values.min(), values.max())
+    return f"{' to '.join(f'{end:,.3g}' if end < 1000 else f'{end:,}' for end in ends)} {unit}"
 
 
 def scale_lead(
@@ -825,31 +884,37 @@ def scale_lead(
     masked, base = pairs[0]
     steps = rows.groupby("steps").d_sae.nunique().idxmax()
     latents = rows.groupby("d_sae").steps.nunique().idxmax()
-    sizes = _scale_words(rows[rows.steps == steps], masked, base, "d_sae", "latents")
-    lengths = _scale_words(
-        rows[rows.d_sae == latents], masked, base, "tokens", "million training tokens"
-    )
+    said = [
+        _scale_words(_effect_at_ends(of, masked, base, by), _ends(of[by], unit))
+        for of, by, unit in (
+            (rows[rows.steps == steps], "d_sae", "latents"),
+            (rows[rows.d_sae == latents], "tokens", "million training tokens"),
+        )
+    ]
+    signs, each = zip(*said)
     names = f"{method_name(masked)} minus {method_name(base)} on the language model"
+    head = f"Exploratory, {names}, {rows.seed.nunique()} seeds, L0 {rows.sparsity.iloc[0]:g}."
     return Lead(
+        "Dictionary size and training length",
         "Does it depend on dictionary size and training length?",
-        f"Exploratory, {names}, {rows.seed.nunique()} seeds, L0 {rows.sparsity.iloc[0]:g}. {sizes} "
-        f"{lengths}",
+        _joined([head, *signs]),
+        _joined(each),
     )
 
 
 # %% ../../nbs/report/answer.ipynb #cell-15
 _PANELS = {
     "Planted world": {
-        "Planted: raw absorption": (RAW, 1),
-        "Planted: miss rate": (MISSES, 1),
-        "Planted: beyond misses": (BEYOND, 1),
-        "Planted: explained variance": (PLANTED_FVU, -1),
+        "Planted: raw absorption": RAW,
+        "Planted: miss rate": MISSES,
+        "Planted: beyond misses": BEYOND,
+        "Planted: explained variance": PRICE["Planted world"],
     },
     "Language model": {
-        "Language model: full score": (FULL_SCORE, 1),
-        "Language model: fraction score": (FRACTION_SCORE, 1),
-        "Language model: SAEBench full score": (SAEBENCH[0], 1),
-        "Language model: explained variance": (MODEL_FVU, -1),
+        "Language model: full score": FULL_SCORE,
+        "Language model: fraction score": FRACTION_SCORE,
+        "Language model: SAEBench full score": SAEBENCH[0],
+        "Language model: explained variance": PRICE["Language model"],
     },
 }
 
@@ -862,7 +927,7 @@ def _runs(part: _Part, pair: tuple[str, str]) -> str:
     "The difference of each seed where there are fewer than `FEW`, separated by spaces."
     if part.lines[pair].n >= FEW:
         return ""
-    values = part.sign * seed_differences(part.read, *pair, part.metric).mean()
+    values = seed_differences(part.read, *pair, part.metric).mean()
     return " ".join(f"{value:.6g}" for value in values)
 
 
@@ -872,10 +937,10 @@ def answer_lines(
     "What the figure draws: panel, base, minus, mean, low, high, n, agree, runs (of few seeds)."
     lines = []
     for world, of in evidence.items():
-        for title, (measure, sign) in _PANELS[world].items():
+        for title, measure in _PANELS[world].items():
             for kind, label in LABELS.items():
                 effects = against(of.mask_effects, kind)
-                for part in _parts(effects, of, {title: measure}, sign):
+                for part in _parts(effects, of, {title: measure}):
                     for pair, line in part.lines.items():
                         numbers = (line.mean, line.low, line.high, line.n, line.agree)
                         lines.append((title, base_of(pair), label, *numbers, _runs(part, pair)))

@@ -30,8 +30,7 @@ __all__ = [
     "FRACTION_SCORE",
     "ABLATION_RATE",
     "SAEBENCH",
-    "PLANTED_FVU",
-    "MODEL_FVU",
+    "PRICE",
     "ALIKE",
     "SIDE_EFFECTS",
     "ABSORBED",
@@ -70,6 +69,7 @@ __all__ = [
     "mask_caption",
     "control_table",
     "capital",
+    "listed",
     "name_methods",
     "l0_words",
     "seeds_range",
@@ -266,7 +266,7 @@ EXPLAINED_COLUMNS = (
 
 
 def equal_explained_table(
-    rows: pd.DataFrame,  # world, method, seed, l0, fvu and the metric, one row for each SAE
+    rows: pd.DataFrame,  # world, method, seed, l0, explained_variance and the metric
     metric: str,  # column to compare
     pairs: Iterable[tuple[str, str]],  # [(a, b), ...] methods
     shares: Iterable[float] = EXPLAINED,  # of the variance that both explain, each in (0, 1)
@@ -279,7 +279,7 @@ def equal_explained_table(
     lines: list[tuple] = []
     for world, curves in rows.groupby("world", sort=False):
         for share in shares:
-            read = at_crossing(curves, "fvu", 1 - share, metric).dropna()
+            read = at_crossing(curves, "explained_variance", share, metric).dropna()
             found = {pair: _both_read(read, *pair, metric) for pair in pairs}
             found = {pair: both for pair, both in found.items() if len(both) > 1}
             intervals = holm_intervals([both.difference for both in found.values()])
@@ -368,7 +368,7 @@ PLANTED_METRICS = (
     "absorption",
     "miss_rate",
     "excess_absorption",
-    "fvu",
+    "explained_variance",
     "mcc",
     "f1_parents",
     "dead_share",
@@ -379,7 +379,7 @@ LETTER_METRICS = (
     ABLATION,
     "saebench_full_absorption",
     "saebench_absorption_fraction",
-    "fvu",
+    "explained_variance",
     "letter_f1",
     "dead_share",
 )
@@ -445,13 +445,11 @@ def letter_rows(
     folder: str | Path,  # a reports folder
     name: str = "absorption",  # or "importance": the object that measured them
 ) -> pd.DataFrame:
-    """tables/NAME-runs.csv without pretrained SAEs, which have no seed; with FVU.
+    """tables/NAME-runs.csv without pretrained SAEs, which have no seed.
 
     An empty table if it was not made. The ablation rate is NaN where it was not measured."""
-    rows = _runs(folder, name, (*_KEYS, *LETTER_METRICS, "explained_variance"))
-    rows = rows.dropna(subset="seed")
-    rate = rows[ABLATION] if ABLATION in rows else math.nan
-    return rows.assign(fvu=1 - rows.explained_variance, **{ABLATION: rate})
+    rows = _runs(folder, name, (*_KEYS, *LETTER_METRICS)).dropna(subset="seed")
+    return rows if ABLATION in rows else rows.assign(**{ABLATION: math.nan})
 
 
 def agreement_rows(
@@ -750,9 +748,14 @@ class Measure(NamedTuple):
     words: str  # in a sentence
 
     @property
+    def subject(self) -> str:
+        "Its name in a sentence: `the full score`."
+        return self.words.removeprefix("by ")
+
+    @property
     def short(self) -> str:
-        "Its name alone: `raw absorption`."
-        return self.words.removeprefix("by ").removeprefix("the ")
+        "Its name alone: `full score`."
+        return self.subject.removeprefix("the ")
 
 
 PLACES = {"Planted world": "in the planted world", "Language model": "on the language model"}
@@ -776,8 +779,14 @@ SAEBENCH = (
         "by SAEBench's fraction score",
     ),
 )
-PLANTED_FVU = Measure("fvu", True, "planted: FVU", PLACES["Planted world"])
-MODEL_FVU = Measure("fvu", False, "model: FVU", PLACES["Language model"])
+PRICE = {
+    "Planted world": Measure(
+        "explained_variance", True, "planted: explained variance", "by explained variance"
+    ),
+    "Language model": Measure(
+        "explained_variance", False, "model: explained variance", "by explained variance"
+    ),
+}
 ALIKE = {
     world: (
         Measure("best_cosine", planted, f"{heading}: agreement", "over all latents"),
@@ -806,7 +815,7 @@ SIDE_EFFECTS = {
     ),
 }
 ABSORBED = (RAW, MISSES, BEYOND, FULL_SCORE, FRACTION_SCORE, ABLATION_RATE)
-MEASURES = (*ABSORBED, PLANTED_FVU, MODEL_FVU, *sum(ALIKE.values(), ()))
+MEASURES = (*ABSORBED, *PRICE.values(), *sum(ALIKE.values(), ()))
 SIDES = dict(holds="lower", fails="higher", undecided="none")  # than zero
 
 
@@ -939,7 +948,7 @@ def mask_caption(
         "comparisons of its column); in brackets, how many of "
         f"{seeds} seeds have the sign of the mean. **lower** and **higher**: the interval excludes "
         "0. No word: no difference shown. A measured difference above the number after ± would "
-        "have excluded 0. FVU: fraction of variance unexplained. Mean over L0 "
+        "have excluded 0. Mean over L0 "
         f"{' and '.join(ranges)}, where both reach it.{_agreement_note(effects)}"
     )
 
@@ -989,12 +998,19 @@ def capital(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}"
 
 
+def listed(
+    words: Iterable[str],  # at least one
+) -> str:
+    "`a`, `a and b`, `a, b and c`."
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def name_methods(
     methods: Iterable[str],  # at least one
 ) -> str:
-    "Their names in a sentence: `a`, `a and b`, `a, b and c`."
-    *first, last = [method_name(m) for m in methods]
-    return f"{', '.join(first)} and {last}" if first else last
+    "Their names in a sentence."
+    return listed(map(method_name, methods))
 
 
 def _without_agreement(lines: pd.DataFrame) -> pd.DataFrame:
@@ -1350,14 +1366,14 @@ def _toy(evidence: Evidence) -> str:
 
 
 def _price_sentence(effects: pd.DataFrame) -> str:
-    "FVU with the mask minus the twin and minus the tuned base."
+    "Explained variance with the mask minus the twin and minus the tuned base."
     parts = []
     for kind, other in ((TWIN, "its twin"), (TUNED, "the base tuned by itself")):
         of = against(effects, kind)
-        said = [describe_effects(of, [measure]) for measure in (PLANTED_FVU, MODEL_FVU)]
-        found = "; ".join(words for words in said if words)
-        parts += [f"with the mask minus {other}: {found}"] if found else []
-    return f"**Reconstruction cost**, FVU {'. FVU '.join(parts)}." if parts else ""
+        said = {PLACES[world]: describe_effects(of, [by]) for world, by in PRICE.items()}
+        found = "; ".join(f"{place}, {words}" for place, words in said.items() if words)
+        parts += [f"base with the mask minus {other}: {found}"] if found else []
+    return f"**Reconstruction**, {'. '.join(parts)}." if parts else ""
 
 
 def random_agreement(
