@@ -15,6 +15,7 @@ from readme import ROOT
 from atm_sae.report import verdict
 from atm_sae.report.manifest import load_manifest, object_states
 from atm_sae.report.answer import (
+    LEAD_TERMS,
     answer_caption,
     answer_figure,
     answer_lines,
@@ -602,19 +603,24 @@ def brief(evidence):
 def test_the_answer_in_short_names_the_bases(runs):
     planted = {"Planted world": as_twins(runs)["Planted world"]}
     first, importance = answer_lead(planted)
-    assert importance.bold == "Is it the importance?"
-    assert importance.rest.startswith(
-        "The controls hide latents without regard to their importance. In the planted world "
-        "(5 seeds), absorption is lower than with each control by both measures on ReLU + L1."
+    assert importance.bold == (
+        "Does it matter which latents the mask hides? In the planted world (5 seeds): on ReLU + L1."
     )
-    assert "Compared with each control, absorption is lower on ReLU + L1 by both" in importance.more
-    assert f"{first.bold} {first.rest}" == (
-        "In the planted world (5 seeds), absorption with the mask is lower on 2 of 4 bases (ReLU + "
-        "L1 and TopK) by both measures, on 2 of 4 bases (BatchTopK and JumpReLU) by absorption "
-        "beyond misses only; on Matryoshka, tuning chose no mask. Raw absorption changes by "
-        "-0.118 ± 0.040 (TopK) to 0.005 ± 0.033 (BatchTopK). Explained variance is lower on all 4 "
-        "bases, by 0.005 to 0.029. Without L0 4, raw absorption is lower on no base; absorption "
-        "beyond misses is lower on ReLU + L1 and TopK."
+    assert importance.more == (
+        "Planted world. Compared with each control, absorption is lower on ReLU + L1 by both "
+        "measures."
+    )
+    assert first.bold == (
+        "In the planted world (5 seeds, L0 4, 8, 16, 32 or 4, 8, 16, 32, 64), absorption with the "
+        "mask is lower on 2 of 4 bases (ReLU + L1 and TopK) by both measures, on 2 of 4 bases "
+        "(BatchTopK and JumpReLU) by absorption beyond misses only; on Matryoshka, tuning chose no "
+        "mask."
+    )
+    assert first.rest.startswith("On ReLU + L1, the base of the published ATM: raw absorption -0.0")
+    assert first.rest.endswith(
+        "Without L0 4, raw absorption is lower on no base; absorption beyond misses is lower on "
+        "ReLU + L1 and TopK. Explained variance lower on all 4 (by 0.005 to 0.029); agreement "
+        "between seeds lower on ReLU + L1, BatchTopK and JumpReLU."
     )
     assert first.more == (
         "At 95% explained variance (L0 1.2 to 4.7 times that of the twin): raw absorption lower "
@@ -629,7 +635,9 @@ def test_the_answer_in_short_names_the_bases(runs):
         "measures; on Matryoshka"
     ) in lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
-    assert "Explained variance is not shown to differ." in lead({"Planted world": free})
+    assert "Explained variance no difference shown on ReLU + L1, the only one" in lead(
+        {"Planted world": free}
+    )
     assert answer_lead({}) == []
 
 
@@ -775,7 +783,7 @@ def test_readme_and_results_hold_the_committed_sentences_and_tables():
     scale = scale_lead({"default": REPORTS, "full": REPORTS / "full"})
     assert f"**{scale.bold}** {scale.rest}" in readme and f"{scale.rest} {scale.more}" in index
     cells = [cell for of in tables for cell in [of.heading, *of.table.to_numpy().ravel()]]
-    first = [PUBLISHED_STANDING, *sum(answer_lead(committed), ()), *cells]
+    first = [PUBLISHED_STANDING, LEAD_TERMS, *sum(answer_lead(committed), ()), *cells]
     for cell in [*first, answer_caption(found)]:
         assert cell in readme, cell
     for cell in [*cells, *answer_sentences(committed)]:
@@ -943,18 +951,21 @@ CONTROLLED = {
 def test_atm_is_compared_with_each_control():
     evidence = small(planted=CONTROLLED, letters=CONTROLLED)
     _, importance = answer_lead({"Planted world": evidence.of_world(planted=True)})
+    assert importance.bold.endswith("In the planted world (5 seeds): not on ReLU + L1.")
     assert importance.rest == (
-        "The controls hide latents without regard to their importance. In the planted world (5 "
-        "seeds), absorption is lower than with each control by both measures not on ReLU + L1."
-        " Of the mask's reduction, shuffled probabilities reach 80% to 110%."
+        "Controls hide latents without regard to their importance. It matters where absorption "
+        "with ATM is lower than with each control by both measures. Planted world. On ReLU + L1 it "
+        "is higher than with dropout of activity by raw absorption, higher than with shuffled "
+        "probabilities by absorption beyond misses. Shuffled probabilities alone give 80% to 110% "
+        "of the mask's reduction."
     )
     assert importance.more == (
         "Planted world. Compared with dropout of latents, absorption is lower on ReLU + L1 by both "
         "measures. Compared with dropout of activity, absorption is lower on ReLU + L1 by "
         "absorption beyond misses only, and higher on ReLU + L1 by raw absorption only. Compared "
         "with shuffled probabilities, absorption is lower on ReLU + L1 by raw absorption only, and "
-        "higher on ReLU + L1 by absorption beyond misses only. Shares of shuffled probabilities: "
-        "by raw absorption 80% (ReLU + L1); by absorption beyond misses 110% (ReLU + L1)."
+        "higher on ReLU + L1 by absorption beyond misses only. Shuffled probabilities give 80% on "
+        "ReLU + L1 by raw absorption, 110% on ReLU + L1 by absorption beyond misses."
     )
     said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
     assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
@@ -1020,9 +1031,10 @@ def test_the_share_of_the_shuffled_control_by_hand():
 def test_the_published_order_at_equal_l0(jumprelu, word, words, side):
     methods = {"atm": (0.1, 0.1), "jumprelu": jumprelu, "topk": (0.3, 0.3)}
     evidence = small(letters=methods, largest_l0=41)
-    answer = answer_lead({"Language model": evidence})[-1].rest
-    assert answer.startswith(f"At equal L0, ATM < JumpReLU < TopK is {words}. It cannot be checked")
-    assert "JumpReLU is 2666, the largest L0 here is 41" in answer
+    answer = answer_lead({"Language model": evidence})[-1]
+    assert answer.bold.endswith(f"At equal L0, ATM < JumpReLU < TopK is {words}.")
+    assert "JumpReLU is 2666, the largest L0 here is 41" in answer.rest
+    assert "JumpReLU < TopK holds by the full score" in answer.more
     table = brief({"Language model": evidence}).popitem()[1]
     assert table.loc["ATM minus JumpReLU", "Full score"].startswith(side)
     said = verdict_sentences(evidence)[-1]
@@ -1126,7 +1138,8 @@ def test_bases_that_are_their_own_twins_are_compared_once():
     assert not any("minus the base tuned by itself" in sentence for sentence in said)
     assert not any("tuned" in heading for heading in brief({"Language model": evidence}))
     assert lead({"Language model": evidence}).startswith(
-        "On the language model (3 to 5 seeds), absorption with the mask is lower on all 5 bases"
+        "On the language model (SmolLM2-135M, 3 to 5 seeds, L0 17, 38), absorption with the mask "
+        "is lower on all 5 bases"
     )
 
 
@@ -1173,9 +1186,8 @@ def test_protocols_that_do_not_show_the_same_are_named():
     )
     said = lead({"Language model": evidence})
     assert (
-        "By SAEBench's protocol, absorption is lower on 4 of 5 bases (ReLU + L1, BatchTopK, "
-        "Matryoshka and JumpReLU) by both measures, and higher on 1 of 5 bases (TopK) by both "
-        "measures."
+        "; by SAEBench's protocol it is lower on 4 of 5 bases (ReLU + L1, BatchTopK, Matryoshka "
+        "and JumpReLU) by both measures, and higher on 1 of 5 bases (TopK) by both measures."
     ) in said
     without = replace(evidence, letters=evidence.letters.drop(columns=[full, fraction]))
     assert protocol_sentence(without) == "" and protocols_differ(without) == []
@@ -1186,7 +1198,7 @@ def test_the_published_order_is_judged_by_both_protocols():
     lower = {full: {"jumprelu": -0.05, "atm": -0.2}, fraction: {"jumprelu": -0.05, "atm": -0.2}}
     evidence = replace(language_model(**lower), largest_l0=41.0)
     assert "By SAEBench's protocol, at equal L0: reproduced." in verdict_sentences(evidence)[-1]
-    said = answer_lead({"Language model": evidence})[-1].rest
+    said = answer_lead({"Language model": evidence})[-1].bold
     assert (
         "is not shown by the full score and by the fraction score; reproduced by SAEBench's full "
         "score and by SAEBench's fraction score."
@@ -1343,7 +1355,8 @@ def test_a_result_that_rests_on_one_l0_is_named():
     assert "without L0 4, higher on TopK, lower on JumpReLU by raw absorption" in said
     assert lead({"Planted world": evidence}).endswith(
         "Without L0 4, raw absorption is lower on JumpReLU, higher on TopK; absorption beyond "
-        "misses is lower on JumpReLU, higher on TopK."
+        "misses is lower on JumpReLU, higher on TopK. Explained variance no difference shown on "
+        "any of 2."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]
@@ -1431,10 +1444,10 @@ def test_the_effect_of_the_mask_is_read_at_the_ends_of_size_and_length(tmp_path)
     found = scale_lead({"full": tmp_path})
     said, each = found.rest, found.more
     assert said.startswith("Exploratory, TopK + ATM minus TopK on the language model, ")
-    assert "2 seeds, L0 8. From 128 to 256 latents, no sign changes. From 2 to 6 mill" in said
-    assert "the sign changes for the full score (-0.100 to 0.300), the fraction score (" in said
-    assert each.startswith("From 128 to 256 latents: full score -0.100 to -0.050, fract")
-    assert "From 2 to 6 million training tokens: full score -0.100 to 0.300, fraction" in each
+    assert "2 seeds, too few for an interval. With 128 and 256 latents, the fraction score" in said
+    assert "changes by -0.100 and -0.050. With 2 and 6 million training tokens, the f" in said
+    assert each.startswith("With 128 and 256 latents, the full score by -0.100 and -0.050; expl")
+    assert each.endswith("explained variance by -0.100 and 0.300.")
     assert scale_lead({"smoke": tmp_path}) is None and scale_lead({"full": tmp_path / "no"}) is None
 
 

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = [
     "OTHERS",
+    "MODEL_NAMES",
     "HOLM",
     "OVERVIEW_CAPTION",
+    "LEAD_TERMS",
     "LABELS",
     "MARKERS",
     "WorldEvidence",
@@ -52,6 +54,7 @@ from atm_sae.report.verdict import (
     MISSES,
     PLACES,
     PRICE,
+    PUBLISHED_L0,
     RAW,
     SAEBENCH,
     SIDE_EFFECTS,
@@ -120,6 +123,7 @@ def read_answer(
 
 # %% ../../nbs/report/answer.ipynb #cell-8
 OTHERS = {TWIN: "its twin", TUNED: "the base tuned by itself"}
+MODEL_NAMES = {"smollm2": "SmolLM2-135M"}
 _SIDES = ("lower", "higher")
 
 
@@ -127,16 +131,16 @@ _SIDES = ("lower", "higher")
 class _Part:
     "What one measure shows of all pairs."
 
-    name: str
+    measure: Measure
     lines: Mapping[tuple[str, str], Any]  # {(a, b): line of a table of effects}
     read: pd.DataFrame  # `equal_l0_rows` of its world
-    metric: str
+    name: str  # of a row or column
 
     def level(self, pair: tuple[str, str]) -> float:
         "The value that is subtracted, where the difference was read."
-        there = seed_differences(self.read, *pair, self.metric)
+        there = seed_differences(self.read, *pair, self.measure.metric)
         of = self.read[(self.read.method == pair[1]) & self.read.sparsity.isin(there.index)]
-        return of[self.metric][of.seed.isin(there.columns)].mean()
+        return of[self.measure.metric][of.seed.isin(there.columns)].mean()
 
     def with_side(self, side: str) -> list[str]:
         "The bases whose pairs have this side."
@@ -146,7 +150,7 @@ class _Part:
         "{L0: {side: bases}}, what each L0 shows by its own interval; not corrected."
         found: dict[float, dict[str, list[str]]] = {}
         for pair in (pair for pair, line in self.lines.items() if line.n >= FEW):
-            differences = seed_differences(self.read, *pair, self.metric)
+            differences = seed_differences(self.read, *pair, self.measure.metric)
             for l0, values in differences.iterrows():
                 side = SIDES[claim_verdict(t_interval(values)[:3])]
                 found.setdefault(float(str(l0)), {}).setdefault(side, []).append(base_of(pair))
@@ -167,8 +171,8 @@ class _Part:
             return ""
         lower, higher = (" and ".join(l0s) for l0s in shown.values())
         return (
-            f"{capital(self.name)} is lower at L0 {lower}, and higher at L0 {higher}, on all "
-            f"{total} (not corrected)."
+            f"{capital(self.measure.subject)} is lower at L0 {lower}, and higher at L0 {higher}, "
+            f"on all {total} (not corrected)."
         )
 
 
@@ -202,19 +206,19 @@ def _by_sides(parts: Sequence[_Part]) -> dict[tuple[str, ...], list[str]]:
 def _parts(
     effects: pd.DataFrame,  # a table of effects
     evidence: Evidence,
-    measures: Mapping[str, Measure],  # {name: measure}
+    measures: Iterable[Measure],
 ) -> list[_Part]:
     "A part for each measure; empty if one of them was not measured."
     parts = []
-    for name, measure in measures.items():
+    for measure in measures:
         read = evidence.planted if measure.planted else evidence.letters
-        parts.append(_Part(name, effect_lines(effects, measure), read, measure.metric))
+        parts.append(_Part(measure, effect_lines(effects, measure), read, measure.short))
     return parts if all(part.lines for part in parts) else []
 
 
 def _absorption_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
     "The two measures of absorption in one world."
-    return _parts(effects, evidence, {measure.short: measure for measure in WORLDS[world]})
+    return _parts(effects, evidence, WORLDS[world])
 
 
 _BESIDE = {  # {what shows it: measures}
@@ -229,7 +233,7 @@ def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> dict[str, 
     "The measures that stand beside the two of absorption, those measured: {what shows it: parts}."
     planted = world == "Planted world"
     found = {
-        name: _parts(effects, evidence, {measure.short: measure for measure in measures})
+        name: _parts(effects, evidence, measures)
         for name, measures in _BESIDE.items()
         if measures[0].planted == planted
     }
@@ -247,7 +251,7 @@ def _first_kind(world: str, evidence: Evidence) -> tuple[str, list[_Part]]:
 
 def _price_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
     "Explained variance in one world."
-    return _parts(effects, evidence, {PRICE[world].short: PRICE[world]})
+    return _parts(effects, evidence, [PRICE[world]])
 
 
 def _seeds(parts: Sequence[_Part]) -> str:
@@ -296,7 +300,7 @@ def _with_floor(part: _Part) -> _Part:
     "Named with the value of a random dictionary at the same L0s, if there is one."
     l0s = {float(l0) for line in part.lines.values() for l0 in line.l0s.split(", ")}
     rows = part.read[(part.read.method == "random") & part.read.sparsity.isin(l0s)]
-    floor = rows[part.metric].mean()
+    floor = rows[part.measure.metric].mean()
     if math.isnan(floor):
         return part
     return replace(part, name=f"{part.name}, random dictionary {floor:.3f}")
@@ -313,7 +317,7 @@ def _alike_parts(world: str, evidence: Evidence) -> list[_Part]:
     for measure in ALIKE[world]:
         random = f"{chance[measure.metric]:.2f}" if chance else "not measured"
         name = f"agreement {measure.short}, random dictionaries {random}"
-        parts.append(_Part(name, effect_lines(effects, measure), rows, measure.metric))
+        parts.append(_Part(measure, effect_lines(effects, measure), rows, name))
     return parts if all(part.lines for part in parts) else []
 
 
@@ -322,7 +326,7 @@ def _mask_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
     effects = against(evidence.mask_effects, kind)
     beside = _beside(world, evidence, effects)
     absorbed = [*_absorption_parts(world, evidence, effects), *itertools.chain(*beside.values())]
-    others = [_parts(effects, evidence, {of.short: of}) for of in SIDE_EFFECTS[world]]
+    others = [_parts(effects, evidence, [of]) for of in SIDE_EFFECTS[world]]
     price = _price_parts(world, evidence, effects)
     return [*map(_with_floor, absorbed), *price, *itertools.chain(*others)]
 
@@ -347,9 +351,7 @@ def _mask_rows(
             for pair, line in part.lines.items()
         }
         needed = (
-            _l0_needed(world, evidence)
-            if part.metric == PRICE[world].metric and kind == TWIN
-            else {}
+            _l0_needed(world, evidence) if part.measure == PRICE[world] and kind == TWIN else {}
         )
         if needed:
             rows[f"L0 that explains {EXPLAINED[-1]:.0%}"] = needed
@@ -394,7 +396,7 @@ def _control_parts(world: str, evidence: Evidence) -> list[_Part]:
     "ATM minus its controls: absorption first, then what else was measured; empty without controls."
     effects, of = evidence.control_effects, evidence.beside_controls
     absorbed = _absorption_parts(world, of, effects)
-    f1 = _parts(effects, of, {_F1[world].short: _F1[world]})
+    f1 = _parts(effects, of, [_F1[world]])
     beside = itertools.chain(*_beside(world, of, effects).values())
     return [*absorbed, *beside, *_price_parts(world, of, effects), *f1] if absorbed else []
 
@@ -544,6 +546,34 @@ def answer_sentences(
 
 
 # %% ../../nbs/report/answer.ipynb #ce5b7c59
+class Lead(NamedTuple):
+    "The answer to one question."
+
+    subject: str
+    bold: str  # its first words
+    rest: str  # may be empty
+    more: str = ""  # details, which README and page fold
+
+
+LEAD_TERMS = (
+    "A *base* is a kind of SAE without the mask. Its *twin* has the settings of the masked form, "
+    "with the mask off. Values are differences at equal L0, base with the mask minus its twin, ± "
+    "half of a corrected 95% interval over seeds. *Both measures*: raw absorption and absorption "
+    "beyond misses in the planted world, full and fraction score on the language model."
+)
+
+
+def _joined(sentences: Iterable[str]) -> str:
+    "Those that are not empty, as one text."
+    return " ".join(filter(None, sentences))
+
+
+def _span(values: Iterable[float], form: str) -> str:
+    "`0.004 to 0.030`; one value if both ends are written alike."
+    values = list(values)
+    return " to ".join(dict.fromkeys(format(end, form) for end in (min(values), max(values))))
+
+
 def _bases(
     names: Sequence[str],  # of bases
     total: int,  # bases compared
@@ -558,14 +588,13 @@ def _bases(
 
 def _changes(
     parts: Sequence[_Part],  # of two measures of absorption
-    measures: Sequence[Measure],
 ) -> str:
     "`lower on TopK by both measures, on JumpReLU by raw absorption only`: what absorption is."
     total, said = len(parts[0].lines), []
     for side in _SIDES:
         on: dict[str, list[str]] = {"by both measures": []}
         for sides, bases in _by_sides(parts).items():
-            shown = [measure.words for measure, its in zip(measures, sides) if its == side]
+            shown = [part.measure.words for part, its in zip(parts, sides) if its == side]
             if shown:
                 what = f"{shown[0]} only" if len(shown) == 1 else "by both measures"
                 on.setdefault(what, []).extend(bases)
@@ -578,13 +607,47 @@ def _changes(
 
 def _too_few(parts: Sequence[_Part]) -> str:
     "Says that the intervals are wider than the scores, if they are and show nothing."
-    nothing = {*_by_sides(parts)} == {("none",) * len(parts)}
+    shown = any(part.with_side(side) for part in parts for side in _SIDES)
     wide = all(
-        max(line.high - line.low for line in part.lines.values()) / 2
-        > max(map(part.level, part.lines))
-        for part in parts
+        max(map(_half, part.lines.values())) > max(map(part.level, part.lines)) for part in parts
     )
-    return ". Too few seeds: the widest intervals exceed the scores" if nothing and wide else ""
+    return "Too few seeds: the widest intervals exceed the scores." if wide and not shown else ""
+
+
+def _first_base(parts: Sequence[_Part]) -> str:
+    "The differences of the first base, and the means of the others."
+    pair, *others = parts[0].lines
+    said = []
+    for part in parts:
+        line = part.lines[pair]
+        means = [part.lines[other].mean for other in others]
+        beside = f" (other bases {_span(means, '.3f')})" if means else ""
+        said.append(f"{part.measure.subject} {format_margin(line.mean, _half(line))}{beside}")
+    paper = ", the base of the published ATM" if pair[0] == "atm" else ""
+    return f"On {method_name(base_of(pair))}{paper}: {', '.join(said)}."
+
+
+def _protocol_words(evidence: Evidence) -> str:
+    "What SAEBench's protocol shows; empty if it was not measured."
+    twins = against(evidence.mask_effects, TWIN)
+    parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
+    return f"; by SAEBench's protocol it is {_changes(parts)}" if parts else ""
+
+
+def _costs(world: str, evidence: Evidence, kind: str) -> str:
+    "What explained variance, F1 and the agreement between seeds show of the mask."
+    effects = against(evidence.mask_effects, kind)
+    price = _price_parts(world, evidence, effects)
+    parts = [*price, *_parts(effects, evidence, [_F1[world]])]
+    alike = _alike_parts(world, evidence)[:1] if kind == TWIN else []
+    parts += [replace(part, name="agreement between seeds") for part in alike]
+    said = []
+    for part in parts:
+        shown = _on({side: part.with_side(side) for side in SIDES.values()})
+        by = [abs(line.mean) for line in part.lines.values() if effect_side(line) != "none"]
+        size = f" (by {_span(by, '.3f')})" if by and part in price else ""
+        said.append(f"{part.name} {shown}{size}")
+    return f"{capital('; '.join(said))}." if said else ""
 
 
 def _rests_on(
@@ -592,19 +655,18 @@ def _rests_on(
     without: Mapping[float, Mapping[tuple[str, str], str]],  # of `sides_without`
 ) -> float | None:
     "The L0 without which most pairs lose their side; None if each L0 can be left out."
-    shown = {
-        pair: side for pair, line in part.lines.items() if (side := effect_side(line)) != "none"
-    }
+    sides = {pair: effect_side(line) for pair, line in part.lines.items()}
+    shown = {pair: side for pair, side in sides.items() if side != "none"}
     lost = {l0: sum(of.get(p) != side for p, side in shown.items()) for l0, of in without.items()}
-    l0 = max(lost, key=lambda l0: lost[l0], default=None)
-    return l0 if l0 is not None and lost[l0] else None
+    l0, number = max(lost.items(), key=lambda found: found[1], default=(None, 0))
+    return l0 if number else None
 
 
 def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
     "What the means show without the L0 that they rest on most; empty if each can be left out."
     found: dict[str, list[str]] = {}
-    for part, measure in zip(parts, WORLDS[world]):
-        without = sides_without(evidence.left_out, world, measure)
+    for part in parts:
+        without = sides_without(evidence.left_out, world, part.measure)
         l0 = _rests_on(part, without)
         if l0 is None:
             continue
@@ -614,72 +676,46 @@ def _one_l0(world: str, evidence: Evidence, parts: Sequence[_Part]) -> str:
         words += f", higher on {name_methods(on['higher'])}" if on["higher"] else ""
         others = [other for other in without if other != l0]
         place = f"at L0 {others[0]:g} alone" if len(others) == 1 else f"without L0 {l0:g}"
-        found.setdefault(place, []).append(f"{measure.subject} is {words}")
-    said = [f"{place}, {'; '.join(words)}" for place, words in found.items()]
-    return f"{capital('. '.join(map(capital, said)))}." if said else ""
+        found.setdefault(place, []).append(f"{part.measure.subject} is {words}")
+    return _joined(f"{capital(place)}, {'; '.join(words)}." for place, words in found.items())
 
 
 def _at_equal_variance(world: str, evidence: Evidence) -> str:
     "Where absorption is lower or higher at the largest equal explained variance; or empty."
-    of = evidence.explained_effects
-    of = of[of.explained == EXPLAINED[-1]]
-    said: dict[str, list[str]] = {}
-    times: list[float] = []
-    for measure in WORLDS[world]:
-        lines = effect_lines(of, measure)
-        sides: dict[str, list[str]] = {}
-        for pair, line in lines.items():
-            sides.setdefault(effect_side(line), []).append(base_of(pair))
-            times.append(line.l0_a / line.l0_b)
-        if lines:
-            said.setdefault(_on(sides), []).append(measure.short)
-    if not said:
+    effects = evidence.explained_effects
+    parts = _absorption_parts(world, evidence, effects[effects.explained == EXPLAINED[-1]])
+    if not parts:
         return ""
-    words = "; ".join(f"{' and '.join(names)} {on}" for on, names in said.items())
-    ends = " to ".join(dict.fromkeys(f"{of:.2g}" for of in (min(times), max(times))))
-    return f"At {EXPLAINED[-1]:.0%} explained variance (L0 {ends} times that of the twin): {words}."
+    said: dict[str, list[str]] = {}
+    for part in parts:
+        on = _on({side: part.with_side(side) for side in SIDES.values()})
+        said.setdefault(on, []).append(part.measure.subject)
+    words = "; ".join(f"{listed(names)} {on}" for on, names in said.items())
+    times = _span([line.l0_a / line.l0_b for line in parts[0].lines.values()], ".2g")
+    return (
+        f"At {EXPLAINED[-1]:.0%} explained variance (L0 {times} times that of the twin): {words}."
+    )
 
 
-def _least_and_most(part: _Part, measure: Measure) -> str:
-    "The least and the largest difference of all bases, with half of their intervals."
-    lines = {base_of(pair): line for pair, line in part.lines.items()}
-    ends = [min(lines, key=lambda base: lines[base].mean)]
-    ends += [base for base in [max(lines, key=lambda base: lines[base].mean)] if base != ends[0]]
-    said = [
-        f"{format_margin(lines[base].mean, _half(lines[base]))} ({method_name(base)})"
-        for base in ends
-    ]
-    return f"{capital(measure.subject)} changes by {' to '.join(said)}."
-
-
-def _protocol_sentence(evidence: Evidence) -> str:
-    "What SAEBench's protocol shows; empty if it was not measured."
-    twins = against(evidence.mask_effects, TWIN)
-    parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
-    return f"By SAEBench's protocol, absorption is {_changes(parts, SAEBENCH)}." if parts else ""
-
-
-def _price_sentence(world: str, evidence: Evidence, kind: str) -> str:
-    "On which bases explained variance is lower or higher, and by how much."
-    said = []
-    for price in _price_parts(world, evidence, against(evidence.mask_effects, kind)):
-        for side in _SIDES:
-            bases = price.with_side(side)
-            by = [abs(line.mean) for line in price.lines.values() if effect_side(line) == side]
-            if bases:
-                ends = " to ".join(dict.fromkeys(f"{of:.3f}" for of in (min(by), max(by))))
-                said.append(f"{side} on {_bases(bases, len(price.lines))}, by {ends}")
-        said = said or ["not shown to differ"]
-    return f"Explained variance is {'; '.join(said)}." if said else ""
-
-
-class Lead(NamedTuple):
-    "The answer to one question."
-
-    subject: str
-    bold: str  # its first words
-    rest: str  # may be empty
-    more: str = ""  # details, which README and page fold
+def _lead(world: str, evidence: Evidence) -> Lead | None:
+    "The answer for one world; None if it was not measured."
+    kind, parts = _first_kind(world, evidence)
+    if not parts:
+        return None
+    model = f"{MODEL_NAMES[evidence.model]}, " if evidence.model in MODEL_NAMES else ""
+    of = f"{model}{_seeds(parts)} seeds, L0 {_read_at(parts[0])}"
+    bold = f"{capital(PLACES[world])} ({of}), absorption with the mask is {_changes(parts)}"
+    bold += _protocol_words(evidence) if world == "Language model" else ""
+    unmasked = evidence.no_mask(WORLD_KEYS[world])
+    bold += f"; on {name_methods(unmasked)}, tuning chose no mask" if unmasked else ""
+    rest = (
+        _too_few(parts),
+        _first_base(parts),
+        *(part.sign_change() for part in parts),
+        _one_l0(world, evidence, parts),
+        _costs(world, evidence, kind),
+    )
+    return Lead(world, f"{bold}.", _joined(rest), _at_equal_variance(world, evidence))
 
 
 def answer_lead(
@@ -687,10 +723,18 @@ def answer_lead(
 ) -> list[Lead]:
     """The answer for each world, then those on the importance and on the published order.
 
-    For each world: absorption and explained variance, minus the twin. Only what was measured."""
+    For each world: absorption and its costs, minus the twin. Only what was measured."""
     of_worlds = [_lead(world, of) for world, of in evidence.items()]
     found = [*of_worlds, _importance_lead(evidence), _order_lead(evidence)]
     return [lead for lead in found if lead]
+
+
+# %% ../../nbs/report/answer.ipynb #41a82677
+_SHORT = {  # names of CONTROLS in a sentence
+    "dropout": "dropout of latents",
+    "activity": "dropout of activity",
+    "shuffled": "shuffled probabilities",
+}
 
 
 def _of_mask(part: _Part, mask: str) -> _Part:
@@ -699,68 +743,77 @@ def _of_mask(part: _Part, mask: str) -> _Part:
     return replace(part, lines=of)
 
 
-_SHORT = {  # names of CONTROLS in a sentence
-    "dropout": "dropout of latents",
-    "activity": "dropout of activity",
-    "shuffled": "shuffled probabilities",
-}
-
-
-def _by_control(world: str, parts: Sequence[_Part]) -> str:
+def _by_control(parts: Sequence[_Part]) -> str:
     "What absorption shows of ATM minus each control; controls that agree, together."
     groups: dict[str, list[str]] = {}
     for mask, label in _SHORT.items():
         of = [_of_mask(part, mask) for part in parts]
         if of[0].lines:
-            groups.setdefault(_changes(of, WORLDS[world]), []).append(label)
+            groups.setdefault(_changes(of), []).append(label)
     if len(groups) == 1:
         groups = dict.fromkeys(groups, ["each control"])
-    said = [
+    return _joined(
         f"Compared with {listed(labels)}, absorption is {words}."
         for words, labels in groups.items()
-    ]
-    return " ".join(said)
+    )
 
 
-def _below_all_controls(parts: Sequence[_Part]) -> str:
-    "The bases on which both measures are lower than with each control, and the other bases."
-    sides: dict[str, set[str]] = {}
+def _not_below(parts: Sequence[_Part]) -> dict[str, list[str]]:
+    "{base: what keeps it from being lower than each control by each measure}."
+    found: dict[str, list[str]] = {base_of(pair): [] for pair in parts[0].lines}
+    words = {"none": "not shown to differ from", "higher": "higher than with"}
     for part in parts:
         for pair, line in part.lines.items():
-            sides.setdefault(base_of(pair), set()).add(effect_side(line))
-    below = [base for base, of in sides.items() if of == {"lower"}]
-    others = [base for base in sides if base not in below]
-    where = [f"on {name_methods(below)}"] if below else []
-    where += [f"not on {name_methods(others)}"] if others else []
-    return f"absorption is lower than with each control by both measures {', '.join(where)}."
+            side = effect_side(line)
+            if side != "lower":
+                label = _SHORT[get_method(pair[1]).mask]
+                found[base_of(pair)].append(f"{words[side]} {label} {part.measure.words}")
+    return found
 
 
-def _shares(world: str, evidence: Evidence) -> dict[str, dict[str, float]]:
-    "{measure in words: {base: share of the mask's reduction}} of shuffled probabilities."
-    found = {of.words: shuffled_shares(evidence, world, of) for of in WORLDS[world]}
-    return {
-        words: {base: max(0.0, of.share) for base, of in shares.items()}
-        for words, shares in found.items()
-        if shares
+def _where(parts: Sequence[_Part]) -> str:
+    "The bases on which both measures are lower than with each control, and the others."
+    found = _not_below(parts)
+    sides = {
+        "on": [base for base in found if not found[base]],
+        "not on": [*filter(found.get, found)],
     }
+    return ", ".join(f"{word} {name_methods(bases)}" for word, bases in sides.items() if bases)
+
+
+def _exceptions(parts: Sequence[_Part]) -> str:
+    "Why it is not lower than each control on some bases; empty for none."
+    said = [
+        f"on {method_name(base)} it is {', '.join(reasons)}"
+        for base, reasons in _not_below(parts).items()
+        if reasons
+    ]
+    return f"{capital('; '.join(said))}." if said else ""
+
+
+def _shares(world: str, evidence: Evidence) -> list[tuple[str, float]]:
+    "What shuffled probabilities reach of the mask's reduction: [(base and measure, share)]."
+    return [
+        (f"on {method_name(base)} {measure.words}", of.share)
+        for measure in WORLDS[world]
+        for base, of in shuffled_shares(evidence, world, measure).items()
+    ]
 
 
 def _share_sentence(world: str, evidence: Evidence) -> str:
-    "The least and the largest share of all bases and measures; empty if not measured."
-    shares = [share for of in _shares(world, evidence).values() for share in of.values()]
-    if not shares:
-        return ""
-    ends = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(shares), max(shares))))
-    return f"Of the mask's reduction, shuffled probabilities reach {ends}."
+    "The least and the largest share, and where shuffled probabilities raise absorption."
+    shares = _shares(world, evidence)
+    part = [share for _, share in shares if share > 0]
+    raised = [place for place, share in shares if share < 0]
+    said = [f"give {_span(part, '.0%')} of the mask's reduction"] if part else []
+    said += [f"raise absorption {listed(raised)}"] if raised else []
+    return f"Shuffled probabilities alone {'; they '.join(said)}." if said else ""
 
 
 def _each_share(world: str, evidence: Evidence) -> str:
-    "The share of each measure and base; empty if not measured."
-    said = []
-    for words, shares in _shares(world, evidence).items():
-        each = [f"{share:.0%} ({method_name(base)})" for base, share in shares.items()]
-        said.append(f"{words} {listed(each)}")
-    return f"Shares of shuffled probabilities: {'; '.join(said)}." if said else ""
+    "The share of each base and measure; empty if not measured."
+    said = [f"{share:.0%} {place}" for place, share in _shares(world, evidence) if share > 0]
+    return f"Shuffled probabilities give {', '.join(said)}." if said else ""
 
 
 def _saebench_by_control(evidence: Evidence) -> str:
@@ -769,29 +822,46 @@ def _saebench_by_control(evidence: Evidence) -> str:
     parts = _beside("Language model", of, effects).get("SAEBench's protocol", [])
     if not parts:
         return ""
-    sides = {*itertools.chain(*_by_sides(parts))}
-    words = "the controls differ"
-    if len(sides) == 1:
-        (side,) = sides
-        nothing = "no difference is shown to any control"
-        words = nothing if side == "none" else f"{side} than with each control"
-    return f"By SAEBench's protocol, {words}."
+    if any(part.with_side(side) for part in parts for side in _SIDES):
+        return f"By SAEBench's protocol it is lower than with each control {_where(parts)}."
+    return "By SAEBench's protocol, no difference from any control is shown."
 
 
 def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
     "What the measures show of ATM minus each control; None if no control was run."
-    said, more = [], []
+    bold, rest, more = [], [], []
     for world, of in evidence.items():
         parts = _absorption_parts(world, of.beside_controls, of.control_effects)
         if parts:
-            place = f"{capital(PLACES[world])} ({_seeds(parts)} seeds)"
-            said.append(f"{place}, {_below_all_controls(parts)}")
-            said += [_share_sentence(world, of), _saebench_by_control(of)]
-            more += [f"{world}.", _by_control(world, parts), _each_share(world, of)]
-    if not said:
+            bold += [f"{capital(PLACES[world])} ({_seeds(parts)} seeds): {_where(parts)}."]
+            found = [_exceptions(parts), _share_sentence(world, of)]
+            found += [_saebench_by_control(of)] if world == "Language model" else []
+            rest += [f"{world}.", *found] if any(found) else []
+            more += [f"{world}.", _by_control(parts), _each_share(world, of)]
+    if not bold:
         return None
-    head = "The controls hide latents without regard to their importance."
-    return Lead("Importance", "Is it the importance?", _joined([head, *said]), _joined(more))
+    question = "Does it matter which latents the mask hides?"
+    head = (
+        "Controls hide latents without regard to their importance. It matters where absorption "
+        "with ATM is lower than with each control by both measures."
+    )
+    return Lead("Importance", _joined([question, *bold]), _joined([head, *rest]), _joined(more))
+
+
+def _pair_words(evidence: Evidence) -> str:
+    "What each measure shows of each pair of neighbours in the published order."
+    measures = (*WORLDS["Language model"], *SAEBENCH)
+    words = {"lower": "holds", "higher": "is reversed", "none": "is not shown"}
+    said = []
+    for pair in itertools.pairwise(PUBLISHED_L0):
+        found: dict[str, list[str]] = {}
+        for measure in measures:
+            lines = effect_lines(evidence.order_effects, measure)
+            if pair in lines:
+                found.setdefault(words[effect_side(lines[pair])], []).append(measure.words)
+        shown = [f"{what} {listed(by)}" for what, by in found.items()]
+        said += [f"{' < '.join(map(method_name, pair))} {'; '.join(shown)}."] if shown else []
+    return _joined(said)
 
 
 def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
@@ -806,65 +876,30 @@ def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
     if not found:
         return None
     verdicts = "; ".join(f"{verdict} {listed(words)}" for verdict, words in found.items())
-    words = f"At equal L0, {published_order()} is {verdicts}."
+    bold = f"Is the published order reproduced? At equal L0, {published_order()} is {verdicts}."
     missing = unavailable_order(of)
-    words += f" It cannot be checked at the published L0s: {missing}." if missing else ""
-    return Lead("Published order", "Is the published order reproduced?", words)
+    rest = f"It cannot be checked at the published L0s: {missing}." if missing else ""
+    return Lead("Published order", bold, rest, _pair_words(of))
 
 
-def _lead(world: str, evidence: Evidence) -> Lead | None:
-    "The answer for one world; None if it was not measured."
-    kind, parts = _first_kind(world, evidence)
-    if not parts:
-        return None
-    place = f"{capital(PLACES[world])} ({_seeds(parts)} seeds)"
-    sentence = f"{place}, absorption with the mask is {_changes(parts, WORLDS[world])}"
-    unmasked = evidence.no_mask(WORLD_KEYS[world])
-    sentence += f"; on {name_methods(unmasked)}, tuning chose no mask" if unmasked else ""
-    rest = [_least_and_most(parts[0], WORLDS[world][0]), _price_sentence(world, evidence, kind)]
-    rest += [_protocol_sentence(evidence)] if world == "Language model" else []
-    signs, one_l0 = [part.sign_change() for part in parts], _one_l0(world, evidence, parts)
-    rest += signs if any(signs) else [one_l0]
-    more = [one_l0 if any(signs) else "", _at_equal_variance(world, evidence)]
-    return Lead(world, f"{sentence}{_too_few(parts)}.", _joined(rest), _joined(more))
+_SCALED = (FRACTION_SCORE, FULL_SCORE, PRICE["Language model"])
 
 
-def _joined(sentences: Iterable[str]) -> str:
-    "Those that are not empty, as one text."
-    return " ".join(filter(None, sentences))
-
-
-_SCALED = (FULL_SCORE, FRACTION_SCORE, PRICE["Language model"])
-
-
-def _effect_at_ends(
-    rows: pd.DataFrame, masked: str, base: str, by: str
-) -> dict[Measure, list[float]]:
-    "{measure: what the mask changes at the smallest and at the largest value of a column}."
+def _scale_words(rows: pd.DataFrame, masked: str, base: str, by: str) -> dict[Measure, str]:
+    "{measure: its mean effect at each value of a column, in words}."
     found = {}
     for measure in _SCALED:
         wide = rows.pivot(index=[by, "seed"], columns="method", values=measure.metric)
         effects = (wide[masked] - wide[base]).groupby(by).mean()
-        found[measure] = [effects.iloc[0], effects.iloc[-1]]
+        found[measure] = listed(f"{value:.3f}" for value in effects)
     return found
 
 
-def _scale_words(
-    effects: Mapping[Measure, Sequence[float]],  # at both ends
-    place: str,  # the two ends in words
-) -> tuple[str, str]:
-    "The measures whose effect changes its sign; then all measures."
-    said = {of: " to ".join(f"{value:.3f}" for value in values) for of, values in effects.items()}
-    changed = [f"{of.subject} ({said[of]})" for of, (a, b) in effects.items() if a * b < 0]
-    signs = f"the sign changes for {listed(changed)}" if changed else "no sign changes"
-    each = ", ".join(f"{of.short} {words}" for of, words in said.items())
-    return f"From {place}, {signs}.", f"From {place}: {each}."
-
-
-def _ends(values: pd.Series, unit: str) -> str:
-    "`2,048 to 16,384 latents`"
-    ends = (values.min(), values.max())
-    return f"{' to '.join(f'{end:,.3g}' if end < 1000 else f'{end:,}' for end in ends)} {unit}"
+def _largest_profile(folders: Mapping[str, str | Path], name: str) -> Path | None:
+    "tables/NAME of the largest profile that has it; None without one."
+    profiles = sorted(folders, key=lambda profile: profile != "full")
+    paths = [Path(folders[p]) / "tables" / name for p in profiles if p != "smoke"]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def scale_lead(
@@ -873,32 +908,35 @@ def scale_lead(
     """How the effect of the mask changes with the number of latents and of training tokens.
 
     From tables/scale-runs.csv of the largest profile that has it; None without one."""
-    for profile in sorted(folders, key=lambda name: name != "full"):
-        path = Path(folders[profile]) / "tables" / "scale-runs.csv"
-        if profile != "smoke" and path.is_file():
-            rows = pd.read_csv(path)
-            break
-    else:
+    path = _largest_profile(folders, "scale-runs.csv")
+    if path is None:
         return None
-    pairs = [(m, get_method(m).architecture) for m in rows.method.unique() if get_method(m).mask]
-    masked, base = pairs[0]
-    steps = rows.groupby("steps").d_sae.nunique().idxmax()
-    latents = rows.groupby("d_sae").steps.nunique().idxmax()
-    said = [
-        _scale_words(_effect_at_ends(of, masked, base, by), _ends(of[by], unit))
-        for of, by, unit in (
-            (rows[rows.steps == steps], "d_sae", "latents"),
-            (rows[rows.d_sae == latents], "tokens", "million training tokens"),
-        )
-    ]
-    signs, each = zip(*said)
+    rows = pd.read_csv(path)
+    masked = next(method for method in rows.method.unique() if get_method(method).mask)
+    base = get_method(masked).architecture
+    steps = rows.groupby("steps").d_sae.nunique().idxmax()  # at which the size was varied
+    latents = rows.groupby("d_sae").steps.nunique().idxmax()  # at which the length was varied
+    varied = {
+        ("d_sae", "latents"): rows[rows.steps == steps],
+        ("tokens", "million training tokens"): rows[rows.d_sae == latents],
+    }
+    said, more = [], []
+    for (by, unit), part in varied.items():
+        form = "," if by == "d_sae" else ".2g"
+        values = [format(value, form) for value in sorted(part[by].unique())]
+        words = _scale_words(part, masked, base, by)
+        place = f"With {listed(values)} {unit}"
+        said.append(f"{place}, {_SCALED[0].subject} changes by {words.pop(_SCALED[0])}.")
+        each = "; ".join(f"{of.subject} by {effects}" for of, effects in words.items())
+        more.append(f"{place}, {each}.")
     names = f"{method_name(masked)} minus {method_name(base)} on the language model"
-    head = f"Exploratory, {names}, {rows.seed.nunique()} seeds, L0 {rows.sparsity.iloc[0]:g}."
+    n = f"{rows.seed.nunique()} seeds, too few for an interval"
+    head = f"Exploratory, {names}, L0 {rows.sparsity.iloc[0]:g}, {n}."
     return Lead(
         "Dictionary size and training length",
         "Does it depend on dictionary size and training length?",
-        _joined([head, *signs]),
-        _joined(each),
+        _joined([head, *said]),
+        _joined(more),
     )
 
 
@@ -927,7 +965,7 @@ def _runs(part: _Part, pair: tuple[str, str]) -> str:
     "The difference of each seed where there are fewer than `FEW`, separated by spaces."
     if part.lines[pair].n >= FEW:
         return ""
-    values = seed_differences(part.read, *pair, part.metric).mean()
+    values = seed_differences(part.read, *pair, part.measure.metric).mean()
     return " ".join(f"{value:.6g}" for value in values)
 
 
@@ -940,7 +978,7 @@ def answer_lines(
         for title, measure in _PANELS[world].items():
             for kind, label in LABELS.items():
                 effects = against(of.mask_effects, kind)
-                for part in _parts(effects, of, {title: measure}):
+                for part in _parts(effects, of, [measure]):
                     for pair, line in part.lines.items():
                         numbers = (line.mean, line.low, line.high, line.n, line.agree)
                         lines.append((title, base_of(pair), label, *numbers, _runs(part, pair)))

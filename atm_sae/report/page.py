@@ -55,6 +55,7 @@ import pandas as pd
 from ..artefacts import atomic_write
 from ..methods import method_name
 from atm_sae.report.answer import (
+    LEAD_TERMS,
     OVERVIEW_CAPTION,
     AnswerTable,
     Lead,
@@ -738,6 +739,7 @@ def markdown_page(
 class Answer:
     "What the page shows first: the answer in words and in tables, its figure, more sentences."
 
+    terms: str  # of the lead
     lead: Sequence[Lead]
     overview: Sequence[AnswerTable]
     note: str  # how to read them
@@ -759,6 +761,7 @@ def page_answer(
     evidence = {world: of.evidence for world, of in found.items()}
     scale = scale_lead(folders)
     return Answer(
+        LEAD_TERMS,
         [*answer_lead(evidence), *([scale] if scale else [])],
         answer_overview(evidence),
         OVERVIEW_CAPTION,
