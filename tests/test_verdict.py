@@ -619,8 +619,8 @@ def test_the_answer_in_short_names_the_bases(runs):
     assert first.rest.startswith("On ReLU + L1, the base of the published ATM: raw absorption -0.0")
     assert first.rest.endswith(
         "Without L0 4, raw absorption is lower on no base; absorption beyond misses is lower on "
-        "ReLU + L1 and TopK. Explained variance lower on all 4 (by 0.005 to 0.029); agreement "
-        "between seeds lower on ReLU + L1, BatchTopK and JumpReLU."
+        "ReLU + L1 and TopK. Side effects: explained variance lower on all 4 (by 0.005 to 0.029); "
+        "agreement between seeds lower on ReLU + L1, BatchTopK and JumpReLU."
     )
     assert first.more == (
         "At 95% explained variance (L0 1.2 to 4.7 times that of the twin): raw absorption lower "
@@ -635,7 +635,7 @@ def test_the_answer_in_short_names_the_bases(runs):
         "measures; on Matryoshka"
     ) in lead(planted)
     free = small(planted={"standard": (0.2, 0.2), "atm": (0.1, 0.1)})
-    assert "Explained variance no difference shown on ReLU + L1, the only one" in lead(
+    assert "explained variance no difference shown on ReLU + L1, the only one" in lead(
         {"Planted world": free}
     )
     assert answer_lead({}) == []
@@ -954,18 +954,19 @@ def test_atm_is_compared_with_each_control():
     assert importance.bold.endswith("In the planted world (5 seeds): not on ReLU + L1.")
     assert importance.rest == (
         "Controls hide latents without regard to their importance. It matters where absorption "
-        "with ATM is lower than with each control by both measures. Planted world. On ReLU + L1 it "
+        "with ATM is lower than with each control by both measures. On ReLU + L1 it "
         "is higher than with dropout of activity by raw absorption, higher than with shuffled "
-        "probabilities by absorption beyond misses. Shuffled probabilities alone give 80% to 110% "
-        "of the mask's reduction."
+        "probabilities by absorption beyond misses. In the planted world, shuffled probabilities "
+        "alone give 80% to 110% of the mask's reduction."
     )
     assert importance.more == (
         "Planted world. Compared with dropout of latents, absorption is lower on ReLU + L1 by both "
         "measures. Compared with dropout of activity, absorption is lower on ReLU + L1 by "
         "absorption beyond misses only, and higher on ReLU + L1 by raw absorption only. Compared "
         "with shuffled probabilities, absorption is lower on ReLU + L1 by raw absorption only, and "
-        "higher on ReLU + L1 by absorption beyond misses only. Shuffled probabilities give 80% on "
-        "ReLU + L1 by raw absorption, 110% on ReLU + L1 by absorption beyond misses."
+        "higher on ReLU + L1 by absorption beyond misses only. Of the mask's reduction, "
+        "shuffled probabilities give 80% on ReLU + L1 by raw absorption, 110% on ReLU + L1 by "
+        "absorption beyond misses."
     )
     said = {s.split("**")[1]: s for s in verdict_sentences(evidence)}["Importance"]
     assert said.startswith("**Importance** (n = 5 seeds): Base with the mask minus dropout of the")
@@ -1355,8 +1356,8 @@ def test_a_result_that_rests_on_one_l0_is_named():
     assert "without L0 4, higher on TopK, lower on JumpReLU by raw absorption" in said
     assert lead({"Planted world": evidence}).endswith(
         "Without L0 4, raw absorption is lower on JumpReLU, higher on TopK; absorption beyond "
-        "misses is lower on JumpReLU, higher on TopK. Explained variance no difference shown on "
-        "any of 2."
+        "misses is lower on JumpReLU, higher on TopK. Side effects: explained variance no "
+        "difference shown on any of 2."
     )
     two = replace(evidence, planted=rows[rows.sparsity != 16])
     assert [l0 for _, l0 in two.left_out] == [4, 8]

@@ -647,7 +647,7 @@ def _costs(world: str, evidence: Evidence, kind: str) -> str:
         by = [abs(line.mean) for line in part.lines.values() if effect_side(line) != "none"]
         size = f" (by {_span(by, '.3f')})" if by and part in price else ""
         said.append(f"{part.name} {shown}{size}")
-    return f"{capital('; '.join(said))}." if said else ""
+    return f"Side effects: {'; '.join(said)}." if said else ""
 
 
 def _rests_on(
@@ -783,12 +783,11 @@ def _where(parts: Sequence[_Part]) -> str:
 
 def _exceptions(parts: Sequence[_Part]) -> str:
     "Why it is not lower than each control on some bases; empty for none."
-    said = [
-        f"on {method_name(base)} it is {', '.join(reasons)}"
+    return _joined(
+        f"On {method_name(base)} it is {', '.join(reasons)}."
         for base, reasons in _not_below(parts).items()
         if reasons
-    ]
-    return f"{capital('; '.join(said))}." if said else ""
+    )
 
 
 def _shares(world: str, evidence: Evidence) -> list[tuple[str, float]]:
@@ -807,13 +806,16 @@ def _share_sentence(world: str, evidence: Evidence) -> str:
     raised = [place for place, share in shares if share < 0]
     said = [f"give {_span(part, '.0%')} of the mask's reduction"] if part else []
     said += [f"raise absorption {listed(raised)}"] if raised else []
-    return f"Shuffled probabilities alone {'; they '.join(said)}." if said else ""
+    place = capital(PLACES[world])
+    return f"{place}, shuffled probabilities alone {'; they '.join(said)}." if said else ""
 
 
 def _each_share(world: str, evidence: Evidence) -> str:
     "The share of each base and measure; empty if not measured."
     said = [f"{share:.0%} {place}" for place, share in _shares(world, evidence) if share > 0]
-    return f"Shuffled probabilities give {', '.join(said)}." if said else ""
+    return (
+        f"Of the mask's reduction, shuffled probabilities give {', '.join(said)}." if said else ""
+    )
 
 
 def _saebench_by_control(evidence: Evidence) -> str:
@@ -834,9 +836,8 @@ def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
         parts = _absorption_parts(world, of.beside_controls, of.control_effects)
         if parts:
             bold += [f"{capital(PLACES[world])} ({_seeds(parts)} seeds): {_where(parts)}."]
-            found = [_exceptions(parts), _share_sentence(world, of)]
-            found += [_saebench_by_control(of)] if world == "Language model" else []
-            rest += [f"{world}.", *found] if any(found) else []
+            rest += [_exceptions(parts), _share_sentence(world, of)]
+            rest += [_saebench_by_control(of)] if world == "Language model" else []
             more += [f"{world}.", _by_control(parts), _each_share(world, of)]
     if not bold:
         return None
