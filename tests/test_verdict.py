@@ -22,6 +22,8 @@ from atm_sae.report.answer import (
     answer_lead,
     answer_overview,
     answer_sentences,
+    density_lead,
+    other_leads,
     l0_lines,
     rate_sentence,
     read_answer,
@@ -780,8 +782,8 @@ def test_readme_and_results_hold_the_committed_sentences_and_tables():
     found = read_answer({"default": REPORTS, "full": REPORTS / "full"})
     committed = {world: of.evidence for world, of in found.items()}
     tables = answer_overview(committed)
-    scale = scale_lead({"default": REPORTS, "full": REPORTS / "full"})
-    assert f"**{scale.bold}** {scale.rest}" in readme and f"{scale.rest} {scale.more}" in index
+    for lead in other_leads({"default": REPORTS, "full": REPORTS / "full"}):
+        assert f"**{lead.bold}** {lead.rest}" in readme and f"{lead.rest} {lead.more}" in index
     cells = [cell for of in tables for cell in [of.heading, *of.table.to_numpy().ravel()]]
     first = [PUBLISHED_STANDING, LEAD_TERMS, *sum(answer_lead(committed), ()), *cells]
     for cell in [*first, answer_caption(found)]:
@@ -1450,6 +1452,36 @@ def test_the_effect_of_the_mask_is_read_at_the_ends_of_size_and_length(tmp_path)
     assert each.startswith("With 128 and 256 latents, the full score by -0.100 and -0.050; expl")
     assert each.endswith("explained variance by -0.100 and 0.300.")
     assert scale_lead({"smoke": tmp_path}) is None and scale_lead({"full": tmp_path / "no"}) is None
+
+
+def test_full_scores_from_sparse_to_dense_stand_beside_the_implied_l0(tmp_path):
+    "By hand: the means of two seeds, for two methods at two targets; the random SAE is left out."
+    (tmp_path / "tables").mkdir()
+    rows = [
+        (method, target, seed, 2048, score + seed * 0.02, 1 - score)
+        for (method, target), score in {
+            ("topk", 16): 0.1,
+            ("standard", 16): 0.3,
+            ("topk", 1400): 0.0,
+            ("standard", 1400): 0.0,
+            ("random", 16): 0.9,
+        }.items()
+        for seed in (0, 1)
+    ]
+    columns = ["method", "sparsity", "seed", "d_sae", FULL, FRACTION]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "tables/density-runs.csv", index=False)
+    shares = {"implied L0": ["4,182", "3,929"], "share of the latents": ["25.5%", "24.0%"]}
+    pd.DataFrame(shares).to_csv(tmp_path / "tables/density.csv", index=False)
+    (found,) = other_leads({"full": tmp_path})
+    assert found.bold.endswith("an L0 of 3,929 to 4,182, which is 24.0% to 25.5% of its latents.")
+    assert found.rest.endswith(
+        "On the language model (TopK and ReLU + L1, with 2,048 latents and no mask, 2 seeds), the "
+        "full score is 0.110 to 0.310 at 16 and 0.010 at 1,400, by target L0."
+    )
+    assert (
+        found.more == "By target L0, the fraction score is 0.700 to 0.900 at 16 and 1.000 at 1,400."
+    )
+    assert density_lead({"smoke": tmp_path}) is None and other_leads({}) == []
 
 
 def test_the_saes_beside_the_controls_are_a_second_training():

@@ -21,7 +21,9 @@ __all__ = [
     "answer_sentences",
     "Lead",
     "answer_lead",
+    "density_lead",
     "scale_lead",
+    "other_leads",
     "answer_lines",
     "answer_figure",
     "answer_caption",
@@ -903,6 +905,41 @@ def _largest_profile(folders: Mapping[str, str | Path], name: str) -> Path | Non
     return next((path for path in paths if path.is_file()), None)
 
 
+def _by_target(rows: pd.DataFrame, measure: Measure) -> str:
+    "The least and the largest value of all methods at each target L0."
+    means = rows.groupby(["sparsity", "method"])[measure.metric].mean()
+    said = [f"{_span(of, '.3f')} at {l0:,g}" for l0, of in means.groupby(level="sparsity")]
+    return f"{measure.subject} is {listed(said)}"
+
+
+def density_lead(
+    folders: Mapping[str, str | Path],  # {profile: reports folder}
+) -> Lead | None:
+    """The L0 that published values imply for ATM, and full scores of SAEs without a mask.
+
+    From tables/density.csv and tables/density-runs.csv of the largest profile that has them; None
+    without them."""
+    path = _largest_profile(folders, "density-runs.csv")
+    if path is None:
+        return None
+    implied = pd.read_csv(path.with_name("density.csv"), thousands=",").sort_values("implied L0")
+    l0s = " to ".join(f"{l0:,}" for l0 in implied["implied L0"])
+    bold = (
+        "How dense was the published ATM? Its published reconstruction implies an L0 of "
+        f"{l0s}, which is {' to '.join(implied['share of the latents'])} of its latents."
+    )
+    rows = pd.read_csv(path)
+    rows = rows[[not get_method(method).is_floor for method in rows.method]]
+    names = name_methods(dict.fromkeys(rows.method))
+    place = f"with {rows.d_sae.iloc[0]:,} latents and no mask, {rows.seed.nunique()} seeds"
+    rest = (
+        "An inference: it takes ATM to reconstruct as well as the author's other SAEs. On the "
+        f"language model ({names}, {place}), {_by_target(rows, FULL_SCORE)}, by target L0."
+    )
+    more = f"By target L0, {_by_target(rows, FRACTION_SCORE)}."
+    return Lead("Density", bold, rest, more)
+
+
 def scale_lead(
     folders: Mapping[str, str | Path],  # {profile: reports folder}
 ) -> Lead | None:
@@ -939,6 +976,13 @@ def scale_lead(
         _joined([head, *said]),
         _joined(more),
     )
+
+
+def other_leads(
+    folders: Mapping[str, str | Path],  # {profile: reports folder}
+) -> list[Lead]:
+    "The answers that no pairs of methods give: density, then size; those that were measured."
+    return [lead for lead in (density_lead(folders), scale_lead(folders)) if lead]
 
 
 # %% ../../nbs/report/answer.ipynb #cell-15

@@ -63,8 +63,8 @@ from atm_sae.report.answer import (
     answer_lead,
     answer_overview,
     answer_sentences,
+    other_leads,
     read_answer,
-    scale_lead,
     write_answer,
 )
 from .figures import figure_text
@@ -759,10 +759,9 @@ def page_answer(
     if path is None:
         return None
     evidence = {world: of.evidence for world, of in found.items()}
-    scale = scale_lead(folders)
     return Answer(
         LEAD_TERMS,
-        [*answer_lead(evidence), *([scale] if scale else [])],
+        [*answer_lead(evidence), *other_leads(folders)],
         answer_overview(evidence),
         OVERVIEW_CAPTION,
         path.relative_to(home).as_posix(),
