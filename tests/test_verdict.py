@@ -956,8 +956,8 @@ def test_atm_is_compared_with_each_control():
     assert importance.bold.endswith("In the planted world (5 seeds): not on ReLU + L1.")
     assert importance.rest == (
         "Controls hide latents without regard to their importance. It matters where absorption "
-        "with ATM is lower than with each control by both measures. On ReLU + L1 it "
-        "is higher than with dropout of activity by raw absorption, higher than with shuffled "
+        "with ATM is lower than with each control by both measures. In the planted "
+        "world, on ReLU + L1 it is higher than with dropout of activity by raw absorption, higher than with shuffled "
         "probabilities by absorption beyond misses. In the planted world, shuffled probabilities "
         "alone give 80% to 110% of the mask's reduction."
     )
@@ -1445,12 +1445,17 @@ def test_the_effect_of_the_mask_is_read_at_the_ends_of_size_and_length(tmp_path)
     table = pd.DataFrame(rows, columns=columns)
     table.to_csv(tmp_path / "tables/scale-runs.csv", index=False)
     found = scale_lead({"full": tmp_path})
-    said, each = found.rest, found.more
-    assert said.startswith("Exploratory, TopK + ATM minus TopK on the language model, ")
-    assert "2 seeds, too few for an interval. With 128 and 256 latents, the fraction score" in said
-    assert "changes by -0.100 and -0.050. With 2 and 6 million training tokens, the f" in said
-    assert each.startswith("With 128 and 256 latents, the full score by -0.100 and -0.050; expl")
-    assert each.endswith("explained variance by -0.100 and 0.300.")
+    assert found.bold.endswith(
+        "With 128 and 256 latents, the mask changes the fraction score by -0.100 and -0.050."
+    )
+    assert found.rest == (
+        "Exploratory: TopK + ATM minus TopK on the language model, L0 8, 2 seeds, too few for an "
+        "interval."
+    )
+    first, second = found.more.split(". ")
+    assert first.startswith("With 128 and 256 latents, the fraction score by -0.100 and -0.050; ")
+    assert second.startswith("With 2 and 6 million training tokens, the fraction score by -0.100")
+    assert second.endswith("explained variance by -0.100 and 0.300.")
     assert scale_lead({"smoke": tmp_path}) is None and scale_lead({"full": tmp_path / "no"}) is None
 
 
@@ -1475,11 +1480,12 @@ def test_full_scores_from_sparse_to_dense_stand_beside_the_implied_l0(tmp_path):
     (found,) = other_leads({"full": tmp_path})
     assert found.bold.endswith("an L0 of 3,929 to 4,182, which is 24.0% to 25.5% of its latents.")
     assert found.rest.endswith(
-        "On the language model (TopK and ReLU + L1, with 2,048 latents and no mask, 2 seeds), the "
-        "full score is 0.110 to 0.310 at 16 and 0.010 at 1,400, by target L0."
+        "On the language model (2,048 latents, no mask) the full score is 0.110 to 0.310 at target "
+        "L0 16 and 0.010 at 1400, 68% of the latents."
     )
-    assert (
-        found.more == "By target L0, the fraction score is 0.700 to 0.900 at 16 and 1.000 at 1,400."
+    assert found.more == (
+        "TopK and ReLU + L1, 2 seeds, by target L0: the full score is 0.110 to 0.310 at 16 and "
+        "0.010 at 1,400; the fraction score is 0.700 to 0.900 at 16 and 1.000 at 1,400."
     )
     assert density_lead({"smoke": tmp_path}) is None and other_leads({}) == []
 

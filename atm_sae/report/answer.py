@@ -783,10 +783,10 @@ def _where(parts: Sequence[_Part]) -> str:
     return ", ".join(f"{word} {name_methods(bases)}" for word, bases in sides.items() if bases)
 
 
-def _exceptions(parts: Sequence[_Part]) -> str:
+def _exceptions(world: str, parts: Sequence[_Part]) -> str:
     "Why it is not lower than each control on some bases; empty for none."
     return _joined(
-        f"On {method_name(base)} it is {', '.join(reasons)}."
+        f"{capital(PLACES[world])}, on {method_name(base)} it is {', '.join(reasons)}."
         for base, reasons in _not_below(parts).items()
         if reasons
     )
@@ -838,7 +838,7 @@ def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
         parts = _absorption_parts(world, of.beside_controls, of.control_effects)
         if parts:
             bold += [f"{capital(PLACES[world])} ({_seeds(parts)} seeds): {_where(parts)}."]
-            rest += [_exceptions(parts), _share_sentence(world, of)]
+            rest += [_exceptions(world, parts), _share_sentence(world, of)]
             rest += [_saebench_by_control(of)] if world == "Language model" else []
             more += [f"{world}.", _by_control(parts), _each_share(world, of)]
     if not bold:
@@ -912,6 +912,16 @@ def _by_target(rows: pd.DataFrame, measure: Measure) -> str:
     return f"{measure.subject} is {listed(said)}"
 
 
+def _nearest(
+    targets: Iterable[float],
+    implied: pd.DataFrame,  # tables/density.csv
+    d_sae: int,
+) -> float:
+    "The target L0 whose share of the latents is nearest to that of the published ATM."
+    share = implied["share of the latents"].str.rstrip("%").astype(float).mean() / 100
+    return min(targets, key=lambda l0: abs(math.log(l0 / (share * d_sae))))
+
+
 def density_lead(
     folders: Mapping[str, str | Path],  # {profile: reports folder}
 ) -> Lead | None:
@@ -930,13 +940,21 @@ def density_lead(
     )
     rows = pd.read_csv(path)
     rows = rows[[not get_method(method).is_floor for method in rows.method]]
-    names = name_methods(dict.fromkeys(rows.method))
-    place = f"with {rows.d_sae.iloc[0]:,} latents and no mask, {rows.seed.nunique()} seeds"
+    d_sae, means = (
+        rows.d_sae.iloc[0],
+        rows.groupby(["sparsity", "method"])[FULL_SCORE.metric].mean(),
+    )
+    sparse = means.index.get_level_values("sparsity").min()
+    dense = _nearest(means.index.get_level_values("sparsity"), implied, d_sae)
     rest = (
         "An inference: it takes ATM to reconstruct as well as the author's other SAEs. On the "
-        f"language model ({names}, {place}), {_by_target(rows, FULL_SCORE)}, by target L0."
+        f"language model ({d_sae:,} latents, no mask) {FULL_SCORE.subject} is "
+        f"{_span(means[sparse], '.3f')} at target L0 {sparse:g} and {_span(means[dense], '.3f')} "
+        f"at {dense:g}, {dense / d_sae:.0%} of the latents."
     )
-    more = f"By target L0, {_by_target(rows, FRACTION_SCORE)}."
+    by = "; ".join(_by_target(rows, measure) for measure in (FULL_SCORE, FRACTION_SCORE))
+    names = name_methods(dict.fromkeys(rows.method))
+    more = f"{names}, {rows.seed.nunique()} seeds, by target L0: {by}."
     return Lead("Density", bold, rest, more)
 
 
@@ -958,22 +976,21 @@ def scale_lead(
         ("d_sae", "latents"): rows[rows.steps == steps],
         ("tokens", "million training tokens"): rows[rows.d_sae == latents],
     }
-    said, more = [], []
+    first, changed, more = _SCALED[0], [], []
     for (by, unit), part in varied.items():
         form = "," if by == "d_sae" else ".2g"
         values = [format(value, form) for value in sorted(part[by].unique())]
         words = _scale_words(part, masked, base, by)
         place = f"With {listed(values)} {unit}"
-        said.append(f"{place}, {_SCALED[0].subject} changes by {words.pop(_SCALED[0])}.")
+        changed.append(f"{place}, the mask changes {first.subject} by {words[first]}.")
         each = "; ".join(f"{of.subject} by {effects}" for of, effects in words.items())
         more.append(f"{place}, {each}.")
     names = f"{method_name(masked)} minus {method_name(base)} on the language model"
     n = f"{rows.seed.nunique()} seeds, too few for an interval"
-    head = f"Exploratory, {names}, L0 {rows.sparsity.iloc[0]:g}, {n}."
     return Lead(
         "Dictionary size and training length",
-        "Does it depend on dictionary size and training length?",
-        _joined([head, *said]),
+        f"Does it depend on dictionary size and training length? {changed[0]}",
+        f"Exploratory: {names}, L0 {rows.sparsity.iloc[0]:g}, {n}.",
         _joined(more),
     )
 
