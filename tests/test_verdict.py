@@ -956,10 +956,10 @@ def test_atm_is_compared_with_each_control():
     assert importance.bold.endswith("In the planted world (5 seeds): not on ReLU + L1.")
     assert importance.rest == (
         "Controls hide latents without regard to their importance. It matters where absorption "
-        "with ATM is lower than with each control by both measures. In the planted "
-        "world, on ReLU + L1 it is higher than with dropout of activity by raw absorption, higher than with shuffled "
-        "probabilities by absorption beyond misses. In the planted world, shuffled probabilities "
-        "alone give 80% to 110% of the mask's reduction."
+        "with ATM is lower than with each control by both measures. In the planted world, on ReLU "
+        "+ L1 it is higher than with dropout of activity by raw absorption, higher than with "
+        "shuffled probabilities by absorption beyond misses. In the planted world, shuffled "
+        "probabilities alone give 80% to 110% of the mask's reduction."
     )
     assert importance.more == (
         "Planted world. Compared with dropout of latents, absorption is lower on ReLU + L1 by both "
