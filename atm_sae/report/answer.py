@@ -148,6 +148,10 @@ class _Part:
         "The bases whose pairs have this side."
         return [base_of(pair) for pair, line in self.lines.items() if effect_side(line) == side]
 
+    def on(self) -> str:
+        "The bases of each side in words."
+        return _on({side: self.with_side(side) for side in SIDES.values()})
+
     def sides(self) -> dict[float, dict[str, list[str]]]:
         "{L0: {side: bases}}, what each L0 shows by its own interval; not corrected."
         found: dict[float, dict[str, list[str]]] = {}
@@ -223,23 +227,21 @@ def _absorption_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> 
     return _parts(effects, evidence, WORLDS[world])
 
 
-_BESIDE = {  # {what shows it: measures}
-    "the miss rate": (MISSES,),
-    "the ablation rate": (ABLATION_RATE,),
-    "SAEBench's protocol": SAEBENCH,
+_BESIDE = {  # {world: groups of measures, each of which is measured as a whole}
+    "Planted world": ((MISSES,),),
+    "Language model": ((ABLATION_RATE,), SAEBENCH),
 }
 _F1 = {world: next(m for m in of if "F1" in m.short) for world, of in SIDE_EFFECTS.items()}
 
 
-def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> dict[str, list[_Part]]:
-    "The measures that stand beside the two of absorption, those measured: {what shows it: parts}."
-    planted = world == "Planted world"
-    found = {
-        name: _parts(effects, evidence, measures)
-        for name, measures in _BESIDE.items()
-        if measures[0].planted == planted
-    }
-    return {name: parts for name, parts in found.items() if parts}
+def _any_shown(parts: Iterable[_Part]) -> bool:
+    "True if a measure is lower or higher on a base."
+    return any(part.with_side(side) for part in parts for side in _SIDES)
+
+
+def _beside(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[_Part]:
+    "The measures that stand beside the two of absorption, those measured."
+    return [part for of in _BESIDE[world] for part in _parts(effects, evidence, of)]
 
 
 def _first_kind(world: str, evidence: Evidence) -> tuple[str, list[_Part]]:
@@ -258,8 +260,13 @@ def _price_parts(world: str, evidence: Evidence, effects: pd.DataFrame) -> list[
 
 def _seeds(parts: Sequence[_Part]) -> str:
     "`5`, or `3 to 5` where the pairs differ."
-    numbers = [line.n for part in parts for line in part.lines.values()]
-    return " to ".join(dict.fromkeys(f"{n:g}" for n in (min(numbers), max(numbers))))
+    return _span([line.n for part in parts for line in part.lines.values()], "g")
+
+
+def _span(values: Iterable[float], form: str) -> str:
+    "`0.004 to 0.030`; one value if both ends are written alike."
+    values = list(values)
+    return " to ".join(dict.fromkeys(format(end, form) for end in (min(values), max(values))))
 
 
 # %% ../../nbs/report/answer.ipynb #cell-10
@@ -327,17 +334,19 @@ def _mask_parts(world: str, evidence: Evidence, kind: str) -> list[_Part]:
     "What the mask changes in one world: absorption, explained variance and side effects."
     effects = against(evidence.mask_effects, kind)
     beside = _beside(world, evidence, effects)
-    absorbed = [*_absorption_parts(world, evidence, effects), *itertools.chain(*beside.values())]
-    others = [_parts(effects, evidence, [of]) for of in SIDE_EFFECTS[world]]
-    price = _price_parts(world, evidence, effects)
-    return [*map(_with_floor, absorbed), *price, *itertools.chain(*others)]
+    absorbed = [*_absorption_parts(world, evidence, effects), *beside]
+    others = [part for of in SIDE_EFFECTS[world] for part in _parts(effects, evidence, [of])]
+    return [*map(_with_floor, absorbed), *_price_parts(world, evidence, effects), *others]
 
 
-def _l0_needed(world: str, evidence: Evidence) -> dict[str, str]:
-    "{base: L0 with the mask and, in brackets, of the twin} at the largest share of `EXPLAINED`."
+def _l0_needed(world: str, evidence: Evidence) -> dict[str, dict[str, str]]:
+    """A row at the largest share of `EXPLAINED`, if both reach it.
+
+    {its name: {base: L0 with the mask and, in brackets, of the twin}}"""
     of = evidence.explained_effects
     lines = effect_lines(of[of.explained == EXPLAINED[-1]], WORLDS[world][0])
-    return {base_of(pair): f"{line.l0_a:.2g} ({line.l0_b:.2g})" for pair, line in lines.items()}
+    cells = {base_of(pair): f"{line.l0_a:.2g} ({line.l0_b:.2g})" for pair, line in lines.items()}
+    return {f"L0 that explains {EXPLAINED[-1]:.0%}": cells} if cells else {}
 
 
 def _mask_rows(
@@ -352,11 +361,8 @@ def _mask_rows(
             base_of(pair): f"{_cell(line)} ({part.level(pair):.3f})"
             for pair, line in part.lines.items()
         }
-        needed = (
-            _l0_needed(world, evidence) if part.measure == PRICE[world] and kind == TWIN else {}
-        )
-        if needed:
-            rows[f"L0 that explains {EXPLAINED[-1]:.0%}"] = needed
+        if kind == TWIN and part.measure == PRICE[world]:
+            rows |= _l0_needed(world, evidence)
     if kind == TWIN and not alike:
         rows["Agreement between seeds"] = dict.fromkeys(MASKED, "not measured")
     return rows
@@ -399,7 +405,7 @@ def _control_parts(world: str, evidence: Evidence) -> list[_Part]:
     effects, of = evidence.control_effects, evidence.beside_controls
     absorbed = _absorption_parts(world, of, effects)
     f1 = _parts(effects, of, [_F1[world]])
-    beside = itertools.chain(*_beside(world, of, effects).values())
+    beside = _beside(world, of, effects)
     return [*absorbed, *beside, *_price_parts(world, of, effects), *f1] if absorbed else []
 
 
@@ -429,8 +435,7 @@ def _order_overview(world: str, evidence: Evidence) -> AnswerTable | None:
     if world != "Language model" or not absorbed:
         return None
     usual, l0s = _seeds(absorbed), _read_at(absorbed[0])
-    beside = itertools.chain(*_beside(world, evidence, effects).values())
-    parts = _named([*absorbed, *beside], usual, l0s)
+    parts = _named([*absorbed, *_beside(world, evidence, effects)], usual, l0s)
     rows = [
         {"difference": f"{method_name(a)} minus {method_name(b)}"}
         | {name: _cell(part.lines[a, b]) for name, part in parts.items()}
@@ -480,7 +485,7 @@ def l0_lines(
     for world, of in evidence.items():
         kind, parts = _first_kind(world, of)
         effects = against(of.mask_effects, kind)
-        parts = [*parts, *_beside(world, of, effects).get("SAEBench's protocol", [])]
+        parts = [*parts, *_parts(effects, of, SAEBENCH)]
         other = "" if kind == TWIN else f", minus {OTHERS[TUNED]}"
         said = {part.name: part.by_l0() for part in parts}
         lines += [
@@ -570,12 +575,6 @@ def _joined(sentences: Iterable[str]) -> str:
     return " ".join(filter(None, sentences))
 
 
-def _span(values: Iterable[float], form: str) -> str:
-    "`0.004 to 0.030`; one value if both ends are written alike."
-    values = list(values)
-    return " to ".join(dict.fromkeys(format(end, form) for end in (min(values), max(values))))
-
-
 def _bases(
     names: Sequence[str],  # of bases
     total: int,  # bases compared
@@ -609,11 +608,11 @@ def _changes(
 
 def _too_few(parts: Sequence[_Part]) -> str:
     "Says that the intervals are wider than the scores, if they are and show nothing."
-    shown = any(part.with_side(side) for part in parts for side in _SIDES)
     wide = all(
         max(map(_half, part.lines.values())) > max(map(part.level, part.lines)) for part in parts
     )
-    return "Too few seeds: the widest intervals exceed the scores." if wide and not shown else ""
+    few = wide and not _any_shown(parts)
+    return "Too few seeds: the widest intervals exceed the scores." if few else ""
 
 
 def _first_base(parts: Sequence[_Part]) -> str:
@@ -632,23 +631,21 @@ def _first_base(parts: Sequence[_Part]) -> str:
 def _protocol_words(evidence: Evidence) -> str:
     "What SAEBench's protocol shows; empty if it was not measured."
     twins = against(evidence.mask_effects, TWIN)
-    parts = _beside("Language model", evidence, twins).get("SAEBench's protocol", [])
+    parts = _parts(twins, evidence, SAEBENCH)
     return f"; by SAEBench's protocol it is {_changes(parts)}" if parts else ""
 
 
 def _costs(world: str, evidence: Evidence, kind: str) -> str:
     "What explained variance, F1 and the agreement between seeds show of the mask."
     effects = against(evidence.mask_effects, kind)
-    price = _price_parts(world, evidence, effects)
-    parts = [*price, *_parts(effects, evidence, [_F1[world]])]
+    parts = [*_price_parts(world, evidence, effects), *_parts(effects, evidence, [_F1[world]])]
     alike = _alike_parts(world, evidence)[:1] if kind == TWIN else []
     parts += [replace(part, name="agreement between seeds") for part in alike]
     said = []
     for part in parts:
-        shown = _on({side: part.with_side(side) for side in SIDES.values()})
         by = [abs(line.mean) for line in part.lines.values() if effect_side(line) != "none"]
-        size = f" (by {_span(by, '.3f')})" if by and part in price else ""
-        said.append(f"{part.name} {shown}{size}")
+        size = f" (by {_span(by, '.3f')})" if by and part.measure == PRICE[world] else ""
+        said.append(f"{part.name} {part.on()}{size}")
     return f"Side effects: {'; '.join(said)}." if said else ""
 
 
@@ -690,8 +687,7 @@ def _at_equal_variance(world: str, evidence: Evidence) -> str:
         return ""
     said: dict[str, list[str]] = {}
     for part in parts:
-        on = _on({side: part.with_side(side) for side in SIDES.values()})
-        said.setdefault(on, []).append(part.measure.subject)
+        said.setdefault(part.on(), []).append(part.measure.subject)
     words = "; ".join(f"{listed(names)} {on}" for on, names in said.items())
     times = _span([line.l0_a / line.l0_b for line in parts[0].lines.values()], ".2g")
     return (
@@ -801,9 +797,11 @@ def _shares(world: str, evidence: Evidence) -> list[tuple[str, float]]:
     ]
 
 
-def _share_sentence(world: str, evidence: Evidence) -> str:
+def _share_sentence(
+    world: str,
+    shares: Sequence[tuple[str, float]],  # of `_shares`
+) -> str:
     "The least and the largest share, and where shuffled probabilities raise absorption."
-    shares = _shares(world, evidence)
     part = [share for _, share in shares if share > 0]
     raised = [place for place, share in shares if share < 0]
     said = [f"give {_span(part, '.0%')} of the mask's reduction"] if part else []
@@ -812,9 +810,11 @@ def _share_sentence(world: str, evidence: Evidence) -> str:
     return f"{place}, shuffled probabilities alone {'; they '.join(said)}." if said else ""
 
 
-def _each_share(world: str, evidence: Evidence) -> str:
+def _each_share(
+    shares: Sequence[tuple[str, float]],  # of `_shares`
+) -> str:
     "The share of each base and measure; empty if not measured."
-    said = [f"{share:.0%} {place}" for place, share in _shares(world, evidence) if share > 0]
+    said = [f"{share:.0%} {place}" for place, share in shares if share > 0]
     return (
         f"Of the mask's reduction, shuffled probabilities give {', '.join(said)}." if said else ""
     )
@@ -823,10 +823,10 @@ def _each_share(world: str, evidence: Evidence) -> str:
 def _saebench_by_control(evidence: Evidence) -> str:
     "What SAEBench's protocol shows of ATM minus its controls; empty if it was not measured."
     effects, of = evidence.control_effects, evidence.beside_controls
-    parts = _beside("Language model", of, effects).get("SAEBench's protocol", [])
+    parts = _parts(effects, of, SAEBENCH)
     if not parts:
         return ""
-    if any(part.with_side(side) for part in parts for side in _SIDES):
+    if _any_shown(parts):
         return f"By SAEBench's protocol it is lower than with each control {_where(parts)}."
     return "By SAEBench's protocol, no difference from any control is shown."
 
@@ -838,9 +838,10 @@ def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
         parts = _absorption_parts(world, of.beside_controls, of.control_effects)
         if parts:
             bold += [f"{capital(PLACES[world])} ({_seeds(parts)} seeds): {_where(parts)}."]
-            rest += [_exceptions(world, parts), _share_sentence(world, of)]
+            shares = _shares(world, of)
+            rest += [_exceptions(world, parts), _share_sentence(world, shares)]
             rest += [_saebench_by_control(of)] if world == "Language model" else []
-            more += [f"{world}.", _by_control(parts), _each_share(world, of)]
+            more += [f"{world}.", _by_control(parts), _each_share(shares)]
     if not bold:
         return None
     question = "Does it matter which latents the mask hides?"
@@ -851,19 +852,27 @@ def _importance_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
     return Lead("Importance", _joined([question, *bold]), _joined([head, *rest]), _joined(more))
 
 
+_ORDERED = (*WORLDS["Language model"], *SAEBENCH)
+
+
+def _grouped(
+    found: Mapping[Measure, str],  # what each measure shows, in words
+) -> str:
+    "`holds by the full score; is reversed by ...`: measures that show the same, together."
+    groups: dict[str, list[str]] = {}
+    for measure, words in found.items():
+        groups.setdefault(words, []).append(measure.words)
+    return "; ".join(f"{words} {listed(by)}" for words, by in groups.items())
+
+
 def _pair_words(evidence: Evidence) -> str:
     "What each measure shows of each pair of neighbours in the published order."
-    measures = (*WORLDS["Language model"], *SAEBENCH)
     words = {"lower": "holds", "higher": "is reversed", "none": "is not shown"}
+    lines = {measure: effect_lines(evidence.order_effects, measure) for measure in _ORDERED}
     said = []
     for pair in itertools.pairwise(PUBLISHED_L0):
-        found: dict[str, list[str]] = {}
-        for measure in measures:
-            lines = effect_lines(evidence.order_effects, measure)
-            if pair in lines:
-                found.setdefault(words[effect_side(lines[pair])], []).append(measure.words)
-        shown = [f"{what} {listed(by)}" for what, by in found.items()]
-        said += [f"{' < '.join(map(method_name, pair))} {'; '.join(shown)}."] if shown else []
+        found = {by: words[effect_side(of[pair])] for by, of in lines.items() if pair in of}
+        said += [f"{' < '.join(map(method_name, pair))} {_grouped(found)}."] if found else []
     return _joined(said)
 
 
@@ -872,14 +881,12 @@ def _order_lead(evidence: Mapping[str, Evidence]) -> Lead | None:
     if "Language model" not in evidence:
         return None
     of = evidence["Language model"]
-    found: dict[str, list[str]] = {}
-    for measure in (*WORLDS["Language model"], *SAEBENCH):
-        found.setdefault(order_verdict(of.order_effects, [measure]), []).append(measure.words)
-    found.pop("not measured", None)
+    verdicts = {measure: order_verdict(of.order_effects, [measure]) for measure in _ORDERED}
+    found = {by: verdict for by, verdict in verdicts.items() if verdict != "not measured"}
     if not found:
         return None
-    verdicts = "; ".join(f"{verdict} {listed(words)}" for verdict, words in found.items())
-    bold = f"Is the published order reproduced? At equal L0, {published_order()} is {verdicts}."
+    order = published_order()
+    bold = f"Is the published order reproduced? At equal L0, {order} is {_grouped(found)}."
     missing = unavailable_order(of)
     rest = f"It cannot be checked at the published L0s: {missing}." if missing else ""
     return Lead("Published order", bold, rest, _pair_words(of))
@@ -905,11 +912,10 @@ def _largest_profile(folders: Mapping[str, str | Path], name: str) -> Path | Non
     return next((path for path in paths if path.is_file()), None)
 
 
-def _by_target(rows: pd.DataFrame, measure: Measure) -> str:
-    "The least and the largest value of all methods at each target L0."
+def _by_target(rows: pd.DataFrame, measure: Measure) -> dict[float, str]:
+    "{target L0: the least and the largest value of all methods}."
     means = rows.groupby(["sparsity", "method"])[measure.metric].mean()
-    said = [f"{_span(of, '.3f')} at {l0:,g}" for l0, of in means.groupby(level="sparsity")]
-    return f"{measure.subject} is {listed(said)}"
+    return {float(str(l0)): _span(of, ".3f") for l0, of in means.groupby(level="sparsity")}
 
 
 def _nearest(
@@ -940,21 +946,21 @@ def density_lead(
     )
     rows = pd.read_csv(path)
     rows = rows[[not get_method(method).is_floor for method in rows.method]]
-    d_sae, means = (
-        rows.d_sae.iloc[0],
-        rows.groupby(["sparsity", "method"])[FULL_SCORE.metric].mean(),
-    )
-    sparse = means.index.get_level_values("sparsity").min()
-    dense = _nearest(means.index.get_level_values("sparsity"), implied, d_sae)
+    found = {measure: _by_target(rows, measure) for measure in (FULL_SCORE, FRACTION_SCORE)}
+    d_sae, full = rows.d_sae.iloc[0], found[FULL_SCORE]
+    sparse, dense = min(full), _nearest(full, implied, d_sae)
     rest = (
         "An inference: it takes ATM to reconstruct as well as the author's other SAEs. On the "
         f"language model ({d_sae:,} latents, no mask) {FULL_SCORE.subject} is "
-        f"{_span(means[sparse], '.3f')} at target L0 {sparse:g} and {_span(means[dense], '.3f')} "
-        f"at {dense:g}, {dense / d_sae:.0%} of the latents."
+        f"{full[sparse]} at target L0 {sparse:g} and {full[dense]} at {dense:g}, "
+        f"{dense / d_sae:.0%} of the latents."
     )
-    by = "; ".join(_by_target(rows, measure) for measure in (FULL_SCORE, FRACTION_SCORE))
+    each = "; ".join(
+        f"{measure.subject} is {listed(f'{span} at {l0:,g}' for l0, span in of.items())}"
+        for measure, of in found.items()
+    )
     names = name_methods(dict.fromkeys(rows.method))
-    more = f"{names}, {rows.seed.nunique()} seeds, by target L0: {by}."
+    more = f"{names}, {rows.seed.nunique()} seeds, by target L0: {each}."
     return Lead("Density", bold, rest, more)
 
 
@@ -976,20 +982,22 @@ def scale_lead(
         ("d_sae", "latents"): rows[rows.steps == steps],
         ("tokens", "million training tokens"): rows[rows.d_sae == latents],
     }
-    first, changed, more = _SCALED[0], [], []
+    found = {}
     for (by, unit), part in varied.items():
         form = "," if by == "d_sae" else ".2g"
         values = [format(value, form) for value in sorted(part[by].unique())]
-        words = _scale_words(part, masked, base, by)
-        place = f"With {listed(values)} {unit}"
-        changed.append(f"{place}, the mask changes {first.subject} by {words[first]}.")
-        each = "; ".join(f"{of.subject} by {effects}" for of, effects in words.items())
-        more.append(f"{place}, {each}.")
+        found[f"With {listed(values)} {unit}"] = _scale_words(part, masked, base, by)
+    more = [
+        f"{place}, {'; '.join(f'{of.subject} by {effects}' for of, effects in words.items())}."
+        for place, words in found.items()
+    ]
+    place, first = next(iter(found)), _SCALED[0]
+    changed = f"{place}, the mask changes {first.subject} by {found[place][first]}."
     names = f"{method_name(masked)} minus {method_name(base)} on the language model"
     n = f"{rows.seed.nunique()} seeds, too few for an interval"
     return Lead(
         "Dictionary size and training length",
-        f"Does it depend on dictionary size and training length? {changed[0]}",
+        f"Does it depend on dictionary size and training length? {changed}",
         f"Exploratory: {names}, L0 {rows.sparsity.iloc[0]:g}, {n}.",
         _joined(more),
     )
